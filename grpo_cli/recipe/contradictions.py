@@ -1,0 +1,131 @@
+"""Pairs of settings that cannot both be meant.
+
+Each finding names the key to change and what to write instead. Types and ranges are the schema's business;
+this module only sees values that are valid one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grpo_cli.recipe.schema import (
+    RATIO_CLIPPING_LOSSES,
+    LossConfig,
+    OptimConfig,
+    Recipe,
+    Section,
+    TrainConfig,
+)
+
+Finding = tuple[str, str]
+"""Dotted key, message."""
+
+
+def contradictions(recipe: Recipe) -> Iterator[Finding]:
+    """Yield every contradiction in a recipe as (dotted key, message)."""
+    yield from _model_contradictions(recipe)
+    yield from _reward_contradictions(recipe)
+    yield from _loss_contradictions(recipe.loss)
+    yield from _optim_contradictions(recipe.optim)
+    yield from _train_contradictions(recipe.train)
+    if recipe.train.eval_every is not None and recipe.data.eval is None:
+        yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
+    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
+        if data is not None and data.long_prompts != "drop" and data.max_prompt_tokens is None:
+            yield f"{key}.long_prompts", f"does nothing without {key}.max_prompt_tokens; set it too"
+
+
+def _is_set(section: Section, key: str) -> bool:
+    """Whether the recipe gives `key` a value of its own (repeating the default is no contradiction)."""
+    return getattr(section, key) != type(section).model_fields[key].get_default(call_default_factory=True)
+
+
+def _model_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    model = recipe.model
+    if model.reference is not None and recipe.loss.beta == 0:
+        yield (
+            "model.reference",
+            "is used only with loss.beta above 0; set loss.beta, or remove model.reference",
+        )
+    if model.reference is None and recipe.loss.beta > 0 and model.lora and model.lora.modules_to_save:
+        yield (
+            "model.lora.modules_to_save",
+            "with loss.beta above 0 needs model.reference: switching the adapter off restores all weights",
+        )
+    if model.gguf_file is not None and model.name.endswith(".gguf"):
+        yield "model.gguf_file", "names a second GGUF file: model.name is one already; keep one of them"
+
+
+def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    names: dict[str, int] = {}
+    for index, reward in enumerate(recipe.rewards):
+        key = f"rewards.{index}"
+        if (reward.path is None) == (reward.model is None):
+            yield key, "needs exactly one of path (module:function) and model (a reward model)"
+            continue
+        name = reward.metric_name
+        if name in names:
+            yield (
+                f"{key}.name",
+                f"is {name!r}, as for rewards.{names[name]}; give one of them another name, "
+                "or their metrics would be mixed",
+            )
+        names.setdefault(name, index)
+    if all(reward.weight == 0 for reward in recipe.rewards):
+        yield "rewards", "every weight is 0, so nothing would be learned; set a weight"
+
+
+def _loss_contradictions(loss: LossConfig) -> Iterator[Finding]:
+    used = {"epsilon", "epsilon_high", "delta"} if loss.type in RATIO_CLIPPING_LOSSES else set()
+    if loss.type == "cispo":
+        used = {"epsilon_high"}
+    for key in ("epsilon", "epsilon_high", "delta"):
+        if _is_set(loss, key) and key not in used:
+            yield f"loss.{key}", f"is not used by type {loss.type}; remove it"
+    for family in ("sapo", "vespo"):
+        for key in type(loss).model_fields:
+            if key.startswith(f"{family}_") and _is_set(loss, key) and loss.type != family:
+                yield f"loss.{key}", f"is used only by type {family} (type is {loss.type}); remove it"
+    if loss.type == "vespo" and loss.importance_level == "sequence":
+        yield "loss.importance_level", "vespo weighs whole completions already; remove it"
+    if loss.delta is not None and "delta" in used and loss.delta <= 1 + loss.clip_high:
+        yield "loss.delta", f"must lie above 1 + epsilon_high = {1 + loss.clip_high:g}; raise it or remove it"
+    if loss.aggregation == "normalize_then_sum" and _is_set(loss, "scale_rewards"):
+        yield (
+            "loss.scale_rewards",
+            "aggregation normalize_then_sum scales by group and then by step; remove scale_rewards",
+        )
+    if loss.beta == 0:
+        for key in ("bias_corrected_kl", "kl_estimator"):
+            if _is_set(loss, key):
+                yield f"loss.{key}", "needs loss.beta above 0; set loss.beta, or remove it"
+
+
+def _optim_contradictions(optim: OptimConfig) -> Iterator[Finding]:
+    if optim.name == "adamw":
+        if optim.params:
+            yield "optim.params", "is for a factory; adamw takes betas and weight_decay"
+    elif ":" not in optim.name:
+        yield "optim.name", f"must be adamw or module:factory, not {optim.name!r}"
+    else:
+        for key in ("betas", "weight_decay"):
+            if _is_set(optim, key):
+                yield f"optim.{key}", f"is for adamw; write it into optim.params for {optim.name}"
+    if optim.warmup_ratio and optim.scheduler == "constant":
+        yield "optim.scheduler", "constant has no warm-up; write constant_with_warmup, or remove warmup_ratio"
+    if optim.scheduler == "constant_with_warmup" and not optim.warmup_ratio:
+        yield (
+            "optim.warmup_ratio",
+            "constant_with_warmup needs it above 0; set it, or write scheduler: constant",
+        )
+
+
+def _train_contradictions(train: TrainConfig) -> Iterator[Finding]:
+    if (train.max_steps is None) == (train.epochs is None):
+        yield "train.max_steps", "set exactly one of train.max_steps and train.epochs"
+    if train.optimizer_steps_per_rollout > train.prompts_per_step:
+        yield (
+            "train.optimizer_steps_per_rollout",
+            f"is {train.optimizer_steps_per_rollout}, more than train.prompts_per_step "
+            f"({train.prompts_per_step}); a group is never split, so lower it or raise prompts_per_step",
+        )

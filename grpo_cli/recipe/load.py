@@ -1,0 +1,326 @@
+"""YAML and `--set` in, a valid `Recipe` out, or every error at once with its file and line."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from grpo_cli.errors import UserError
+from grpo_cli.recipe.contradictions import contradictions
+from grpo_cli.recipe.schema import Recipe
+
+KeyPath = tuple[str | int, ...]
+
+PLACEHOLDERS: dict[str, Any] = {
+    "model": {"name": "?"},
+    "data": {"name": "?"},
+    "rewards": ["?:?"],
+    "train": {"output_dir": "?", "max_steps": 1},
+}
+"""Stand-ins for required values that are missing, so that the rest of a broken recipe is checked as well."""
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be used; the message has a line for each problem."""
+
+
+class YamlLoader(yaml.SafeLoader):
+    """YAML as its readers mean it: `1e-6` is a number, `no` and `on` are words, a repeated key is an error."""
+
+
+YamlLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool",)]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+@dataclass
+class RawRecipe:
+    """A recipe as written: plain values, and where each key stands."""
+
+    values: dict[str, Any]
+    source: str
+    places: dict[KeyPath, str] = field(default_factory=dict)
+
+    def place(self, key: KeyPath) -> str:
+        """Where `key`, or the nearest part of its path that was written, stands: `recipe.yaml:12`."""
+        for end in range(len(key), 0, -1):
+            if key[:end] in self.places:
+                return self.places[key[:end]]
+        return self.source
+
+
+def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the validated recipe.
+
+    Args:
+        recipe: path of a YAML file, a mapping of the same shape, or a `Recipe`.
+        overrides: `key.path=value` strings, the value in YAML; list items by index (`rewards.0.weight=2`).
+
+    Raises:
+        RecipeError: with one line for every problem found, in the order of the file.
+    """
+    if isinstance(recipe, Recipe):
+        raw = RawRecipe(recipe.model_dump(mode="json"), "recipe")
+    elif isinstance(recipe, Mapping):
+        raw = RawRecipe(copy.deepcopy(dict(recipe)), "recipe")
+    else:
+        raw = read_yaml(Path(recipe))
+    for override in overrides:
+        apply_override(raw, override)
+    return validate(raw)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that loads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> RawRecipe:
+    """Read a recipe file, keeping the line of every key.
+
+    Raises:
+        RecipeError: if the file is missing, is not YAML, repeats a key, or is not a mapping.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
+    loader = YamlLoader(text)
+    try:
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, rewards, train, ...)")
+        places: dict[KeyPath, str] = {}
+        for key, line in _key_lines(node, ()):
+            if key in places:
+                raise RecipeError(f"{path}:{line}: {_dotted(key)} is set twice (first at {places[key]})")
+            places[key] = f"{path}:{line}"
+        values = loader.construct_document(node)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+    finally:
+        loader.dispose()
+    return RawRecipe(values, str(path), places)
+
+
+def _key_lines(node: yaml.Node, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key_node, value_node in node.value:
+            key = (*prefix, str(key_node.value))
+            yield key, key_node.start_mark.line + 1
+            yield from _key_lines(value_node, key)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*prefix, index), item.start_mark.line + 1
+            yield from _key_lines(item, (*prefix, index))
+
+
+def apply_override(raw: RawRecipe, override: str) -> None:
+    """Set one `key.path=value` in `raw`, creating sections on the way; an index may append to its list."""
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted.strip():
+        raise RecipeError(f"--set {override}: write --set key.path=value")
+    try:
+        value = yaml.load(text, YamlLoader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML") from error
+    key: KeyPath = tuple(int(part) if part.isdigit() else part for part in dotted.strip().split("."))
+    target: Any = raw.values
+    for position, part in enumerate(key):
+        is_last = position == len(key) - 1
+        if isinstance(target, list) and isinstance(part, int):
+            if part > len(target):
+                raise RecipeError(f"--set {override}: {_dotted(key[:position])} has {len(target)} entries")
+            if part == len(target):
+                target.append({})
+        elif isinstance(target, dict):
+            target.setdefault(part, {})
+            if target[part] is None and not is_last:
+                target[part] = {}
+        else:
+            raise RecipeError(f"--set {override}: {_dotted(key[:position])} has no keys of its own")
+        if is_last:
+            target[part] = value
+        elif key[0] == "rewards" and isinstance(target[part], str):
+            target[part] = {"path": target[part]}
+        target = target[part]
+    raw.places = {place: where for place, where in raw.places.items() if place[: len(key)] != key}
+    raw.places[key] = f"--set {override}"
+
+
+def validate(raw: RawRecipe) -> Recipe:
+    """Validate `raw` against the schema and its contradictions.
+
+    Raises:
+        RecipeError: with one line for each problem.
+    """
+    problems: list[tuple[KeyPath, str]] = []
+    recipe: Recipe | None
+    try:
+        recipe = Recipe.model_validate(raw.values)
+    except ValidationError as error:
+        problems = [_describe(detail) for detail in error.errors()]
+        recipe = _salvage(raw.values, [key for key, _ in problems])
+    if recipe is not None:
+        broken = {key for key, _ in problems}
+        for dotted, message in contradictions(recipe):
+            key = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+            if not any(key[: len(b)] == b for b in broken):
+                problems.append((key, f"{dotted} {message}"))
+    if recipe is None or problems:
+        order = {place: index for index, place in enumerate(raw.places.values())}
+        lines = [f"{raw.place(key)}: {message}" for key, message in problems]
+        lines.sort(key=lambda line: order.get(line.split(": ")[0], len(order)))
+        raise RecipeError("\n".join(dict.fromkeys(lines)))
+    return recipe
+
+
+def _salvage(values: dict[str, Any], broken: list[KeyPath]) -> Recipe | None:
+    """The recipe with its broken keys left out, or None where that cannot stand."""
+    values = copy.deepcopy(values)
+    # A section inside a section that lacks a required key goes as a whole.
+    incomplete = [key[:-1] for key in broken if len(key) > 2]
+    for key in sorted([*broken, *incomplete], key=len, reverse=True):
+        target: Any = values
+        for part in key[:-1]:
+            try:
+                target = target[part]
+            except (KeyError, IndexError, TypeError):
+                target = None
+        if isinstance(target, dict):
+            target.pop(key[-1], None)
+        elif isinstance(target, list) and isinstance(key[-1], int) and key[-1] < len(target):
+            target[key[-1]] = f"?:broken{key[-1]}"
+    for section, placeholder in PLACEHOLDERS.items():
+        given = values.get(section)
+        if isinstance(given, dict) and isinstance(placeholder, dict):
+            required = {k: v for k, v in placeholder.items() if (section, k) in broken}
+            values[section] = required | given
+        elif not given:
+            values[section] = placeholder
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError:
+        return None
+
+
+def _describe(detail: Any) -> tuple[KeyPath, str]:
+    """One pydantic error as (key path, message)."""
+    key: KeyPath = tuple(part for part in detail["loc"] if _is_key(part))
+    name, given = _dotted(key), detail["input"]
+    context = detail.get("ctx", {})
+    match detail["type"]:
+        case "extra_forbidden":
+            suggestion = _nearest_key(key)
+            hint = f"; did you mean {suggestion}?" if suggestion else ""
+            return key, f"{name} is not a setting{hint}"
+        case "missing":
+            return key, f"{name} is missing"
+        case "literal_error":
+            return key, f"{name} is {given!r}; it must be one of {context['expected']}"
+        case "model_type":
+            return key, f"{name} must be a section with keys of its own, not {_kind(given)}"
+        case kind if kind.endswith("_type"):
+            return key, f"{name} must be {_expected(kind, detail['msg'])}, not {_kind(given)}"
+        case "too_short":
+            return (
+                key,
+                f"{name} has {context['actual_length']} entries; it needs at least {context['min_length']}",
+            )
+        case "too_long":
+            return key, f"{name} has more than {context['max_length']} entries"
+    message = re.sub(r"^(Input|String|List|Value error,)( should)?", "", detail["msg"]).strip()
+    return key, f"{name} is {given!r}; it should {message}"
+
+
+def _is_key(part: str | int) -> bool:
+    # Inside a union pydantic adds the branch's type ("str", "list[str]") to the path; no key of ours is one.
+    return isinstance(part, int) or part not in ("str", "list[str]", "RewardConfig", "list")
+
+
+def _expected(kind: str, message: str) -> str:
+    names = {
+        "bool_type": "true or false",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "string_type": "a string",
+        "list_type": "a list",
+        "dict_type": "a mapping",
+        "tuple_type": "a list",
+    }
+    return names.get(kind, message.removeprefix("Input should be "))
+
+
+def _kind(value: Any) -> str:
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a mapping"
+        case list():
+            return "a list"
+        case str():
+            return f"the string {value!r}"
+    return f"{value!r}"
+
+
+def _dotted(key: KeyPath) -> str:
+    return ".".join(str(part) for part in key)
+
+
+def _nearest_key(key: KeyPath) -> str | None:
+    """The right key that an unknown one was probably meant to be, in its section first, then anywhere."""
+    known = [_dotted(path) for path in all_keys()]
+    normalised = re.sub(r"\.\d+\.", ".0.", _dotted(key))
+    parent, _, last = normalised.rpartition(".")
+    by_last: dict[str, str] = {}
+    for path in known:
+        by_last.setdefault(path.rpartition(".")[2], path)
+    if last in by_last:
+        return by_last[last]
+    siblings = {path.rpartition(".")[2]: path for path in known if path.rpartition(".")[0] == parent}
+    if close := difflib.get_close_matches(last, siblings, n=1, cutoff=0.6):
+        return siblings[close[0]].replace(".0.", f".{next((p for p in key if isinstance(p, int)), 0)}.")
+    if close := difflib.get_close_matches(last, by_last, n=1, cutoff=0.8):
+        return by_last[close[0]]
+    return None
+
+
+def all_keys(model: type[BaseModel] = Recipe, prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every key path of the schema; items of a list of sections stand under index 0."""
+    for name, info in model.model_fields.items():
+        key = (*prefix, name)
+        yield key
+        for section, is_list in _sections_in(info.annotation):
+            yield from all_keys(section, (*key, 0) if is_list else key)
+
+
+def _sections_in(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, is_list
+        return
+    inside_list = is_list or getattr(annotation, "__origin__", None) is list
+    for argument in get_args(annotation):
+        yield from _sections_in(argument, inside_list)

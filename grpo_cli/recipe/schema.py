@@ -1,0 +1,282 @@
+"""The recipe: every setting of a run, declared once.
+
+The CLI, the reference page (`docs/recipe.md`) and the error messages all come from these models. This module
+must never import torch, so that `grpo check` and `--help` answer at once. A key exists only from the day it works.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+
+RATIO_CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+"""Loss types built on PPO's clipped surrogate; the others bound the ratio in their own way."""
+
+CISPO_EPSILON_HIGH = 5.0
+"""CISPO's default `epsilon_high`, which bounds the ratio itself rather than its distance from 1."""
+
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+
+
+class Section(BaseModel):
+    """One section of a recipe: unknown keys are errors, types are not coerced, values do not change."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class LoraConfig(Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapter matrices."""
+    alpha: float = Field(default=32, gt=0)
+    """Scale: the adapter's output is multiplied by `alpha / r`."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    target_modules: str | list[str] = "all-linear"
+    """Names of the modules that get an adapter, or `all-linear`."""
+    modules_to_save: list[str] = []
+    """Names of modules trained in full beside the adapters."""
+
+
+class ModelConfig(Section):
+    name: str = Field(min_length=1)
+    """Hub id, folder, or `.gguf` file of the model to train."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained weights. An update of 1e-6 vanishes in bfloat16."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of forward and backward: `auto` is bfloat16 autocast where the GPU has it, else float32."""
+    tokenizer: str | None = None
+    """Hub id or folder of the tokenizer; the model's own if empty."""
+    chat_template: str | None = None
+    """Jinja chat template, or a file that holds one; the tokenizer's own if empty."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Extra variables for the chat template, such as `enable_thinking: false`."""
+    gguf_file: str | None = None
+    """Name of the GGUF file inside `name`; it is dequantised to `dtype` when loaded."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
+    """Attention kernel. Shared-prompt packs need `sdpa` or `eager`."""
+    trust_remote_code: bool = False
+    """Allow a Hub model to run its own Python code."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights."""
+    reference: str | None = None
+    """Hub id or folder of the KL reference; the start policy if empty. Needs `loss.beta` above 0."""
+
+
+class EvalDataConfig(Section):
+    name: str = Field(min_length=1)
+    """Hub id, a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of them, or `module:factory`."""
+    config: str | None = None
+    """Name of the Hub dataset's configuration."""
+    split: str = "train"
+    """Split of a Hub dataset, or of a folder whose files are named after their splits."""
+    prompt_column: str = "prompt"
+    """Column that holds the prompt: a string, or a list of chat messages."""
+    columns: dict[str, str] = {}
+    """Renames, old name to new: `{question: prompt}`."""
+    system_prompt: str | None = None
+    """System message put before every prompt; string prompts become one-message chats."""
+    prompt_template: str | None = None
+    """Python format string over the row's columns that makes the prompt: `"Question: {question}"`."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longest prompt in tokens, chat template included; no limit if empty."""
+    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
+    """What happens to a prompt over `max_prompt_tokens`."""
+    shuffle: bool = True
+    """Visit the prompts in a new order each epoch, drawn from `train.seed`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only the first rows."""
+
+
+class DataConfig(EvalDataConfig):
+    eval: EvalDataConfig | None = None
+    """Prompts that are held out for evaluation; the same keys."""
+
+
+class RewardConfig(Section):
+    path: str | None = None
+    """`module:function`, or the short name of an installed reward function."""
+    model: str | None = None
+    """Hub id or folder of a sequence-classification reward model with one output."""
+    name: str | None = None
+    """Name in metrics and tables; the function's or model's own if empty."""
+    weight: float = 1.0
+    """Factor in the weighted sum."""
+    params: dict[str, Any] = {}
+    """Keyword arguments: of `__init__` for a class, otherwise bound to the function."""
+    timeout_s: float | None = Field(default=None, gt=0)
+    """Longest time for one call, in seconds; no limit if empty."""
+    on_error: Literal["raise", "none"] = "raise"
+    """When a call fails: `raise` ends the run, `none` counts its completions as not scored."""
+
+    @property
+    def metric_name(self) -> str:
+        """Name in metrics: `name`, or the last part of the path or model."""
+        source = self.path or self.model or ""
+        return self.name or re.split(r"[:/]", source.rstrip("/"))[-1]
+
+
+def reward_from_string(value: Any) -> Any:
+    """`rewards.length:reward_len` is short for `{path: rewards.length:reward_len}`."""
+    return {"path": value} if isinstance(value, str) else value
+
+
+class GenerationConfig(Section):
+    engine: Literal["transformers"] = "transformers"
+    """What generates completions: `transformers` runs in the training process, on the policy itself."""
+    num_generations: int = Field(default=8, ge=2)
+    """Completions per prompt: the size of a group."""
+    max_completion_tokens: int = Field(default=512, ge=1)
+    """Longest completion in tokens."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Logits are divided by it, in sampling and in training."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens whose probability reaches it."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from the `top_k` most likely tokens; 0 is all."""
+    min_p: float = Field(default=0.0, ge=0, lt=1)
+    """Leave out tokens less likely than `min_p` times the likeliest."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Above 1, tokens of the prompt and the completion so far become less likely."""
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    """Strings that end a completion; the text handed to rewards ends before them."""
+
+
+class LossConfig(Section):
+    type: LossType = "dapo"
+    """How token losses are formed and averaged; see `docs/losses.md`."""
+    beta: float = Field(default=0.0, ge=0)
+    """Weight of the KL to the reference; 0 loads no reference."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL per token; k3 is unbiased and never negative."""
+    bias_corrected_kl: bool = False
+    """Multiply the KL by the importance ratio, which makes its gradient unbiased off-policy."""
+    epsilon: float = Field(default=0.2, ge=0)
+    """The ratio is clipped below at `1 - epsilon`."""
+    epsilon_high: float | None = Field(default=None, ge=0)
+    """The ratio is clipped above at `1 + epsilon_high`; `epsilon` if empty. For cispo the bound itself [5.0]."""
+    delta: float | None = Field(default=None, gt=0)
+    """Upper bound of the unclipped ratio as well (two-sided clipping)."""
+    importance_level: Literal["token", "sequence"] = "token"
+    """One importance ratio per token (GRPO) or per completion (GSPO)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the standard deviation of the group, of the whole step, or not at all."""
+    aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """Sum the weighted rewards before normalising, or normalise each function first (GDPO)."""
+    mask_truncated: bool = False
+    """Leave completions that hit `generation.max_completion_tokens` out of the loss."""
+    off_policy_threshold: float | None = Field(default=None, gt=0)
+    """Drop completions with a negative advantage that drifted further than this mean log-ratio."""
+    top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
+    """Train only on this fraction of tokens, those of highest entropy."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of an entropy bonus on every token that is trained on."""
+    sapo_temperature_pos: float = Field(default=1.0, gt=0)
+    """SAPO: temperature of the soft gate where the advantage is positive."""
+    sapo_temperature_neg: float = Field(default=1.05, gt=0)
+    """SAPO: temperature of the soft gate elsewhere."""
+    vespo_k_pos: float = Field(default=2.0, ge=0)
+    """VESPO: exponent of the weight where the advantage is not negative."""
+    vespo_lambda_pos: float = Field(default=3.0, gt=0)
+    """VESPO: decay of the weight where the advantage is not negative."""
+    vespo_k_neg: float = Field(default=3.0, ge=0)
+    """VESPO: exponent of the weight where the advantage is negative."""
+    vespo_lambda_neg: float = Field(default=2.0, gt=0)
+    """VESPO: decay of the weight where the advantage is negative."""
+
+    @property
+    def clip_high(self) -> float:
+        """The upper clip range: `1 + clip_high` for clipped losses, the bound itself for cispo."""
+        if self.epsilon_high is not None:
+            return self.epsilon_high
+        return CISPO_EPSILON_HIGH if self.type == "cispo" else self.epsilon
+
+
+class OptimConfig(Section):
+    name: str = "adamw"
+    """`adamw`, or `module:factory` called as `factory(parameter_groups, lr=learning_rate, **params)`."""
+    learning_rate: float = Field(default=1e-6, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of matrices (vectors are not decayed)."""
+    betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    ] = (0.9, 0.999)
+    """AdamW's decay rates."""
+    params: dict[str, Any] = {}
+    """Keyword arguments for the factory named by `name`."""
+    scheduler: Scheduler = "linear"
+    """Shape of the learning rate over the run's optimizer steps."""
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Share of the optimizer steps over which the learning rate rises from 0."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class TrainConfig(Section):
+    output_dir: str = Field(min_length=1)
+    """Folder of the run: metrics, completions, checkpoints, final model."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Number of steps; a step is one rollout and its optimizer steps. Needed unless `epochs` is set."""
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over the prompts, instead of `max_steps`."""
+    prompts_per_step: int = Field(default=8, ge=1)
+    """Distinct prompts in one rollout, over all processes."""
+    optimizer_steps_per_rollout: int = Field(default=1, ge=1)
+    """Parts that a rollout's prompts are split into, with an optimizer step for each."""
+    num_iterations: int = Field(default=1, ge=1)
+    """Passes over each rollout."""
+    max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """Tokens in one forward pass: memory, not results. Chosen for the device if empty."""
+    seed: int = Field(default=42, ge=0)
+    """Seed of sampling, shuffling and initialisation."""
+    save_every: int = Field(default=100, ge=0)
+    """Steps between checkpoints; 0 writes none but the one on a signal."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints that stay on disk."""
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on `data.eval`; only at the end if empty."""
+    callbacks: list[str] = []
+    """`module:Class` of callbacks; see `docs/python.md`."""
+
+
+class LoggingConfig(Section):
+    every: int = Field(default=1, ge=1)
+    """Steps between lines on the screen; `metrics.jsonl` has every step."""
+    print_completions: int = Field(default=0, ge=0)
+    """Steps between tables of sample completions on the screen; 0 prints none."""
+    trackers: list[str] = ["tensorboard"]
+    """Where metrics go beside `metrics.jsonl`: any tracker of Accelerate, such as tensorboard or wandb."""
+
+
+class Recipe(Section):
+    """A whole experiment."""
+
+    model: ModelConfig
+    """The model that is trained."""
+    data: DataConfig
+    """The prompts."""
+    rewards: list[Annotated[RewardConfig, BeforeValidator(reward_from_string)]] = Field(min_length=1)
+    """The reward functions and their weights."""
+    generation: GenerationConfig = GenerationConfig()
+    """How completions are sampled."""
+    loss: LossConfig = LossConfig()
+    """Advantages and loss."""
+    optim: OptimConfig = OptimConfig()
+    """Optimizer and learning rate."""
+    train: TrainConfig
+    """The schedule and the run's folder."""
+    logging: LoggingConfig = LoggingConfig()
+    """What is shown and where it goes."""
