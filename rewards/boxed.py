@@ -74,12 +74,12 @@ def normalise_answer(answer: str) -> str:
     previous = None
     while answer != previous:
         previous = answer
-        answer = answer.strip().removeprefix("\\$").strip("$").strip().removesuffix(".").rstrip()
+        answer = answer.strip().removeprefix("\\$").removesuffix("\\$").strip("$").strip().removesuffix(".")
         if wrapper := _TEXT_WRAPPER.fullmatch(answer):
             answer = wrapper[1]
     answer = re.sub(r"\\[dt]frac(?![A-Za-z])", r"\\frac", answer)
     answer = re.sub(r"\s+", " ", answer)
-    answer = re.sub(r"(?<![A-Za-z0-9]) | (?![A-Za-z0-9])", "", answer)
+    answer = re.sub(r"(?<![^\W_]) | (?![^\W_])", "", answer)
     plain_commas = answer.replace("{,}", ",")
     if _GROUPED_NUMBER.fullmatch(plain_commas):
         answer = plain_commas.replace(",", "")
