@@ -21,14 +21,18 @@ def boxed_answer(
 ) -> list[float | None]:
     r"""Reward a right final answer: 1.0 where the last box holds the ground truth, else 0.0.
 
-    Needs the dataset column `ground_truth`: the bare answer, or a GSM8K solution that ends in `#### answer`. Where
-    it is None, so is the reward. See `last_boxed` for what counts as the box, and `normalise_answer` for the
-    differences that are forgiven. An empty box is never right.
+    Needs the dataset column `ground_truth`: the bare answer, or a GSM8K solution that ends in
+    `#### answer`. Where it is None, so is the reward. See `last_boxed` for what counts as the box, and
+    `normalise_answer` for the differences that are forgiven. An empty box is never right.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.
         ValueError: `ground_truth` has another length than `completions`.
     """
+    if len(ground_truth) != len(completions):
+        raise ValueError(
+            f"column 'ground_truth' has {len(ground_truth)} entries for {len(completions)} completions"
+        )
     return [
         None if truth is None else float(_is_right(completion_text(completion), truth_answer(truth)))
         for completion, truth in zip(completions, ground_truth, strict=True)
@@ -38,8 +42,9 @@ def boxed_answer(
 def last_boxed(text: str) -> str | None:
     r"""Return what the last `\boxed{...}` or `\fbox{...}` of a text holds; None without one.
 
-    The last box is the one that opens last. If it is never closed there is no answer, even if an earlier box was:
-    a completion cut off in its final answer has not given it. Inner braces are matched; `\{` and `\}` are not braces.
+    The last box is the one that opens last. If it is never closed there is no answer, even if an earlier
+    box was: a completion cut off in its final answer has not given it. Inner braces are matched; `\{` and
+    `\}` are not braces.
     """
     start = None
     for match in _BOX.finditer(text):
@@ -67,9 +72,9 @@ def truth_answer(ground_truth: object) -> str:
 def normalise_answer(answer: str) -> str:
     r"""Return an answer in the form in which answers are compared.
 
-    Forgiven: surrounding white space and `$`, a full stop at the end, one `\text{...}` around everything, `\dfrac`
-    and `\tfrac` for `\frac`, white space that separates no two letters or digits, and in a number the commas between
-    thousands, a plus sign, and zeros that change nothing (`072.0` is `72`).
+    Forgiven: surrounding white space and `$`, a full stop at the end, one `\text{...}` around everything,
+    `\dfrac` and `\tfrac` for `\frac`, white space that separates no two letters or digits, and in a number
+    the commas between thousands, a plus sign, and zeros that change nothing (`072.0` is `72`).
     """
     previous = None
     while answer != previous:

@@ -10,8 +10,8 @@ from rewards.text import Completion, completion_text
 def reward_num_unique_chars(completions: Sequence[Completion], **_: object) -> list[float | None]:
     """Reward varied completions: the number of distinct characters, `len(set(text))`.
 
-    From 0 (an empty completion). Characters are Unicode code points; upper and lower case differ and white space
-    counts. Needs no dataset column.
+    From 0 (an empty completion). Characters are Unicode code points; upper and lower case differ and white
+    space counts. Needs no dataset column.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.

@@ -14,8 +14,8 @@ _THINK_ANSWER = re.compile(r"\s*<think>(.*)</think>\s*<answer>(.*)</answer>\s*",
 def think_answer_format(completions: Sequence[Completion], **_: object) -> list[float | None]:
     """Reward the form `<think>…</think><answer>…</answer>`: 1.0 where the completion has it, else 0.0.
 
-    It has it when it consists of nothing else (white space before, between and after aside), holds each tag once
-    and in this order, and neither body is blank. Bodies may span lines. Needs no dataset column.
+    It has it when it consists of nothing else (white space before, between and after aside), holds each tag
+    once and in this order, and neither body is blank. Bodies may span lines. Needs no dataset column.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.

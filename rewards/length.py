@@ -1,4 +1,4 @@
-"""Rewards for the length of a completion, in characters: the smallest rewards there are, good for a first run."""
+"""Rewards for the length of a completion, in characters: the smallest there are, good for a first run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def reward_len(completions: Sequence[Completion], **_: object) -> list[float | N
 def reward_longer(completions: Sequence[Completion], **_: object) -> list[float | None]:
     """Reward long completions: the number of characters.
 
-    From 0, without an upper end: only `generation.max_completion_tokens` holds it back. Characters are Unicode
-    code points, not tokens or bytes. Needs no dataset column.
+    From 0, without an upper end: only `generation.max_completion_tokens` holds it back. Characters are
+    Unicode code points, not tokens or bytes. Needs no dataset column.
 
     Raises:
         TypeError: a completion is neither a string nor a list of messages.

@@ -1,10 +1,11 @@
 r"""Asks math-verify whether an answer is right, from any thread, and never waits longer than it said.
 
-math-verify's own timeouts are signals, which work in the main thread only. Without them `\boxed{((((...` with 1,000
-brackets parses for minutes, and so does the comparison of `9^{9^{9^9}}`: a bound on the length alone does not help.
-So it runs in child processes that are killed when their time is over. They are started once (0.7 s, the import of
-SymPy) and kept: a question then costs a millisecond or two. A process pool of the standard library will not do,
-because it can neither kill one worker nor be started safely from a program that has threads and a GPU.
+math-verify's own timeouts are signals, which work in the main thread only. Without them `\boxed{((((...`
+with 1,000 brackets parses for 6 s, and the comparison of `9^{9^{9^9}}` has no end: a bound on the length
+alone does not help. So it runs in child processes that are killed when their time is over. They are started
+once (0.7 s, the import of SymPy) and kept: a question then costs 1 ms for a number, about 25 ms for LaTeX.
+A process pool of the standard library will not do, because it can neither kill one worker nor be started
+safely from a program that has threads and a GPU.
 
 The other half, which runs inside the child processes, is `math_judge_child.py`.
 """
@@ -31,19 +32,19 @@ _CHILD = Path(__file__).with_name("math_judge_child.py")
 
 # Importing SymPy from a cold shared disk is slow, and not the answer's fault.
 _START_S = 120.0
-# Answers stand at the end. math-verify takes 0.4 s for 8,000 characters of digits, and then quadratically more.
+# Answers stand at the end. math-verify takes 0.4 s for 4,000 single digits, and quadratically more.
 MAX_CHARACTERS = 8_000
 
 
 class MathJudge:
-    """A few child processes that run math-verify, started when they are first needed. Safe to share by threads."""
+    """A few child processes that run math-verify, started when first needed. Threads may share it."""
+
+    _idle: list[_Worker]
 
     def __init__(self, workers: int, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._workers = workers
-        self._slots = threading.BoundedSemaphore(workers)
-        self._lock = threading.Lock()
-        self._idle: list[_Worker] = []
+        self.forget()
 
     def judge(self, pairs: Sequence[tuple[str, str]]) -> list[bool]:
         """Return for each pair (ground truth, completion) whether the completion's answer is right.
@@ -57,7 +58,7 @@ class MathJudge:
         if not pairs:
             return []
         if importlib.util.find_spec("math_verify") is None:
-            raise ImportError("this reward needs math-verify: pip install math-verify[antlr4_13_2]")
+            raise ImportError("this reward needs math-verify: pip install 'math-verify[antlr4_13_2]'")
         with ThreadPoolExecutor(min(self._workers, len(pairs))) as pool:
             return list(pool.map(self._judge_one, pairs))
 
@@ -69,15 +70,16 @@ class MathJudge:
             worker.kill()
 
     def forget(self) -> None:
-        """Drop the child processes without ending them: after a fork they answer to the process that forked."""
-        self.__init__(self._workers, self._timeout_s)  # type: ignore[misc]
+        """Drop the child processes without ending them: after a fork they are the other process's."""
+        # New locks as well: another thread may have held the old ones at the moment of the fork.
+        self._slots = threading.BoundedSemaphore(self._workers)
+        self._lock = threading.Lock()
+        self._idle = []
 
     def _judge_one(self, pair: tuple[str, str]) -> bool:
         truth, completion = pair
         with self._slots:
-            with self._lock:
-                worker = self._idle.pop() if self._idle else None
-            worker = worker or _Worker(self._timeout_s)
+            worker = self._take_idle() or _Worker(self._timeout_s)
             verdict = worker.ask(truth, completion[-MAX_CHARACTERS:])
             if verdict is None:
                 worker.kill()
@@ -85,6 +87,16 @@ class MathJudge:
             with self._lock:
                 self._idle.append(worker)
             return verdict
+
+    def _take_idle(self) -> _Worker | None:
+        with self._lock:
+            while self._idle:
+                worker = self._idle.pop()
+                if worker.alive():
+                    return worker
+                # Ended while it waited, perhaps by a kernel short of memory: not this answer's fault.
+                worker.kill()
+        return None
 
 
 class _Worker:
@@ -106,10 +118,12 @@ class _Worker:
                 self.kill()
                 complaints.seek(0)
                 said = complaints.read()[-2000:].decode(errors="replace").strip()
-                raise RuntimeError(f"math-verify did not start within {_START_S:g} s: {said or 'it said nothing'}")
+                raise RuntimeError(
+                    f"math-verify did not start within {_START_S:g} s: {said or 'it said nothing'}"
+                )
 
     def ask(self, truth: str, completion: str) -> bool | None:
-        """Return the verdict; None if the child process died of the question or is still at it, and must be killed."""
+        """Return the verdict; None if the child died of the question or is still at it: then kill it."""
         assert self._process.stdin is not None
         question = json.dumps([truth, completion]).encode() + b"\n"
         try:
@@ -120,8 +134,12 @@ class _Worker:
         answer = self._read_line(self._timeout_s)
         return None if answer is None else answer == b"true"
 
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
     def kill(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()

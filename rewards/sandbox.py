@@ -1,9 +1,10 @@
 """Runs Python that a model wrote, in a child process with limits.
 
-Made for code that is careless: loops for ever, eats memory, prints without end, leaves processes behind, or ends
-early with exit code 0. It is NOT a security boundary. The code runs as your user, so it can read the files that you
-can read (and through /proc the environment of your other processes), write wherever you can, and use the network.
-Whoever must stop code that means harm runs the trainer in a container or a virtual machine.
+Made for code that is careless: loops for ever, eats memory, prints without end, leaves processes behind, or
+ends early with exit code 0. It is NOT a security boundary. The code runs as your user, so it can read the
+files that you can read (and through /proc the environment of your other processes), write wherever you can,
+and use the network. Whoever must stop code that means harm runs the trainer in a container or a virtual
+machine.
 
 The other half, which runs inside the child process, is `sandbox_child.py`.
 """
@@ -28,7 +29,7 @@ from pathlib import Path
 
 _CHILD = Path(__file__).with_name("sandbox_child.py")
 
-# What the child may take, beyond its own timeout, to start (a cold interpreter on a shared disk) and to clean up.
+# What the child may take beyond its own timeout: a cold interpreter on a shared disk starts slowly.
 _START_AND_STOP_S = 60.0
 # How often to look whether the child ended while something that escaped it still holds its output open.
 _POLL_S = 0.05
@@ -45,7 +46,7 @@ class RunResult:
     output: str
     """The first `output_bytes` bytes of standard output and standard error together."""
     finished: bool = False
-    """Every part of the source ran to its last line. Exit code 0 alone does not say so: `sys.exit(0)` has it too."""
+    """Every part of the source ran to its last line, which exit code 0 alone does not say."""
 
     @property
     def passed(self) -> bool:
@@ -58,25 +59,27 @@ def run_python(
 ) -> RunResult:
     """Run Python source in a child process and return how it ended.
 
-    Several sources are compiled one by one and run one after the other in the same `__main__`: no part can swallow
-    the next in an open string, and a syntax error in any of them means that none runs.
+    Several sources are compiled one by one and run one after the other in the same `__main__`: no part can
+    swallow the next in an open string, and a syntax error in any of them means that none runs.
 
     The child has:
 
-    - the interpreter of this process with its installed packages, but not the folder or `PYTHON*` variables of this
-      process (`-s -P` and an environment of our own: what `-I` does, except that the hash seed can be fixed, so that
-      the order of a set, and with it the reward, is the same on every run);
-    - of the environment only PATH and LD_LIBRARY_PATH; HOME and TMPDIR are its working directory, which is temporary
-      and removed afterwards; an empty standard input;
-    - `memory_mb` of address space per process, `timeout_s` seconds of CPU, files of at most 16 MiB, no core dump,
-      256 open files, and (where it does not run as root, whom Linux does not hold to it) 64 more processes;
-    - `timeout_s` seconds of wall-clock time once the interpreter has started. When they are over, or the program
-      ends, every process that it started is killed, on Linux also those that left its session.
+    - The interpreter of this process with its installed packages, but not the folder or `PYTHON*` variables
+      of this process (`-s -P` and an environment of our own: what `-I` does, except that the hash seed can
+      be fixed, so that the order of a set, and with it the reward, is the same on every run).
+    - Of the environment only PATH and LD_LIBRARY_PATH; HOME and TMPDIR are its working directory, which is
+      temporary and removed afterwards; an empty standard input.
+    - `memory_mb` of address space per process, hardly more CPU time than `timeout_s`, files of at most 16
+      MiB, no core dump, 256 open files, and (where it does not run as root, whom Linux does not hold to it)
+      64 more processes.
+    - `timeout_s` seconds of wall-clock time once the interpreter has started. When they are over, or the
+      program ends, every process that it started is killed, on Linux also those that left its session.
 
-    Output beyond `output_bytes` is read and thrown away, so that printing much changes no verdict and fills no memory.
+    Output beyond `output_bytes` is read and thrown away, so that printing much changes no verdict and fills
+    no memory.
 
     Raises:
-        RuntimeError: the child process could not start; never for anything that the source does.
+        RuntimeError: the child process could not start.
     """
     token = secrets.token_hex(16)
     job = {
@@ -102,8 +105,8 @@ def run_python(
 
 
 def _start(job: dict[str, object], workdir: str, report_writer: int) -> subprocess.Popen[bytes]:
-    # Everything the child must know goes in over standard input: on its command line, in its environment or in its
-    # working directory, the code that it runs would find the token and the tests.
+    # Everything the child must know goes in over standard input: on its command line, in its environment or
+    # in its working directory, the code that it runs would find the token and the tests.
     with tempfile.TemporaryFile() as stdin:
         stdin.write(json.dumps(job).encode())
         stdin.seek(0)
@@ -125,7 +128,8 @@ def _environment(workdir: str) -> dict[str, str]:
         "HOME": workdir,
         "TMPDIR": workdir,
         "PYTHONHASHSEED": "0",
-        # One thread each: numerical libraries reserve address space per core, more than the limit on a large machine.
+        # One thread each: numerical libraries reserve address space per core, more than the limit on a
+        # large machine.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
@@ -175,7 +179,7 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
 
 
 def _read_reports(reader: int, token: str) -> set[str]:
-    """Return the words that the child reported: those that carry the token, which the code it ran does not know."""
+    """Return the words that came with the token, which the code that ran does not know."""
     os.set_blocking(reader, False)
     try:
         lines = os.read(reader, 65536).decode(errors="replace").split("\n")
@@ -199,4 +203,5 @@ def _remove(workdir: str) -> None:
         shutil.rmtree(workdir)
     except (OSError, RecursionError):
         # The program may have made folders unreadable, or nested them deeper than rmtree can follow.
-        subprocess.run(["rm", "-rf", "--", workdir], check=False, stderr=subprocess.DEVNULL)
+        for command in (["chmod", "-R", "u+rwx"], ["rm", "-rf"]):
+            subprocess.run([*command, "--", workdir], check=False, stderr=subprocess.DEVNULL)

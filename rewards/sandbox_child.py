@@ -1,7 +1,7 @@
 """The half of `rewards.sandbox` that runs inside the child process. Started as a script; never import it.
 
-It forks. The parent stays behind as the supervisor, which keeps the time and kills what is left; the child limits
-itself and becomes the program. Standard library only, and little of it: it starts once per completion.
+It forks. The parent stays behind as the supervisor, which keeps the time and kills what is left; the child
+limits itself and becomes the program. Standard library only, and little of it: it starts once per completion.
 
 Both report over one pipe, each line behind a token that `rewards.sandbox` made for this run: "started",
 "finished" (the last line of the source ran) and "timed out".
@@ -89,7 +89,7 @@ def _supervise(program: int, timeout_s: float, message: bytes, report: int) -> N
 
 
 def _kill_descendants(patience_s: float = 1.0) -> None:
-    """Kill children until none is left; those of the killed become ours, so every generation gets its turn."""
+    """Kill children until none is left. Those of the killed become ours: every generation gets its turn."""
     end = time.monotonic() + patience_s
     while time.monotonic() < end:
         for child in _children():

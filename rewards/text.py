@@ -24,11 +24,12 @@ def completion_text(completion: Completion) -> str:
     """
     if isinstance(completion, str):
         return completion
-    if not isinstance(completion, Sequence) or not all(isinstance(message, Mapping) for message in completion):
+    messages: Sequence[Message] = completion
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError(f"a completion is a string or a list of messages, not {_shown(completion)}")
     return "\n".join(
         _content_text(message.get("content"))
-        for message in completion
+        for message in messages
         if message.get("role", "assistant") == "assistant"
     )
 

@@ -1,0 +1,285 @@
+"""Rows of a data set and the prompt of each, before any tokenizer: what `grpo check` can afford to look at.
+
+What can be checked for all rows at once is checked when they are loaded; the rest names its row when it is
+met. No torch import.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from string import Formatter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from grpo_cli.data.sources import load_table, table_from_object
+from grpo_cli.errors import UserError
+from grpo_cli.recipe.schema import EvalDataConfig
+
+Messages = list[dict[str, Any]]
+
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
+"""Arguments that every reward function gets, so no column can be handed over under these names."""
+
+_USUAL_PROMPT_COLUMNS = ("question", "problem", "instruction", "query", "input", "text", "messages")
+
+
+class PromptRows:
+    """Rows of a data set with their prompts, before any tokenizer.
+
+    Args:
+        config: which data, and how prompts are made of it.
+        setting: `data` or `data.eval`, for messages.
+        table: used instead of loading what `config.name` says.
+
+    Raises:
+        UserError: the data cannot be loaded, or a column or a prompt is not as the settings say.
+    """
+
+    setting: str
+    columns: list[str]
+    """Names after renaming, without the prompt column."""
+    conversational: bool
+    """Prompts are lists of messages."""
+    where: str
+    """`setting` and, if the data were loaded, their name; for messages about a row."""
+
+    def __init__(
+        self, config: EvalDataConfig, *, setting: str = "data", table: pa.Table | None = None
+    ) -> None:
+        self.config = config
+        self.setting = setting
+        self.where = setting if table is not None else f"{setting}: {config.name}"
+        table = load_table(config, setting) if table is None else table
+        if config.limit is not None:
+            table = table.slice(0, config.limit)
+        if table.num_rows == 0:
+            raise UserError(f"{self.where} has no rows")
+        self._table = self._rename(table)
+        self._json_columns = {field.name for field in self._table.schema if "arrow.json" in str(field.type)}
+        self.columns = [name for name in self._table.column_names if name != config.prompt_column]
+        self._check_reserved()
+        self._template_columns: list[str] = []
+        if config.prompt_template is None:
+            messages = self._check_prompt_column()
+        else:
+            messages = False
+            self._template_columns = self._check_template(config.prompt_template)
+        self.conversational = messages or config.system_prompt is not None
+        self.content(0)
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def content(self, row: int) -> str | Messages:
+        """The prompt of a row: a string, or the messages of a chat when `conversational`."""
+        prompt = self._template(row) if self.config.prompt_template is not None else self._prompt(row)
+        system = self.config.system_prompt
+        if system is None:
+            return prompt
+        opening = {"role": "system", "content": system}
+        if isinstance(prompt, str):
+            return [opening, {"role": "user", "content": prompt}]
+        if prompt[0]["role"] == "system":
+            raise self._error(
+                row, f"begins with a system message already; remove {self.setting}.system_prompt"
+            )
+        return [opening, *prompt]
+
+    def row_columns(self, row: int) -> dict[str, Any]:
+        """The other columns of a row, by name."""
+        return {name: self._value(name, row) for name in self.columns}
+
+    def _value(self, name: str, row: int) -> Any:
+        column = self._table.column(name)
+        value = column[row].as_py()
+        return _decode_json(value, column.type) if name in self._json_columns else value
+
+    def _prompt(self, row: int) -> str | Messages:
+        value = self._value(self.config.prompt_column, row)
+        return value if isinstance(value, str) else self._messages(row, value)
+
+    def _template(self, row: int) -> str:
+        values = {name: self._value(name, row) for name in self._template_columns}
+        try:
+            prompt = (self.config.prompt_template or "").format_map(values)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise self._error(row, f"does not fit {self.setting}.prompt_template: {reason}") from error
+        if not prompt.strip():
+            raise self._error(row, f"makes an empty prompt with {self.setting}.prompt_template")
+        return prompt
+
+    def _messages(self, row: int, value: Any) -> Messages:
+        if not isinstance(value, list) or not value:
+            raise self._error(row, "has an empty list of messages; remove the row")
+        messages: Messages = []
+        for number, entry in enumerate(value, 1):
+            message = _drop_none(entry) if isinstance(entry, dict) else {}
+            said = message.get("content", message.get("tool_calls"))
+            if not isinstance(message.get("role"), str) or not isinstance(said, (str, list)):
+                raise self._error(row, f"message {number} needs a role and a content; it is {entry!r:.200}")
+            messages.append(message)
+        if messages[-1]["role"] == "assistant":
+            raise self._error(
+                row,
+                "ends with an assistant message; end with what the model must answer, and keep the "
+                "known answer in another column for the rewards",
+            )
+        return messages
+
+    def _error(self, row: int, message: str) -> UserError:
+        return UserError(f"{self.where}: row {row + 1} {message}")
+
+    def _rename(self, table: pa.Table) -> pa.Table:
+        present = table.column_names
+        for old in self.config.columns:
+            if old not in present:
+                near = difflib.get_close_matches(old, present, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(
+                    f"{self.setting}.columns: there is no column {old!r} to rename; "
+                    f"the columns are {', '.join(present)}{hint}"
+                )
+        names = [self.config.columns.get(name, name) for name in present]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(
+                    f"{self.setting}.columns: two columns would be named {name!r}; "
+                    f"the columns are {', '.join(present)}: rename the other one as well"
+                )
+        return table.rename_columns(names)
+
+    def _check_reserved(self) -> None:
+        for name in RESERVED_COLUMNS:
+            if name in self.columns:
+                raise UserError(
+                    f"{self.setting}.columns: reward functions get an argument {name} already, so no column "
+                    f"can have that name; rename it with {self.setting}.columns: {{{name}: {name}_in_data}}"
+                )
+
+    def _check_prompt_column(self) -> bool:
+        """Check every prompt that can be checked at once; whether they are lists of messages."""
+        name = self.config.prompt_column
+        if name not in self._table.column_names:
+            raise self._no_prompt_column(name)
+        self._check_nulls(name)
+        column = self._table.column(name)
+        kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+        if _is_text(kind):
+            blank = pc.equal(pc.utf8_trim_whitespace(column.cast(pa.large_string())), "")
+            first = pc.index(blank, True).as_py()
+            if first >= 0:
+                raise self._error(first, f"has an empty {name}; remove the row, or write the prompt")
+            return False
+        if _is_list_of_objects(kind):
+            return True
+        raise UserError(
+            f"{self.setting}.prompt_column: {name} holds {kind}, neither text nor lists of messages; "
+            f'{self.setting}.prompt_template: "{{{name}}}" would turn it into text'
+        )
+
+    def _check_nulls(self, name: str) -> None:
+        column = self._table.column(name)
+        if column.null_count:
+            first = pc.index(column.is_null(), True).as_py()
+            raise self._error(first, f"has no {name} (null); remove the row, or write it")
+
+    def _no_prompt_column(self, name: str) -> UserError:
+        others = self.columns
+        near = difflib.get_close_matches(name, others, n=1)
+        usual = [column for column in _USUAL_PROMPT_COLUMNS if column in others]
+        guess = (near + usual + others)[0]
+        return UserError(
+            f"{self.setting}.prompt_column: there is no column {name!r}; the columns are "
+            f"{', '.join(others)}. Name the one that holds the prompt with {self.setting}.columns: "
+            f"{{{guess}: {name}}}, or build the prompt from columns with {self.setting}.prompt_template: "
+            f'"{{{guess}}}"'
+        )
+
+    def _check_template(self, template: str) -> list[str]:
+        """The columns that the template uses."""
+        key = f"{self.setting}.prompt_template"
+        present = self._table.column_names
+        name = self.config.prompt_column
+        if name in present and _is_list_of_objects(self._table.schema.field(name).type):
+            raise UserError(
+                f"{key}: column {name} holds lists of messages, which are the prompt; remove {key}"
+            )
+        used: dict[str, None] = {}
+        for field in _template_fields(template, key):
+            column = re.split(r"[.\[]", field)[0]
+            if column not in present:
+                near = difflib.get_close_matches(column, present, n=1)
+                hint = f"; did you mean {{{near[0]}}}?" if near else ""
+                raise UserError(
+                    f"{key}: there is no column {column!r}; the columns are {', '.join(present)}{hint} "
+                    "(write {{ and }} for braces that are meant as such)"
+                )
+            self._check_nulls(column)
+            used[column] = None
+        return list(used)
+
+
+def load_rows(config: EvalDataConfig, *, setting: str = "data", data: object | None = None) -> PromptRows:
+    """Load the rows that `config` names, or take them from `data`.
+
+    Args:
+        config: which data, and how prompts are made of it.
+        setting: `data` or `data.eval`, for messages.
+        data: used instead of `config.name`: a `datasets.Dataset`, list of dicts, pyarrow Table or pandas
+            DataFrame.
+    """
+    table = None if data is None else table_from_object(data, config, setting)
+    return PromptRows(config, setting=setting, table=table)
+
+
+def _template_fields(template: str, key: str) -> list[str]:
+    try:
+        parsed = list(Formatter().parse(template))
+        nested = [entry for _, _, spec, _ in parsed if spec for entry in Formatter().parse(spec)]
+    except ValueError as error:
+        raise UserError(f"{key}: {error}; write {{{{ and }}}} for braces that are meant as such") from error
+    fields = [field for _, field, _, _ in parsed + nested if field is not None]
+    for field in fields:
+        if not field or field[0] in "0123456789.[":
+            raise UserError(
+                f"{key}: {{{field}}} names no column; write {{column}}, and {{{{}}}} for a literal {{}}"
+            )
+    if not fields:
+        raise UserError(f"{key}: uses no column, so every prompt would be the same; write {{column}} in it")
+    return fields
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _is_list_of_objects(kind: pa.DataType) -> bool:
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        entry = kind.value_type
+        return pa.types.is_struct(entry) or pa.types.is_null(entry) or "arrow.json" in str(entry)
+    return "arrow.json" in str(kind)
+
+
+def _drop_none(value: Any) -> Any:
+    """Without the keys that Arrow filled in because another row has them."""
+    if isinstance(value, dict):
+        return {key: _drop_none(entry) for key, entry in value.items() if entry is not None}
+    return [_drop_none(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _decode_json(value: Any, kind: pa.DataType) -> Any:
+    """Objects that `datasets` stored as JSON text, because their keys differ in type, as objects again."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.BaseExtensionType):
+        return json.loads(value) if kind.extension_name == "arrow.json" else value
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return [_decode_json(entry, kind.value_type) for entry in value]
+    if pa.types.is_struct(kind):
+        return {field.name: _decode_json(value[field.name], field.type) for field in kind}
+    return value

@@ -1,0 +1,265 @@
+"""From what a recipe says about rewards to functions that can be called.
+
+Everything that can be known about a reward function before its first call is checked here: that it exists,
+that it can be called by keyword, that it takes its `params`. `grpo check` uses this module, so it must never
+import torch; a reward model brings torch along only when it is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from grpo_cli.errors import UserError
+from grpo_cli.plugins import load_object
+from grpo_cli.recipe.schema import RewardConfig
+from grpo_cli.reward.reward_model import RewardModel
+
+ENTRY_POINT_GROUP = "grpo_cli.rewards"
+
+GIVEN_ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""Keyword arguments that every reward function is offered; the others are dataset columns."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A reward function that is ready to be called."""
+
+    name: str
+    """Name in metrics and messages."""
+    weight: float
+    """Factor in the weighted sum."""
+    call: Callable[..., Any]
+    """`call(**kwargs)` returns a list, or an awaitable of one."""
+    timeout_s: float | None
+    """Longest time for one call."""
+    on_error: Literal["raise", "none"]
+    """What a failing call does: end the run, or leave its completions without this score."""
+    accepts: frozenset[str] | None
+    """Names of the keyword arguments it takes; None when it has **kwargs."""
+    required: frozenset[str]
+    """Names of the keyword arguments without a default."""
+
+
+class BoundFunction(functools.partial[Any]):
+    """A function with its `params`, which win over a dataset column of the same name."""
+
+    def __call__(self, /, **arguments: Any) -> Any:
+        return self.func(*self.args, **{**arguments, **self.keywords})
+
+
+def resolve_rewards(configs: Sequence[RewardConfig], *, load_models: bool = True) -> list[RewardFunction]:
+    """Find every reward function of a recipe, in its order.
+
+    Models are loaded after the functions, so that a misspelt path is not reported after a long download.
+
+    Args:
+        configs: the recipe's `rewards`.
+        load_models: load reward models; if False, only their `params` are checked and they are left out.
+
+    Raises:
+        UserError: a path or short name does not exist, cannot be called, or does not take its `params`, or a
+            model cannot be loaded. The message has a line for each of them.
+    """
+    resolved: dict[int, RewardFunction] = {}
+    problems: list[UserError] = []
+    for index in sorted(range(len(configs)), key=lambda i: configs[i].model is not None):
+        config, setting = configs[index], f"rewards.{index}"
+        try:
+            if config.model is None:
+                target = _find(config.path or "", setting)
+                call = _with_params(target, config.params, f"{setting}: {config.path}")
+            else:
+                _refuse_unknown_params(config.params, _model_params(), f"{setting}: {config.model}")
+                if problems or not load_models:
+                    continue
+                call = _load_model(config.model, config.params, setting)
+            resolved[index] = _described(
+                call,
+                name=config.metric_name,
+                weight=config.weight,
+                timeout_s=config.timeout_s,
+                on_error=config.on_error,
+                setting=setting,
+            )
+        except UserError as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        raise UserError("\n".join(str(problem) for problem in problems))
+    return [resolved[index] for index in sorted(resolved)]
+
+
+def reward_from_callable(
+    function: Callable[..., Any], *, name: str | None = None, weight: float = 1.0
+) -> RewardFunction:
+    """A reward function from a Python object: a function, or an instance or class with `__call__`.
+
+    Args:
+        function: what to call; a class is instantiated without arguments.
+        name: name in metrics and messages; the function's own if empty.
+        weight: factor in the weighted sum.
+
+    Raises:
+        UserError: it cannot be called, or not by keyword, or the weight is not a finite number.
+    """
+    shown = name or _own_name(function)
+    if not math.isfinite(weight):
+        raise UserError(f"rewards: the weight of {shown} is {weight}, not a finite number")
+    call = _with_params(function, {}, f"rewards: {shown}")
+    return _described(
+        call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", setting="rewards"
+    )
+
+
+def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[str]:
+    """Arguments that the function must have and that neither the tool nor the dataset gives, sorted by name.
+
+    Args:
+        function: the reward function.
+        columns: names of the dataset's columns, after renames.
+    """
+    return sorted(function.required.difference(GIVEN_ARGUMENTS, columns))
+
+
+def is_async(call: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine: `async def`, an async `__call__`, or a partial of one of them."""
+    target: Any = call
+    while isinstance(target, functools.partial):
+        target = target.func
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(target.__call__)
+
+
+def _find(path: str, setting: str) -> Any:
+    """The object that `module:name` or an installed short name stands for."""
+    if ":" in path:
+        return load_object(path, setting=setting)
+    installed: dict[str, set[str]] = {}
+    for entry in entry_points(group=ENTRY_POINT_GROUP):
+        installed.setdefault(entry.name, set()).add(f"{entry.module}:{entry.attr}")
+    if path not in installed:
+        near = difflib.get_close_matches(path, installed, n=1)
+        module, _, name = path.rpartition(".")
+        suggestion = near[0] if near else f"{module}:{name}" if module else ""
+        hint = f"did you mean {suggestion}? " if suggestion else ""
+        raise UserError(
+            f"{setting}: there is no installed reward function {path!r}; {hint}"
+            f"Installed: {', '.join(sorted(installed)) or 'none'}. For your own, write module:function"
+        )
+    objects = sorted(installed[path])
+    if len(objects) > 1:
+        raise UserError(f"{setting}: {path!r} is ambiguous; write one of {', '.join(objects)}")
+    return load_object(objects[0], setting=setting)
+
+
+def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable[..., Any]:
+    """What to call: the instance of a class, or the function with its `params`.
+
+    Args:
+        target: a class, a function, or a callable object.
+        params: for `__init__` or the function.
+        where: start of a message: setting and path.
+
+    Raises:
+        UserError: it cannot be called, or does not take `params`, or fails when instantiated.
+    """
+    if inspect.isclass(target):
+        _refuse_unknown_params(params, _keywords(target), where)
+        try:
+            target = target(**params)
+        except Exception as error:
+            raise UserError(f"{where} cannot be made: {type(error).__name__}: {error}") from error
+        if not callable(target):
+            raise UserError(f"{where} is a class without __call__, so its instance cannot score anything")
+        return target
+    if not callable(target):
+        raise UserError(f"{where} is of type {type(target).__name__}, not something to call")
+    if not params:
+        return target
+    if not (
+        inspect.isroutine(target) or isinstance(target, functools.partial) or hasattr(target, "__wrapped__")
+    ):
+        raise UserError(
+            f"{where} is an object that exists already, so params cannot reach it; "
+            f"remove params, or name its class {type(target).__name__} instead"
+        )
+    reserved = sorted(set(params).intersection(GIVEN_ARGUMENTS))
+    if reserved:
+        raise UserError(f"{where}: {', '.join(reserved)} cannot be in params: every call is given its own")
+    _refuse_unknown_params(params, _keywords(target), where)
+    return BoundFunction(target, **params)
+
+
+def _load_model(model: str, params: Mapping[str, Any], setting: str) -> RewardModel:
+    """Load a reward model; errors start with the setting."""
+    try:
+        return RewardModel(model, **params)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from error
+
+
+def _described(
+    call: Callable[..., Any],
+    *,
+    name: str,
+    weight: float,
+    timeout_s: float | None,
+    on_error: Literal["raise", "none"],
+    setting: str,
+) -> RewardFunction:
+    """Read off the signature what `call` accepts and requires."""
+    accepts = _keywords(call)
+    if accepts is not None and isinstance(call, BoundFunction):
+        accepts = accepts.difference(call.keywords)
+    needed = [p for p in _parameters(call) or [] if p.default is p.empty]
+    positional = [p.name for p in needed if p.kind is p.POSITIONAL_ONLY]
+    if positional:
+        raise UserError(
+            f"{setting}: {name} takes {', '.join(positional)} by position only, but reward functions are "
+            "called with keyword arguments: prompts, completions, completion_ids and the dataset's columns"
+        )
+    required = frozenset(p.name for p in needed if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    return RewardFunction(name, weight, call, timeout_s, on_error, accepts, required)
+
+
+def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """The parameters of a call, or None where Python does not know them (some built-in functions)."""
+    try:
+        return list(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _keywords(target: Callable[..., Any]) -> frozenset[str] | None:
+    """Names that can be passed by keyword, or None when any can."""
+    parameters = _parameters(target)
+    if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None
+    return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+
+
+def _model_params() -> frozenset[str]:
+    return (_keywords(RewardModel) or frozenset()) - {"name"}
+
+
+def _refuse_unknown_params(params: Mapping[str, Any], taken: frozenset[str] | None, where: str) -> None:
+    """Raise UserError naming the `params` that are not taken, and those that are."""
+    if taken is None:
+        return
+    unknown = [name for name in params if name not in taken]
+    if unknown:
+        choices = ", ".join(sorted(taken.difference(GIVEN_ARGUMENTS))) or "nothing"
+        raise UserError(f"{where} does not take {', '.join(unknown)}; params can be: {choices}")
+
+
+def _own_name(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", None) or type(function).__name__)

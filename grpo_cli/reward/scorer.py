@@ -1,0 +1,384 @@
+"""Calls every reward function on the completions of a step and hands back one checked matrix.
+
+Reward functions are other people's code: they hang, raise, miscount and change what they were given. Whatever
+they do ends as a column of numbers or as an error that names the function, the step and a sample. It must
+never change the training data, and a failure must never become a score. No torch import: `grpo check` scores.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import math
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from itertools import islice
+from numbers import Complex, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_cli.errors import RunError, StoppedBySignal, UserError
+from grpo_cli.reward.registry import RewardFunction, is_async
+
+logger = logging.getLogger("grpo_cli")
+
+PACKAGE = Path(__file__).parents[1]
+
+PASSED_ON = (KeyboardInterrupt, StoppedBySignal)
+"""What ends the run wherever it is raised, and so is no error of the function that was running."""
+
+SAMPLE_CHARACTERS = 200
+
+GRACE_S = 1.0
+"""How long the event loop may be late in ending a call; after that it is taken to be blocked."""
+
+
+class RewardError(RunError):
+    """A reward function failed, or returned something that is not one number or None per completion."""
+
+
+@dataclass(frozen=True)
+class ScoringBatch:
+    """What the functions are called with; every list has one entry per completion."""
+
+    prompts: list[Any]
+    """Strings or lists of messages."""
+    completions: list[Any]
+    """Strings or lists of messages."""
+    completion_ids: list[list[int]]
+    """Token ids of each completion."""
+    columns: dict[str, list[Any]]
+    """The dataset's other columns."""
+
+    def __post_init__(self) -> None:
+        lists = {"prompts": self.prompts, "completion_ids": self.completion_ids, **self.columns}
+        for name, values in lists.items():
+            if len(values) != len(self.completions):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.completions)} completions")
+
+
+class Scorer:
+    """The reward functions of a run, called together once per step.
+
+    Plain functions run in order on the calling thread; at the same time, those with a timeout run on threads
+    of their own and `async` ones on an event loop, which stays, so that a client made in one step works in
+    the next. A plain function that overruns its timeout is left running: Python cannot end a thread.
+    """
+
+    def __init__(self, functions: Sequence[RewardFunction]) -> None:
+        """Take the functions in the order of the matrix's columns.
+
+        Raises:
+            UserError: two functions have the same name, so their metrics would be mixed.
+        """
+        self.functions = list(functions)
+        self.names = [function.name for function in self.functions]
+        self.weights = [function.weight for function in self.functions]
+        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+        if repeated:
+            raise UserError(f"rewards: more than one is named {', '.join(repeated)}; give each its own name")
+        self._loop = _LoopThread()
+        weakref.finalize(self, self._loop.leave)
+
+    def score(self, batch: ScoringBatch, *, step: int) -> np.ndarray:
+        """Call every function once on all completions.
+
+        Args:
+            batch: prompts, completions and columns; never changed by a reward function.
+            step: for messages.
+
+        Returns:
+            (N, K) float64: a row per completion, a column per function, NaN where it returned None.
+
+        Raises:
+            RewardError: a function with `on_error: raise` failed, timed out, or returned something unusable.
+        """
+        count = len(batch.completions)
+        scores = np.full((count, len(self.functions)), np.nan)
+        if not count:
+            return scores
+        calls: dict[int, _Call] = {}  # those that run beside this thread
+        blocked = False
+        try:
+            for k, function in enumerate(self.functions):
+                if is_async(function.call) or function.timeout_s is not None:
+                    calls[k] = self._start_aside(function, batch)
+            for k, function in enumerate(self.functions):
+                if k not in calls:
+                    ended = self._call_here(function, batch)
+                    if isinstance(ended, _Outcome):
+                        scores[:, k] = _column(function, ended, batch, step)
+                    else:
+                        calls[k] = ended
+            for k, call in calls.items():
+                outcome = call.outcome()
+                blocked |= call.on_loop and not outcome.ended
+                scores[:, k] = _column(self.functions[k], outcome, batch, step)
+        finally:
+            for call in calls.values():
+                call.future.cancel()
+            if blocked:
+                self._loop.leave()
+        return scores
+
+    def _start_aside(self, function: RewardFunction, batch: ScoringBatch) -> _Call:
+        """Start a function on the event loop or on a thread of its own, and do not wait."""
+        start, count, timeout_s = _prepared(function, batch), len(batch.completions), function.timeout_s
+        if is_async(function.call):
+            coroutine = _await_outcome(start, count, timeout_s)
+            deadline = None if timeout_s is None else time.monotonic() + timeout_s + GRACE_S
+            return _Call(self._loop.submit(coroutine), deadline, on_loop=True)
+        future: Future[_Outcome] = Future()
+        loop = self._loop
+
+        def work() -> None:
+            future.set_running_or_notify_cancel()  # from here on cancel() does nothing
+            future.set_result(_outcome_in_thread(start, count, timeout_s or math.inf, loop))
+
+        threading.Thread(target=work, daemon=True, name=f"reward {function.name}").start()
+        return _Call(future, None if timeout_s is None else time.monotonic() + timeout_s)
+
+    def _call_here(self, function: RewardFunction, batch: ScoringBatch) -> _Outcome | _Call:
+        """Call a function on this thread; if it returns an awaitable, that goes to the event loop."""
+        try:
+            result = _prepared(function, batch)()
+            if inspect.isawaitable(result):
+                coroutine = _await_outcome(lambda: result, len(batch.completions), None)
+                return _Call(self._loop.submit(coroutine), None, on_loop=True)
+            return _Outcome(_checked(result, len(batch.completions)))
+        except BaseException as error:  # SystemExit too: a completion that is run may call exit()
+            return _Outcome(error=error)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How one call ended."""
+
+    values: list[float] | None = None
+    error: BaseException | None = None
+    timed_out: bool = False
+    ended: bool = True
+    """False if it is still running."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call that was started."""
+
+    future: Future[_Outcome]
+    deadline: float | None
+    """When to stop waiting, on the monotonic clock."""
+    on_loop: bool = False
+
+    def outcome(self) -> _Outcome:
+        """Wait for the end of the call, or for its deadline."""
+        wait_s = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            return self.future.result(wait_s)
+        except TimeoutError:
+            return _Outcome(timed_out=True, ended=False)
+        except CancelledError as error:  # the function cancelled the task that it ran in
+            return _Outcome(error=error)
+
+
+class _Unusable(Exception):
+    """What a function returned is not one number or None per completion."""
+
+    def __init__(self, message: str, index: int = 0) -> None:
+        super().__init__(message)
+        self.index = index
+
+
+class _LoopThread:
+    """An event loop on a daemon thread, started when first needed; the caller may have a loop of its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, coroutine: Coroutine[Any, Any, _Outcome]) -> Future[_Outcome]:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                thread = threading.Thread(
+                    target=_serve, args=(self._loop,), daemon=True, name="reward event loop"
+                )
+                thread.start()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def leave(self) -> None:
+        """Let the loop end when it can; the next submit starts another one."""
+        with self._lock:
+            loop, self._loop = self._loop, None
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(loop.stop)
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped, then cancel what is left on it."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(asyncio.sleep(0))
+    finally:
+        loop.close()
+
+
+async def _await_outcome(start: Callable[[], Any], count: int, timeout_s: float | None) -> _Outcome:
+    """Run a call to its end on the event loop. Raises nothing: an exception would end the loop's thread."""
+    began = time.monotonic()
+    scope = asyncio.timeout(timeout_s)
+    try:
+        async with scope:
+            result = start()
+            if inspect.isawaitable(result):
+                result = await result
+            values = _checked(result, count)
+    except BaseException as error:
+        return _Outcome(error=error, timed_out=scope.expired())
+    return _Outcome(values, timed_out=scope.expired() or time.monotonic() - began > (timeout_s or math.inf))
+
+
+def _outcome_in_thread(start: Callable[[], Any], count: int, timeout_s: float, loop: _LoopThread) -> _Outcome:
+    """Run a call to its end on this thread. Raises nothing: nobody would see it."""
+    began = time.monotonic()
+    try:
+        result = start()
+        if inspect.isawaitable(result):
+            left_s = max(0.0, began + timeout_s - time.monotonic())
+            return loop.submit(_await_outcome(lambda: result, count, left_s)).result()
+        values = _checked(result, count)
+    except BaseException as error:
+        return _Outcome(error=error)
+    return _Outcome(values, timed_out=time.monotonic() - began > timeout_s)
+
+
+def _prepared(function: RewardFunction, batch: ScoringBatch) -> Callable[[], Any]:
+    """The call with the arguments that the function accepts, each a copy of its own."""
+    offered = {
+        **batch.columns,
+        "prompts": batch.prompts,
+        "completions": batch.completions,
+        "completion_ids": batch.completion_ids,
+    }
+    arguments = {
+        name: [list(ids) for ids in values] if name == "completion_ids" else _copied(values)
+        for name, values in offered.items()
+        if function.accepts is None or name in function.accepts
+    }
+    return lambda: function.call(**arguments)
+
+
+def _copied(value: Any) -> Any:
+    """Lists and dicts copied all the way down, so that changing a message changes nobody else's."""
+    if type(value) is list:
+        return [_copied(item) for item in value]
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    return value
+
+
+def _checked(result: Any, count: int) -> list[float]:
+    """One float per completion, NaN for None.
+
+    Raises:
+        _Unusable: it is something else.
+    """
+    wanted = "a list with one number or None per completion"
+    if result is None or isinstance(result, str | bytes | bytearray | Mapping | Set):
+        kind = "None" if result is None else f"a {type(result).__name__}"
+        raise _Unusable(f"returned {kind} instead of {wanted}")
+    # One copy for a whole tensor, where reading entry by entry would wait for the GPU each time.
+    values = result.tolist() if hasattr(result, "tolist") else result
+    try:
+        entries: Iterator[Any] = iter(values)
+    except TypeError:
+        raise _Unusable(f"returned a {type(result).__name__} instead of {wanted}") from None
+    listed = list(islice(entries, count + 1))
+    if len(listed) != count:
+        number = len(values) if hasattr(values, "__len__") else len(listed)
+        more = " or more" if number == len(listed) > count and not hasattr(values, "__len__") else ""
+        raise _Unusable(f"returned {number}{more} values for {count} completions")
+    return [math.nan if value is None else _number(value, index) for index, value in enumerate(listed)]
+
+
+def _number(value: Any, index: int) -> float:
+    """A finite real number as a float.
+
+    Raises:
+        _Unusable: it is not one.
+    """
+    shape = tuple(getattr(value, "shape", ()))
+    scalar = not isinstance(value, str | bytes) and hasattr(value, "__float__") and not shape
+    if isinstance(value, Complex) and not isinstance(value, Real):
+        scalar = False
+    if isinstance(value, np.generic) and value.dtype.kind not in "biuf":
+        scalar = False
+    if not scalar:
+        kind = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
+        raise _Unusable(f"value {index} is {kind}, not a number: {_short(value)}", index)
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _Unusable(f"value {index} is not a number: {error}", index) from error
+    if math.isnan(number):
+        raise _Unusable(f"value {index} is nan; return None for 'does not apply'", index)
+    if math.isinf(number):
+        raise _Unusable(f"value {index} is {number}, not a finite number", index)
+    return number
+
+
+def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, step: int) -> list[float]:
+    """The function's column; on a failure NaN with a warning, or an error, as `on_error` says.
+
+    Raises:
+        RewardError: the call failed and `on_error` is raise.
+    """
+    error = outcome.error
+    if isinstance(error, PASSED_ON):
+        raise error
+    if outcome.values is not None and not outcome.timed_out:
+        return outcome.values
+    index = 0
+    if outcome.timed_out:
+        what = f"took longer than {function.timeout_s:g} seconds (timeout_s)"
+    elif isinstance(error, _Unusable):
+        what, index = str(error), error.index
+    else:
+        what = f"raised {_described(error)}"
+    message = (
+        f"reward {function.name}, step {step}: {what}\n"
+        f"  prompt {index}: {_short(batch.prompts[index])}\n"
+        f"  completion {index}: {_short(batch.completions[index])}"
+    )
+    if function.on_error == "raise":
+        raise RewardError(message) from error
+    logger.warning(message)
+    return [math.nan] * len(batch.completions)
+
+
+def _described(error: BaseException | None) -> str:
+    """`Type: message at file:line`, where the line is the last one outside this package."""
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    outside = [frame for frame in frames if not Path(frame.filename).is_relative_to(PACKAGE)]
+    return f"{text} at {outside[-1].filename}:{outside[-1].lineno}" if outside else text
+
+
+def _short(value: Any) -> str:
+    """`repr`, with the middle left out where it is long."""
+    text = repr(value)
+    if len(text) <= SAMPLE_CHARACTERS:
+        return text
+    half = SAMPLE_CHARACTERS // 2 - 2
+    return f"{text[:half]} … {text[-half:]}"

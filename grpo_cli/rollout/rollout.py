@@ -1,0 +1,67 @@
+"""A step's completions, and the shapes that rewards and training want them in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_cli.algorithm.packing import Group
+from grpo_cli.data.prompts import Prompt
+from grpo_cli.reward.scorer import ScoringBatch
+from grpo_cli.rollout.engine import Completion, RolloutEngine, SampleKey
+
+
+@dataclass(frozen=True)
+class Rollout:
+    prompts: list[Prompt]
+    """P prompts."""
+    completions: list[Completion]
+    """N = P·G completions; those of a prompt are neighbours."""
+    num_generations: int
+    """G."""
+
+    def groups(self) -> list[Group]:
+        """The P groups, as packing takes them."""
+        size = self.num_generations
+        return [
+            Group(
+                prompt.token_ids,
+                [completion.token_ids for completion in self.completions[size * index : size * (index + 1)]],
+                range(size * index, size * (index + 1)),
+            )
+            for index, prompt in enumerate(self.prompts)
+        ]
+
+    def scoring_batch(self) -> ScoringBatch:
+        """What reward functions see: every list has N entries."""
+        repeated = [prompt for prompt in self.prompts for _ in range(self.num_generations)]
+        columns = list(self.prompts[0].columns) if self.prompts else []
+        return ScoringBatch(
+            prompts=[prompt.content for prompt in repeated],
+            completions=[
+                as_reply(completion.text, prompt)
+                for prompt, completion in zip(repeated, self.completions, strict=True)
+            ],
+            completion_ids=[list(completion.token_ids) for completion in self.completions],
+            columns={name: [prompt.columns[name] for prompt in repeated] for name in columns},
+        )
+
+    def num_tokens(self) -> int:
+        """Prompt and completion tokens, the prompt counted once for each completion, as TRL counts them."""
+        prompts = sum(len(prompt.token_ids) for prompt in self.prompts) * self.num_generations
+        return prompts + sum(len(completion.token_ids) for completion in self.completions)
+
+
+def generate_rollout(
+    engine: RolloutEngine, prompts: Sequence[Prompt], key: SampleKey, num_generations: int
+) -> Rollout:
+    """Generate `num_generations` completions for each prompt; prompt i draws from the random stream (*key, i)."""
+    keys = [(*key, index) for index in range(len(prompts))]
+    groups = engine.generate([prompt.token_ids for prompt in prompts], keys, num_generations)
+    return Rollout(list(prompts), [completion for group in groups for completion in group], num_generations)
+
+
+def as_reply(text: str, prompt: Prompt) -> str | list[dict[str, Any]]:
+    """A completion in the shape of its prompt: text, or one assistant message."""
+    return text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]

@@ -1,0 +1,85 @@
+"""User code that watches a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from grpo_cli.errors import UserError
+from grpo_cli.plugins import load_object
+from grpo_cli.recipe.schema import Recipe
+
+EVENTS = ("on_train_start", "on_step_end", "on_evaluate", "on_checkpoint", "on_train_end")
+
+
+@dataclass
+class TrainState:
+    """What a callback sees. It may set `stop` to end the run after the current step."""
+
+    recipe: Recipe
+    model: Any
+    """The policy, a transformers model (or its PEFT wrapper)."""
+    tokenizer: Any
+    output_dir: Path
+    max_steps: int
+    step: int = 0
+    """Steps done."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last step."""
+    stop: bool = False
+
+
+class Callback:
+    """Base of callbacks: override what you need. An exception in a callback ends the run."""
+
+    def on_train_start(self, state: TrainState) -> None:
+        """Before the first step of this process, resumed or not."""
+
+    def on_step_end(self, state: TrainState) -> None:
+        """After the optimizer steps of a step; `state.metrics` holds its metrics and goes to the trackers next,
+        so what is added to it is logged."""
+
+    def on_evaluate(self, state: TrainState) -> None:
+        """After an evaluation; `state.metrics` holds the `eval_…` metrics."""
+
+    def on_checkpoint(self, state: TrainState) -> None:
+        """After a checkpoint was written."""
+
+    def on_train_end(self, state: TrainState) -> None:
+        """After the last step, before the final model is written."""
+
+
+def load_callbacks(paths: Sequence[str]) -> list[Any]:
+    """The recipe's `train.callbacks`: classes are instantiated, objects are taken as they are.
+
+    Raises:
+        UserError: one is not there, cannot be made, or has none of the callback's methods.
+    """
+    callbacks = []
+    for index, path in enumerate(paths):
+        setting = f"train.callbacks.{index}"
+        target = load_object(path, setting=setting)
+        if isinstance(target, type):
+            try:
+                target = target()
+            except TypeError as error:
+                raise UserError(f"{setting}: {path}() failed: {error}") from error
+        callbacks.append(check_callback(target, setting))
+    return callbacks
+
+
+def check_callback(callback: Any, setting: str) -> Any:
+    """Return `callback` if it answers at least one event."""
+    if not any(callable(getattr(callback, event, None)) for event in EVENTS):
+        raise UserError(f"{setting}: {callback!r} has none of the methods {', '.join(EVENTS)}")
+    return callback
+
+
+def notify(callbacks: Sequence[Any], event: str, state: TrainState) -> None:
+    """Call `event` on every callback that has it."""
+    for callback in callbacks:
+        method = getattr(callback, event, None)
+        if method is not None:
+            method(state)

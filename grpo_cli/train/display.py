@@ -1,0 +1,95 @@
+"""The screen of a run: a progress bar on a terminal, one line a step elsewhere, tables of completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.train.metrics import Metrics
+
+SHOWN_CHARACTERS = 300
+"""Of a prompt's end and a completion's start in a table."""
+
+LINE_METRICS = {
+    "reward": "reward",
+    "kl": "kl",
+    "completions/mean_length": "length",
+    "loss": "loss",
+    "grad_norm": "grad",
+    "entropy": "entropy",
+    "eval_reward": "eval reward",
+}
+"""Metric to its name on the screen, in this order, where a step has it."""
+
+
+class Display:
+    """Shows the steps of a run while it is entered as a context."""
+
+    def __init__(self, console: Console, max_steps: int, every: int) -> None:
+        self.console = console
+        self.every = every
+        self._progress = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[line]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=max_steps, line="")
+        self._max_steps = max_steps
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, metrics: Metrics) -> None:
+        step = int(metrics["step"])
+        line = step_line(metrics)
+        self._progress.update(self._task, completed=step, line=line)
+        is_last = step == self._max_steps
+        if not self.console.is_terminal and (step % self.every == 0 or is_last):
+            self.console.print(f"step {step}/{self._max_steps}  {line}", soft_wrap=True, highlight=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+    def completions(
+        self, title: str, rollout: Rollout, names: Sequence[str], rewards: torch.Tensor, limit: int = 3
+    ) -> None:
+        """A table of the first completion of the first `limit` prompts with its rewards."""
+        table = Table(title=title, show_lines=True)
+        for column in ("prompt (end)", "completion", *names):
+            table.add_column(column)
+        for index in range(min(limit, len(rollout.prompts))):
+            row = index * rollout.num_generations
+            scores = [f"{score:.3g}" for score in rewards[row].tolist()]
+            prompt = ending(rollout.prompts[index].content)
+            table.add_row(escape(prompt), escape(rollout.completions[row].text[:SHOWN_CHARACTERS]), *scores)
+        self.console.print(table)
+
+
+def step_line(metrics: Metrics) -> str:
+    """`reward -81.2  length 23.5  …  410 tokens/s`."""
+    parts = [f"{label} {metrics[name]:.4g}" for name, label in LINE_METRICS.items() if name in metrics]
+    return "  ".join([*parts, f"{metrics['tokens_per_second']:.0f} tokens/s"])
+
+
+def ending(content: str | list[dict[str, Any]]) -> str:
+    """The last characters of a prompt, where its question usually is."""
+    text = content if isinstance(content, str) else str(content[-1]["content"])
+    return text if len(text) <= SHOWN_CHARACTERS else "…" + text[-SHOWN_CHARACTERS:]

@@ -1,0 +1,136 @@
+"""The numbers of a step: computed here, written to `metrics.jsonl`, named as TRL names them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_cli.algorithm.advantages import nan_std, weighted_sum
+from grpo_cli.algorithm.losses import LossOutput
+from grpo_cli.rollout.engine import Completion
+
+Metrics = dict[str, float]
+
+
+class MetricMeans:
+    """Combines the metrics of micro-batches: means by their weights, `_min` and `_max` by extremes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
+        self._extremes: Metrics = {}
+
+    def add(self, output: LossOutput) -> None:
+        for name, value in output.metrics.items():
+            if name in output.weights:
+                self.add_value(name, value, output.weights[name])
+            else:
+                pick = min if name.endswith("_min") else max
+                self._extremes[name] = pick(self._extremes.get(name, value), value)
+
+    def add_value(self, name: str, value: float, weight: float = 1.0) -> None:
+        self._sums[name] += value * weight
+        self._weights[name] += weight
+
+    def result(self) -> Metrics:
+        means = {name: total / max(self._weights[name], 1e-12) for name, total in self._sums.items()}
+        return means | self._extremes
+
+
+class StepClock:
+    """Seconds spent in each phase of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[phase] += time.perf_counter() - start
+
+    def result(self, num_tokens: int) -> Metrics:
+        """`time/<phase>` and prompt and completion tokens per second."""
+        total = sum(self.seconds.values())
+        times = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        return times | {"time/step": total, "tokens_per_second": num_tokens / max(total, 1e-9)}
+
+
+def reward_metrics(
+    rewards: torch.Tensor, names: Sequence[str], weights: Sequence[float], num_generations: int
+) -> Metrics:
+    """Mean and spread of the rewards, per function and weighted.
+
+    Args:
+        rewards: (N, K), NaN where a function did not apply.
+        names: of the K functions.
+        weights: of the K functions.
+        num_generations: G.
+    """
+    metrics: Metrics = {}
+    for index, name in enumerate(names):
+        metrics[f"rewards/{name}/mean"] = rewards[:, index].nanmean().item()
+        metrics[f"rewards/{name}/std"] = _std_or_nan(rewards[:, index])
+    total = weighted_sum(rewards, weights)  # (N,)
+    spread = nan_std(total.view(-1, num_generations), dim=1)  # (P, 1)
+    flat = torch.isclose(spread, torch.zeros_like(spread))
+    metrics["reward"] = total.nanmean().item()
+    metrics["reward_std"] = _std_or_nan(total)
+    metrics["frac_reward_zero_std"] = flat.double().mean().item()
+    return metrics
+
+
+def _std_or_nan(values: torch.Tensor) -> float:
+    return nan_std(values, dim=0).item() if (~values.isnan()).any() else math.nan
+
+
+def completion_metrics(completions: Sequence[Completion]) -> Metrics:
+    """Lengths in tokens, of all completions and of those that ended by themselves."""
+    lengths = [len(completion.token_ids) for completion in completions]
+    terminated = [len(c.token_ids) for c in completions if c.finish_reason == "stop"]
+    metrics = {"completions/clipped_ratio": 1 - len(terminated) / len(completions)}
+    for kind, values in (("", lengths), ("terminated_", terminated or [0])):
+        metrics[f"completions/mean_{kind}length"] = statistics.fmean(values)
+        metrics[f"completions/min_{kind}length"] = min(values)
+        metrics[f"completions/max_{kind}length"] = max(values)
+    return metrics
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line and step; a NaN is written as null.
+
+    Args:
+        path: of the file.
+        first_step: steps before it are kept, those from it on are cut off, since they will be run again.
+    """
+
+    def __init__(self, path: Path, first_step: int) -> None:
+        self.path = path
+        kept = [row for row in read_metrics(path) if row["step"] <= first_step] if path.exists() else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self.history: list[dict[str, Any]] = kept
+
+    def append(self, metrics: Metrics) -> None:
+        row = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        self.history.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]

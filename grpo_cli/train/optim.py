@@ -1,0 +1,48 @@
+"""The optimizer and the learning-rate schedule of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import get_scheduler
+
+from grpo_cli.errors import UserError
+from grpo_cli.plugins import load_object
+from grpo_cli.recipe.schema import OptimConfig
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, or what the recipe's factory makes of them.
+
+    Raises:
+        UserError: the factory is not there, refuses its arguments, or does not return an optimizer.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if config.name == "adamw":
+        groups = [
+            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        groups = [group for group in groups if group["params"]]
+        return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+    factory = load_object(config.name, setting="optim.name")
+    try:
+        optimizer = factory(trainable, lr=config.learning_rate, **config.params)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.params: {config.name} refused its arguments: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(
+            f"optim.name: {config.name} returned a {type(optimizer).__name__}, not a torch optimizer"
+        )
+    return optimizer
+
+
+def build_scheduler(optimizer: Any, config: OptimConfig, num_optimizer_steps: int) -> Any:
+    """The recipe's schedule over all optimizer steps of the run."""
+    return get_scheduler(
+        config.scheduler,
+        optimizer,
+        num_warmup_steps=round(config.warmup_ratio * num_optimizer_steps),
+        num_training_steps=num_optimizer_steps,
+    )

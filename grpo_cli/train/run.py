@@ -1,0 +1,213 @@
+"""Puts a run together from its recipe: everything that the loop needs, in one place.
+
+All that can be wrong with a recipe's files, rewards and model is found here, before the first step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from grpo_cli.algorithm.packing import Pack
+from grpo_cli.data.prompts import PromptDataset
+from grpo_cli.data.rows import PromptRows, load_rows
+from grpo_cli.data.sampler import PromptSampler
+from grpo_cli.errors import UserError
+from grpo_cli.policy.logprobs import shares_prompts
+from grpo_cli.policy.model import Reference, load_policy, load_tokenizer
+from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.reward.registry import RewardFunction, missing_columns, reward_from_callable, resolve_rewards
+from grpo_cli.reward.scorer import Scorer
+from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.transformers_engine import TransformersEngine
+
+TRAIN_STREAM = 0
+"""Rollouts draw from this stream of random numbers; evaluations have their own."""
+
+MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens of a forward pass where the recipe does not say: on a CPU short packs waste less attention."""
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What a Python caller has as objects, in place of the recipe's names."""
+
+    model: Any = None
+    tokenizer: Any = None
+    rewards: Sequence[Callable[..., Any]] | None = None
+    train_data: Any = None
+    eval_data: Any = None
+    callbacks: Sequence[Any] = ()
+    optimizer: Any = None
+
+
+@dataclass
+class Run:
+    """The parts of a run."""
+
+    recipe: Recipe
+    folder: Path
+    accelerator: Accelerator
+    model: Any
+    tokenizer: Any
+    reference: Reference | None
+    autocast: Autocast
+    engine: RolloutEngine
+    scorer: Scorer
+    dataset: PromptDataset
+    eval_dataset: PromptDataset | None
+    sampler: PromptSampler
+    shared_prompt: bool
+    """Whether the model takes shared-prompt packs."""
+    token_budget: int
+    max_steps: int
+    notes: list[str] = field(default_factory=list)
+    """What the user should know before the run starts."""
+
+    def to_device(self, pack: Pack) -> Pack:
+        return pack.to(self.accelerator.device)
+
+    def seed_step(self, step: int) -> None:
+        """Make all randomness of a step a function of (seed, step), so that a resumed run repeats it."""
+        state = np.random.SeedSequence([self.recipe.train.seed, step]).generate_state(1)
+        set_seed(int(state[0]))
+
+
+def load_prompt_rows(recipe: Recipe, objects: Objects) -> tuple[PromptRows, PromptRows | None]:
+    """The training prompts, and the held-out ones if there are any, before tokenisation."""
+    train_rows = load_rows(recipe.data, setting="data", data=objects.train_data)
+    if recipe.data.eval is None:
+        return train_rows, None
+    return train_rows, load_rows(recipe.data.eval, setting="data.eval", data=objects.eval_data)
+
+
+def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | None]) -> Scorer:
+    """The reward functions, checked against the columns that they will be given.
+
+    Raises:
+        UserError: a function cannot be found or made, or needs a column that the data lacks.
+    """
+    if objects.rewards is not None:
+        weights = [reward.weight for reward in recipe.rewards]
+        names = [reward.metric_name for reward in recipe.rewards]
+        functions = [
+            reward_from_callable(function, name=name, weight=weight)
+            for function, name, weight in zip(objects.rewards, names, weights, strict=True)
+        ]
+    else:
+        functions = resolve_rewards(recipe.rewards)
+    for part in rows:
+        if part is not None:
+            check_columns(functions, part)
+    return Scorer(functions)
+
+
+def check_columns(functions: Sequence[RewardFunction], rows: PromptRows) -> None:
+    """Raise UserError if a function requires a column that `rows` lacks."""
+    for function in functions:
+        missing = missing_columns(function, rows.columns)
+        if missing:
+            raise UserError(
+                f"reward {function.name} needs the column {', '.join(missing)}, which {rows.setting} does not "
+                f"have (it has: {', '.join(rows.columns) or 'none beside the prompt'}); "
+                f"rename one with {rows.setting}.columns, or give the argument a default"
+            )
+
+
+def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) -> Run:
+    """Load data, rewards and model.
+
+    Raises:
+        UserError: something that the recipe names cannot be used.
+    """
+    rows, eval_rows = load_prompt_rows(recipe, objects)
+    scorer = load_scorer(recipe, objects, [rows, eval_rows])
+    tokenizer = load_tokenizer(recipe.model, tokenizer=objects.tokenizer)
+    template = recipe.model.chat_template_kwargs
+    dataset = PromptDataset(rows, tokenizer, chat_template_kwargs=template)
+    eval_dataset = PromptDataset(eval_rows, tokenizer, chat_template_kwargs=template) if eval_rows else None
+
+    accelerator = Accelerator(mixed_precision="no")
+    set_seed(recipe.train.seed)
+    model = load_policy(recipe.model, model=objects.model)
+    reference = None
+    if with_reference and recipe.loss.beta > 0:
+        reference = Reference(model, recipe.model).to(accelerator.device)
+    model.to(accelerator.device)
+    autocast = autocast_for(recipe.model, accelerator.device)
+    engine = TransformersEngine(model, tokenizer, recipe.generation, autocast)
+    with autocast():
+        shared_prompt = shares_prompts(model)
+    device_type = accelerator.device.type
+    run = Run(
+        recipe=recipe,
+        folder=Path(recipe.train.output_dir).expanduser(),
+        accelerator=accelerator,
+        model=model,
+        tokenizer=tokenizer,
+        reference=reference,
+        autocast=autocast,
+        engine=engine,
+        scorer=scorer,
+        dataset=dataset,
+        eval_dataset=eval_dataset,
+        sampler=PromptSampler(
+            len(dataset), recipe.train.prompts_per_step, recipe.train.seed, recipe.data.shuffle
+        ),
+        shared_prompt=shared_prompt,
+        token_budget=recipe.train.max_tokens_per_microbatch or MICROBATCH_TOKENS.get(device_type, 4096),
+        max_steps=number_of_steps(recipe, len(dataset)),
+    )
+    run.notes = list(_notes(run))
+    return run
+
+
+def _notes(run: Run) -> Sequence[str]:
+    notes = []
+    for data, limit in (
+        (run.dataset, run.recipe.data.max_prompt_tokens),
+        (run.eval_dataset, run.recipe.data.eval.max_prompt_tokens if run.recipe.data.eval else None),
+    ):
+        if data is not None and (data.dropped or data.truncated):
+            done = f"dropped {data.dropped}" if data.dropped else f"truncated {data.truncated}"
+            total = len(data) + data.dropped
+            notes.append(f"{data.rows.setting}: {done} of {total} prompts over {limit} tokens")
+    if not run.shared_prompt:
+        notes.append("this model cannot take shared-prompt packs: each completion is a row of its own")
+    return notes
+
+
+def number_of_steps(recipe: Recipe, num_prompts: int) -> int:
+    """`train.max_steps`, or the steps that `train.epochs` passes over the prompts take."""
+    if recipe.train.max_steps is not None:
+        return recipe.train.max_steps
+    assert recipe.train.epochs is not None
+    return math.ceil(recipe.train.epochs * num_prompts / recipe.train.prompts_per_step)
+
+
+def autocast_for(config: ModelConfig, device: torch.device) -> Autocast:
+    """Context manager factory for the precision of forward passes.
+
+    Raises:
+        UserError: bfloat16 is asked for on a GPU that has none.
+    """
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    wanted = config.compute_dtype
+    if wanted == "auto":
+        wanted = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise UserError("model.compute_dtype: this GPU has no bfloat16; write float32")
+    if wanted == config.dtype or wanted == "float32":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -1,0 +1,140 @@
+"""What lasts over the steps of a run: optimizer, position, files, screen, callbacks and signals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from grpo_cli.errors import StoppedBySignal
+from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
+from grpo_cli.train.checkpoint import Position, load_checkpoint, open_run_folder, save_checkpoint
+from grpo_cli.train.display import Display
+from grpo_cli.train.evaluate import evaluate
+from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
+from grpo_cli.train.optim import build_optimizer, build_scheduler
+from grpo_cli.train.run import Objects, Run
+from grpo_cli.train.signals import StopRequest
+from grpo_cli.train.trackers import Trackers, save_completions
+
+
+class Session:
+    """Opens the run's folder and restores its last checkpoint.
+
+    Args:
+        run: the parts of the run.
+        objects: the Python caller's optimizer and callbacks.
+        resume: go on from the last checkpoint.
+        stop_request: set by signals.
+        display: the screen.
+
+    Raises:
+        UserError: the folder holds a run that this one cannot continue, or a callback cannot be loaded.
+    """
+
+    def __init__(
+        self, run: Run, objects: Objects, stop_request: StopRequest, display: Display, *, resume: bool
+    ) -> None:
+        self.run = run
+        train = run.recipe.train
+        paths = load_callbacks(train.callbacks)
+        given = [check_callback(callback, "callbacks") for callback in objects.callbacks]
+        self.callbacks = [*paths, *given]
+        optimizer = objects.optimizer or build_optimizer(run.model, run.recipe.optim)
+        steps = run.max_steps * train.num_iterations * train.optimizer_steps_per_rollout
+        self.optimizer = run.accelerator.prepare_optimizer(optimizer)
+        self.scheduler = build_scheduler(optimizer, run.recipe.optim, steps)
+        self.position = Position()
+        checkpoint = open_run_folder(run.recipe, resume=resume)
+        if checkpoint is not None:
+            self.position = load_checkpoint(checkpoint, run.model, self.optimizer, self.scheduler)
+        self.resumed_from = checkpoint
+        self.metrics_file = MetricsFile(run.folder / "metrics.jsonl", self.position.step)
+        self.trackers = Trackers(run.recipe, self.position.step)
+        self.display = display
+        self.stop_request = stop_request
+        self.state = TrainState(run.recipe, run.model, run.tokenizer, run.folder, run.max_steps)
+
+    def start(self) -> None:
+        self.state.step = self.position.step
+        notify(self.callbacks, "on_train_start", self.state)
+
+    def finish_step(
+        self,
+        metrics: Metrics,
+        clock: StepClock,
+        rollout: Rollout,
+        rewards: torch.Tensor,
+        advantages: torch.Tensor,
+    ) -> None:
+        """Evaluate, log, checkpoint, and stop if asked to, in this order.
+
+        Raises:
+            StoppedBySignal: after its checkpoint was written.
+            RunError: a checkpoint could not be written.
+        """
+        run, step = self.run, self.position.step
+        numbers = {"step": step, "epoch": run.sampler.epoch(step), "num_tokens": self.position.num_tokens}
+        self.state.step = step
+        self.state.metrics = numbers | metrics | clock.result(rollout.num_tokens())
+        save_completions(run.folder, step, rollout, run.scorer.names, rewards, advantages)
+        if self._evaluates(step):
+            self.state.metrics |= self._evaluate(step)
+            notify(self.callbacks, "on_evaluate", self.state)
+        notify(self.callbacks, "on_step_end", self.state)
+        self.metrics_file.append(self.state.metrics)
+        self.trackers.log(self.state.metrics, step)
+        self.display.step(self.state.metrics)
+        every = run.recipe.logging.print_completions
+        if every and step % every == 0:
+            self.display.completions(f"step {step}", rollout, run.scorer.names, rewards)
+        stop = self.stop_request.name
+        if stop or (run.recipe.train.save_every and step % run.recipe.train.save_every == 0):
+            self._save_checkpoint()
+        if stop and step < run.max_steps:
+            raise StoppedBySignal(f"{stop}: stopped after step {step}; continue with --resume")
+
+    def _evaluates(self, step: int) -> bool:
+        every = self.run.recipe.train.eval_every
+        is_last = step == self.run.max_steps
+        return self.run.eval_dataset is not None and (is_last or (every is not None and step % every == 0))
+
+    def _evaluate(self, step: int) -> Metrics:
+        run = self.run
+        assert run.eval_dataset is not None
+        clock = StepClock()
+        with clock("eval"):
+            metrics = evaluate(
+                run.engine,
+                run.scorer,
+                run.eval_dataset,
+                seed=run.recipe.train.seed,
+                step=step,
+                num_generations=run.recipe.generation.num_generations,
+                prompts_per_batch=run.recipe.train.prompts_per_step,
+            )
+        return metrics | {"time/eval": clock.seconds["eval"]}
+
+    def _save_checkpoint(self) -> None:
+        path = save_checkpoint(
+            self.run.folder,
+            self.position,
+            self.run.model,
+            self.run.tokenizer,
+            self.optimizer,
+            self.scheduler,
+            keep=self.run.recipe.train.keep_checkpoints,
+        )
+        self.display.note(f"checkpoint written: {path}")
+        notify(self.callbacks, "on_checkpoint", self.state)
+
+    def close(self) -> None:
+        self.trackers.finish()
+
+
+def mean_reward(rows: Sequence[dict[str, Any]]) -> float:
+    """Mean of the `reward` of some metrics rows, those without one left out."""
+    values = [row["reward"] for row in rows if row["reward"] is not None]
+    return sum(values) / len(values) if values else float("nan")

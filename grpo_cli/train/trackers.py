@@ -1,0 +1,83 @@
+"""Sends metrics to Accelerate's trackers (TensorBoard, Weights & Biases, ...) and completions to parquet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+from grpo_cli.errors import UserError
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.train.metrics import Metrics
+
+
+class Trackers:
+    """The recipe's `logging.trackers`.
+
+    Raises:
+        UserError: a tracker that Accelerate does not know, or whose package is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, first_step: int) -> None:
+        known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+        available = {str(name) for name in get_available_trackers()}
+        self._trackers: list[Any] = []
+        folder = Path(recipe.train.output_dir)
+        for index, name in enumerate(recipe.logging.trackers):
+            if name not in known:
+                raise UserError(f"logging.trackers.{index}: {name!r} is not one of {', '.join(known)}")
+            if name not in available:
+                raise UserError(f"logging.trackers.{index}: the package of {name} is not installed")
+            tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
+            if name == "tensorboard":
+                # Steps that a killed run logged after its checkpoint are logged again.
+                tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=first_step + 1)
+            elif tracker_class.requires_logging_directory:
+                tracker = tracker_class(folder.name, logging_dir=folder)
+            else:
+                tracker = tracker_class(folder.name)
+            tracker.start()
+            self._trackers.append(tracker)
+
+    def log(self, metrics: Metrics, step: int) -> None:
+        values = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            tracker.log(values, step=step)
+
+    def finish(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def save_completions(
+    folder: Path, step: int, rollout: Rollout, names: Sequence[str], rewards: Any, advantages: Any
+) -> None:
+    """Write one step's completions to `completions/step-00000N.parquet`.
+
+    Args:
+        folder: of the run.
+        step: counted from 1.
+        rollout: N completions.
+        names: of the K reward functions.
+        rewards: (N, K).
+        advantages: (N,).
+    """
+    batch = rollout.scoring_batch()
+    columns: dict[str, Any] = {
+        "step": [step] * len(rollout.completions),
+        "prompt": batch.prompts,
+        "completion": [completion.text for completion in rollout.completions],
+        "tokens": [len(completion.token_ids) for completion in rollout.completions],
+        "finish_reason": [completion.finish_reason for completion in rollout.completions],
+        "advantage": advantages.tolist(),
+    }
+    columns |= {f"reward/{name}": rewards[:, index].tolist() for index, name in enumerate(names)}
+    path = folder / "completions" / f"step-{step:06d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), path)
