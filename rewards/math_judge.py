@@ -118,9 +118,7 @@ class _Worker:
                 self.kill()
                 complaints.seek(0)
                 said = complaints.read()[-2000:].decode(errors="replace").strip()
-                raise RuntimeError(
-                    f"math-verify did not start within {_START_S:g} s: {said or 'it said nothing'}"
-                )
+                raise RuntimeError(f"math-verify did not start within {_START_S:g} s: {said or 'it said nothing'}")
 
     def ask(self, truth: str, completion: str) -> bool | None:
         """Return the verdict; None if the child died of the question or is still at it: then kill it."""

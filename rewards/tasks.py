@@ -141,9 +141,7 @@ def _values(name: str, column: Sequence[T | None] | None, task: str, rows: list[
     if not rows:
         return []
     if column is None:
-        raise ValueError(
-            f"the rows with task {task!r} need the dataset column {name!r}, which the dataset lacks"
-        )
+        raise ValueError(f"the rows with task {task!r} need the dataset column {name!r}, which the dataset lacks")
     if len(column) != length:
         raise ValueError(f"column {name!r} has {len(column)} entries for {length} completions")
     values = [value for row in rows if (value := column[row]) is not None]

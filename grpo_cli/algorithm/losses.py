@@ -88,9 +88,7 @@ def policy_loss(
     token_loss = surrogate.token_loss
     if config.off_policy_threshold is not None:
         sampler = old_logprobs if sampling_logprobs is None else sampling_logprobs
-        token_loss = token_loss * on_policy_mask(
-            logprobs, sampler, advantages, mask, config.off_policy_threshold
-        )
+        token_loss = token_loss * on_policy_mask(logprobs, sampler, advantages, mask, config.off_policy_threshold)
     if importance_ratio is not None and config.type != "vespo":
         token_loss = token_loss * importance_ratio
 
@@ -131,9 +129,7 @@ def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_token
     return float(mask.sum())
 
 
-def importance_ratio_of_level(
-    log_ratio: torch.Tensor, mask: torch.Tensor, config: LossConfig
-) -> torch.Tensor:
+def importance_ratio_of_level(log_ratio: torch.Tensor, mask: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """Policy over old policy: (B, T) per token, or (B, 1) the geometric mean of a completion (GSPO,
     arXiv:2507.18071 eq. 7)."""
     if config.importance_level == "sequence":
@@ -181,18 +177,14 @@ def _clipped(
     return Surrogate(token_loss, {name: value.to(ratio.dtype) for name, value in indicators.items()})
 
 
-def _cispo(
-    logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig
-) -> Surrogate:
+def _cispo(logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig) -> Surrogate:
     """-sg(min(ratio, eps_high))·A·log pi: the weight is clipped, the gradient never is (arXiv:2506.13585)."""
     token_loss = -ratio.clamp(max=config.clip_high).detach() * advantages * logprobs
     clipped = (ratio > config.clip_high) & (advantages > 0)
     return Surrogate(token_loss, {"cispo_clip_ratio": clipped.to(ratio.dtype)})
 
 
-def _sapo(
-    logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig
-) -> Surrogate:
+def _sapo(logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig) -> Surrogate:
     """-4/tau·sigmoid(tau·(ratio - 1))·A: a soft gate in place of the clip (SAPO, arXiv:2511.20347)."""
     tau = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
     return Surrogate(-torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages, {})

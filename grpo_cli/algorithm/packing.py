@@ -160,5 +160,3 @@ def _row_layout(groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor, to
     first = torch.tensor([len(prompt) - 1 for prompt, _ in rows])
     predictors = (first[:, None] + torch.arange(width)).clamp(max=input_ids.shape[1] - 1)  # (R, T)
     return input_ids, position_ids, (position_ids < lengths[:, None]).long(), predictors
-
-

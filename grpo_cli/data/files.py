@@ -209,9 +209,7 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
                 hint = ""
                 if number == 1 and path.suffix.lower() == ".json":
                     hint = "; a .json file holds an array of objects, or one object per line"
-                raise UserError(
-                    f"{path}:{number}: not JSON: {error.msg} at column {error.colno}{hint}"
-                ) from error
+                raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}{hint}") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: is {_kind(row)}; each line must be an object")
             yield row
@@ -270,9 +268,7 @@ def _check_utf8(path: Path) -> None:
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8"
-                ) from error
+                raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
 
 
 def _check_csv_fields(path: Path) -> None:

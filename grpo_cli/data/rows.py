@@ -47,9 +47,7 @@ class PromptRows:
     where: str
     """`setting` and, if the data were loaded, their name; for messages about a row."""
 
-    def __init__(
-        self, config: EvalDataConfig, *, setting: str = "data", table: pa.Table | None = None
-    ) -> None:
+    def __init__(self, config: EvalDataConfig, *, setting: str = "data", table: pa.Table | None = None) -> None:
         self.config = config
         self.setting = setting
         self.where = setting if table is not None else f"{setting}: {config.name}"
@@ -84,9 +82,7 @@ class PromptRows:
         if isinstance(prompt, str):
             return [opening, {"role": "user", "content": prompt}]
         if prompt[0]["role"] == "system":
-            raise self._error(
-                row, f"begins with a system message already; remove {self.setting}.system_prompt"
-            )
+            raise self._error(row, f"begins with a system message already; remove {self.setting}.system_prompt")
         return [opening, *prompt]
 
     def row_columns(self, row: int) -> dict[str, Any]:
@@ -206,9 +202,7 @@ class PromptRows:
         present = self._table.column_names
         name = self.config.prompt_column
         if name in present and _is_list_of_objects(self._table.schema.field(name).type):
-            raise UserError(
-                f"{key}: column {name} holds lists of messages, which are the prompt; remove {key}"
-            )
+            raise UserError(f"{key}: column {name} holds lists of messages, which are the prompt; remove {key}")
         used: dict[str, None] = {}
         for field in _template_fields(template, key):
             column = re.split(r"[.\[]", field)[0]

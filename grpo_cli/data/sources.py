@@ -52,9 +52,7 @@ def load_table(config: EvalDataConfig, setting: str) -> pa.Table:
     if path.is_file():
         raise UserError(f"{setting}.name: {path} is not a {file_kinds()} file")
     if not _HUB_ID.fullmatch(name):
-        raise UserError(
-            f"{setting}.name: {name!r} is not a file or folder here, and not a Hub id (owner/name)"
-        )
+        raise UserError(f"{setting}.name: {name!r} is not a file or folder here, and not a Hub id (owner/name)")
     return _from_hub(config, setting)
 
 
@@ -90,9 +88,7 @@ def _from_factory(config: EvalDataConfig, setting: str) -> pa.Table:
     factory = load_object(config.name, setting=setting)
     where = f"{setting}: {config.name}"
     if not callable(factory):
-        raise UserError(
-            f"{where} is not a function; it must be one that takes no arguments and returns the rows"
-        )
+        raise UserError(f"{where} is not a function; it must be one that takes no arguments and returns the rows")
     try:
         return table_from_object(factory(), config, where)
     except UserError:

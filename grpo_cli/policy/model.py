@@ -25,6 +25,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.errors import UserError
+from grpo_cli.policy.files import locate_gguf
 from grpo_cli.recipe.schema import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +51,7 @@ def load_policy(config: ModelConfig, *, model: Any = None, adapters: bool = True
             LoraConfig(
                 task_type="CAUSAL_LM",
                 r=config.lora.r,
-                lora_alpha=config.lora.alpha,  # type: ignore[arg-type]
+                lora_alpha=config.lora.alpha,
                 lora_dropout=config.lora.dropout,
                 target_modules=config.lora.target_modules,
                 modules_to_save=config.lora.modules_to_save or None,
@@ -107,31 +108,6 @@ def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
             "set model.tokenizer to one that has it"
         )
     return tokenizer
-
-
-def locate_gguf(name: str, gguf_file: str | None) -> tuple[str, str | None]:
-    """Split what a recipe names into a folder (or Hub id) and the GGUF file in it, if it is one.
-
-    Raises:
-        UserError: a local file or folder that is not there, or a folder with several GGUF files and no choice.
-    """
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise UserError(f"model.name: there is no file {name}")
-        return str(path.parent), path.name
-    if not path.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise UserError(f"model.name: there is no folder {name}")
-        return name, gguf_file
-    found = sorted(file.name for file in path.glob("*.gguf"))
-    if gguf_file is not None and gguf_file not in found:
-        raise UserError(f"model.gguf_file: there is no {gguf_file} in {name}; found {', '.join(found) or 'none'}")
-    if gguf_file is None and found and not (path / "config.json").exists():
-        if len(found) > 1:
-            raise UserError(f"model.gguf_file: {name} holds several, set it to one of {', '.join(found)}")
-        gguf_file = found[0]
-    return str(path), gguf_file
 
 
 def _from_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
@@ -239,4 +215,3 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
         if not any(part in key for part in adapter_parts):
             merged.setdefault(key, value)
     return merged
-

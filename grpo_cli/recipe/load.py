@@ -116,8 +116,8 @@ def read_yaml(path: Path) -> RawRecipe:
         values = loader.construct_document(node)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from error
+        place = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from error
     finally:
         loader.dispose()
     return RawRecipe(values, str(path), places)

@@ -114,9 +114,7 @@ def reward_from_callable(
     if not math.isfinite(weight):
         raise UserError(f"rewards: the weight of {shown} is {weight}, not a finite number")
     call = _with_params(function, {}, f"rewards: {shown}")
-    return _described(
-        call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", setting="rewards"
-    )
+    return _described(call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", setting="rewards")
 
 
 def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[str]:
@@ -127,6 +125,27 @@ def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[
         columns: names of the dataset's columns, after renames.
     """
     return sorted(function.required.difference(GIVEN_ARGUMENTS, columns))
+
+
+def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], setting: str) -> None:
+    """Check that a dataset has what the functions require.
+
+    Args:
+        functions: the reward functions.
+        columns: the dataset's, without the prompt column.
+        setting: `data` or `data.eval`, for the message.
+
+    Raises:
+        UserError: a required argument is no column.
+    """
+    for function in functions:
+        missing = missing_columns(function, columns)
+        if missing:
+            raise UserError(
+                f"reward {function.name} needs the column {', '.join(missing)}, which {setting} does not have "
+                f"(it has: {', '.join(columns) or 'none beside the prompt'}); rename one with "
+                f"{setting}.columns, or give the argument a default"
+            )
 
 
 def is_async(call: Callable[..., Any]) -> bool:
@@ -183,9 +202,7 @@ def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable
         raise UserError(f"{where} is of type {type(target).__name__}, not something to call")
     if not params:
         return target
-    if not (
-        inspect.isroutine(target) or isinstance(target, functools.partial) or hasattr(target, "__wrapped__")
-    ):
+    if not (inspect.isroutine(target) or isinstance(target, functools.partial) or hasattr(target, "__wrapped__")):
         raise UserError(
             f"{where} is an object that exists already, so params cannot reach it; "
             f"remove params, or name its class {type(target).__name__} instead"

@@ -56,9 +56,7 @@ class RewardModel:
         self.model, self.tokenizer = _load(name, dtype, trust_remote_code)
         if self.tokenizer.pad_token_id is None:
             if self.tokenizer.eos_token is None:
-                raise UserError(
-                    f"the tokenizer of {name} has neither a pad token nor an end token; give it one"
-                )
+                raise UserError(f"the tokenizer of {name} has neither a pad token nor an end token; give it one")
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.tokenizer.padding_side = "right"
         self.tokenizer.truncation_side = "left"
@@ -115,9 +113,7 @@ class RewardModel:
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.tensor(row)
             attention_mask[i, : len(row)] = 1
-        output = self.model(
-            input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device)
-        )
+        output = self.model(input_ids=input_ids.to(self.device), attention_mask=attention_mask.to(self.device))
         logits: torch.Tensor = output.logits  # (B, 1)
         return logits[:, 0]
 

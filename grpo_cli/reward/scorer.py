@@ -208,9 +208,7 @@ class _LoopThread:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                thread = threading.Thread(
-                    target=_serve, args=(self._loop,), daemon=True, name="reward event loop"
-                )
+                thread = threading.Thread(target=_serve, args=(self._loop,), daemon=True, name="reward event loop")
                 thread.start()
             return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 

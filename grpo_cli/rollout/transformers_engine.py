@@ -200,9 +200,7 @@ class _Wave:
 
     def decode(self, cache: Any) -> torch.Tensor:
         """Run the last token of every row; return the (R, V) logits of the next."""
-        self.attention_mask = torch.cat(
-            [self.attention_mask, self.attention_mask.new_ones(len(self.rows), 1)], 1
-        )
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.rows), 1)], 1)
         output = self.engine.model(
             input_ids=self.history[:, -1:],
             attention_mask=self.attention_mask,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from grpo_cli.errors import UserError
+from grpo_cli.errors import RunError, UserError
 from grpo_cli.policy.model import save_standalone
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
@@ -85,14 +85,19 @@ def train(
     objects = Objects(model, tokenizer, functions, train_data, eval_data, callbacks, optimizer)
     loaded = load_recipe(name_objects(recipe, objects), overrides)
     console = console or Console()
-    with StopRequest() as stop_request:
-        run = build_run(loaded, objects)
-        with Display(console, run.max_steps, loaded.logging.every) as display:
-            session = Session(run, objects, stop_request, display, resume=resume)
-            try:
-                return _train(run, session)
-            finally:
-                session.close()
+    run = build_run(loaded, objects)
+    with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
+        session = Session(run, objects, stop_request, display, resume=resume)
+        try:
+            return _train(run, session)
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                f"step {session.position.step + 1}: the device is out of memory; lower "
+                f"train.max_tokens_per_microbatch (it is {run.token_budget}) or generation.max_completion_tokens, "
+                "or set model.gradient_checkpointing or model.lora"
+            ) from error
+        finally:
+            session.close()
 
 
 def _train(run: Run, session: Session) -> TrainResult:

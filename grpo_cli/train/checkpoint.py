@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, and the way back from them.
 
-A checkpoint is written beside its final place, synced and renamed. It lies between two steps, and all that happens
-in a step follows from the recipe, the step's number and the weights, so a run killed anywhere continues from its last
-checkpoint to the same bytes.
+A checkpoint is written beside its final place, synced and renamed. It lies between two steps, and all that
+happens in a step follows from the recipe, the step's number and the weights, so a run killed anywhere continues
+from its last checkpoint to the same bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from grpo_cli.policy.model import restore_weights, save_weights
 from grpo_cli.recipe.load import dump_recipe
 from grpo_cli.recipe.schema import Recipe
 
-FREE_ON_RESUME = ("train.max_steps", "train.save_every", "train.keep_checkpoints", "train.eval_every", "logging")
+FREE_ON_RESUME = (
+    "train.max_steps",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "logging",
+)
 """Settings that may change between a checkpoint and its resume; any other would make another run of it."""
 
 

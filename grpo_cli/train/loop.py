@@ -60,9 +60,7 @@ def train_loop(run: Run, session: Session) -> None:
             tensors = StepTensors.prepare(run, rollout, advantages, minibatches)
             for packs in minibatches * config.num_iterations:
                 update = OptimizerStep(run, session, packs, tensors, step)
-                normalizer = sum(
-                    loss_normalizer(tensors.mask_of(pack), loss_config, width) for pack in packs
-                )
+                normalizer = sum(loss_normalizer(tensors.mask_of(pack), loss_config, width) for pack in packs)
                 for pack in map(run.to_device, packs):
                     with run.autocast():
                         logprobs, entropies = token_logprobs(

@@ -32,9 +32,7 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.params: {config.name} refused its arguments: {error}") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise UserError(
-            f"optim.name: {config.name} returned a {type(optimizer).__name__}, not a torch optimizer"
-        )
+        raise UserError(f"optim.name: {config.name} returned a {type(optimizer).__name__}, not a torch optimizer")
     return optimizer
 
 

@@ -25,7 +25,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import shares_prompts
 from grpo_cli.policy.model import Reference, load_policy, load_tokenizer
 from grpo_cli.recipe.schema import ModelConfig, Recipe
-from grpo_cli.reward.registry import RewardFunction, missing_columns, reward_from_callable, resolve_rewards
+from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.transformers_engine import TransformersEngine
@@ -109,20 +109,8 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
         functions = resolve_rewards(recipe.rewards)
     for part in rows:
         if part is not None:
-            check_columns(functions, part)
+            check_columns(functions, part.columns, part.setting)
     return Scorer(functions)
-
-
-def check_columns(functions: Sequence[RewardFunction], rows: PromptRows) -> None:
-    """Raise UserError if a function requires a column that `rows` lacks."""
-    for function in functions:
-        missing = missing_columns(function, rows.columns)
-        if missing:
-            raise UserError(
-                f"reward {function.name} needs the column {', '.join(missing)}, which {rows.setting} does not "
-                f"have (it has: {', '.join(rows.columns) or 'none beside the prompt'}); "
-                f"rename one with {rows.setting}.columns, or give the argument a default"
-            )
 
 
 def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) -> Run:
@@ -162,9 +150,7 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
         scorer=scorer,
         dataset=dataset,
         eval_dataset=eval_dataset,
-        sampler=PromptSampler(
-            len(dataset), recipe.train.prompts_per_step, recipe.train.seed, recipe.data.shuffle
-        ),
+        sampler=PromptSampler(len(dataset), recipe.train.prompts_per_step, recipe.train.seed, recipe.data.shuffle),
         shared_prompt=shared_prompt,
         token_budget=recipe.train.max_tokens_per_microbatch or MICROBATCH_TOKENS.get(device_type, 4096),
         max_steps=number_of_steps(recipe, len(dataset)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
@@ -29,6 +30,10 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        print(
+            f"{self.name}: stopping after this step, with a checkpoint; once more stops at once",
+            file=sys.stderr,
+        )
         self._restore()
 
     def _restore(self) -> None:

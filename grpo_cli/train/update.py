@@ -100,9 +100,7 @@ def _score(
 class OptimizerStep:
     """Accumulates the gradient of some packs and applies it."""
 
-    def __init__(
-        self, run: Run, session: Any, packs: Sequence[Pack], tensors: StepTensors, step: int
-    ) -> None:
+    def __init__(self, run: Run, session: Any, packs: Sequence[Pack], tensors: StepTensors, step: int) -> None:
         self._run = run
         self._optimizer = session.optimizer
         self._scheduler = session.scheduler

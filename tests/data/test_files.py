@@ -56,9 +56,7 @@ def test_a_parquet_file_reads_as_the_rows_that_it_holds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
 def test_a_row_of_several_megabytes_reads(tmp_path: Path, name: str) -> None:
     long = "x" * 3_000_000
-    content = (
-        f"prompt\nshort\n{long}\n" if name == "a.csv" else json_lines([{"prompt": "s"}, {"prompt": long}])
-    )
+    content = f"prompt\nshort\n{long}\n" if name == "a.csv" else json_lines([{"prompt": "s"}, {"prompt": long}])
     assert read_file(write(tmp_path / name, content)).to_pylist()[1] == {"prompt": long}
 
 
@@ -173,9 +171,7 @@ def test_shards_of_a_split_are_read_in_order_from_a_clone_of_a_hub_repository(tm
 
 
 def test_a_folder_of_several_kinds_or_of_none_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"data\.name: there is no \.jsonl, \.json, \.csv or \.parquet file in"
-    ):
+    with pytest.raises(UserError, match=r"data\.name: there is no \.jsonl, \.json, \.csv or \.parquet file in"):
         folder_prompts(tmp_path)
     write(tmp_path / "a.jsonl", json_lines([{"prompt": "a"}]))
     write(tmp_path / "b.csv", "prompt\nb\n")

@@ -79,9 +79,7 @@ def test_message_lists_go_through_the_chat_template_with_a_generation_prompt() -
 
 
 def test_settings_of_the_chat_template_reach_it() -> None:
-    data = PromptDataset(
-        rows_of([{"prompt": [user("Hi")]}]), TOKENIZER, chat_template_kwargs={"mood": "brief"}
-    )
+    data = PromptDataset(rows_of([{"prompt": [user("Hi")]}]), TOKENIZER, chat_template_kwargs={"mood": "brief"})
     assert text(data[0].token_ids) == "user Hi assistant brief"
 
 
@@ -169,17 +167,13 @@ def test_each_prompt_is_tokenized_once_with_a_limit_and_none_up_front_without() 
 def test_a_chat_needs_a_tokenizer_with_a_chat_template() -> None:
     plain = make_tokenizer(chat_template=None)
     assert len(dataset_of(GSM8K, plain, columns={"question": "prompt"})[0].token_ids) == 6
-    with pytest.raises(
-        UserError, match=r"the tokenizer has no chat template; set model\.chat_template, or use"
-    ):
+    with pytest.raises(UserError, match=r"the tokenizer has no chat template; set model\.chat_template, or use"):
         dataset_of([CHAT], plain)
 
 
 @pytest.mark.parametrize("limit", [None, 50])
 def test_a_chat_template_that_fails_names_the_row(limit: int | None) -> None:
-    refusing = (
-        TEMPLATE + "{% if messages[0]['content'] == 'What' %}{{ raise_exception('no What') }}{% endif %}"
-    )
+    refusing = TEMPLATE + "{% if messages[0]['content'] == 'What' %}{{ raise_exception('no What') }}{% endif %}"
     rows = [CHAT, {"prompt": [user("What")]}]
     with pytest.raises(UserError, match=r"data: row 2: the chat template fails on the prompt: .*: no What"):
         list(dataset_of(rows, make_tokenizer(refusing), max_prompt_tokens=limit))

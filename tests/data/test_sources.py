@@ -63,9 +63,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     sys.modules.pop("factories_of_test", None)
 
 
-@pytest.mark.parametrize(
-    "name", ["data/rows.jsonl", "./data/rows.jsonl", "~/data/rows.jsonl", "data", "~/data"]
-)
+@pytest.mark.parametrize("name", ["data/rows.jsonl", "./data/rows.jsonl", "~/data/rows.jsonl", "data", "~/data"])
 def test_a_path_is_read_wherever_it_starts(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv("HOME", str(folder))
     assert contents(load_rows(config(name))) == ["a", "b"]
@@ -130,9 +128,7 @@ def as_frame(rows: list[dict[str, Any]]) -> Any:
     return pytest.importorskip("pandas").DataFrame(rows).set_index(pytest.importorskip("numpy").array([7, 8]))
 
 
-@pytest.mark.parametrize(
-    "make", [list, tuple, iter, pa.Table.from_pylist, as_dataset, as_dataset_dict, as_frame]
-)
+@pytest.mark.parametrize("make", [list, tuple, iter, pa.Table.from_pylist, as_dataset, as_dataset_dict, as_frame])
 def test_objects_from_python_replace_what_the_name_says(make: Callable[[Any], object]) -> None:
     rows = load_rows(config("not/there"), data=make(ROWS))
     assert contents(rows) == ["a", "b"]
@@ -140,9 +136,7 @@ def test_objects_from_python_replace_what_the_name_says(make: Callable[[Any], ob
     assert rows.row_columns(0) == {"answer": 1}
 
 
-@pytest.mark.parametrize(
-    ("data", "message"), [(3, "not int"), ("rows.jsonl", "not str"), ([], " has no rows")]
-)
+@pytest.mark.parametrize(("data", "message"), [(3, "not int"), ("rows.jsonl", "not str"), ([], " has no rows")])
 def test_other_objects_are_refused(data: object, message: str) -> None:
     with pytest.raises(UserError, match=f"^data.*{message}"):
         load_rows(config("not/there"), data=data)
@@ -151,9 +145,7 @@ def test_other_objects_are_refused(data: object, message: str) -> None:
 def test_columns_that_datasets_keeps_as_json_are_objects_again() -> None:
     datasets = pytest.importorskip("datasets")
     calls = [[{"arguments": {"a": 1}}, {"arguments": {"a": "x"}}]]
-    chats = [
-        [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]
-    ]
+    chats = [[{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}]]
     data = datasets.Dataset.from_dict({"prompt": chats, "calls": calls}, on_mixed_types="use_json")
     assert "Json" in str(data.features)
     rows = load_rows(config("not/there"), data=data)
@@ -216,9 +208,7 @@ def test_a_dataset_that_is_not_on_the_hub_is_not_called_a_network_failure(
     hub: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def load_dataset(*args: Any, **kwargs: Any) -> Any:
-        raise hub.exceptions.DatasetNotFoundError(
-            "Dataset 'a/b' doesn't exist on the Hub or cannot be accessed."
-        )
+        raise hub.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist on the Hub or cannot be accessed.")
 
     monkeypatch.setattr(hub, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"^data\.name: Dataset 'a/b' doesn't exist .* Check the spelling"):
@@ -239,9 +229,7 @@ except UserError as error:
 
 def load_in_a_new_process(cache: Path, **environment: str) -> str:
     kept = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith("HF_") and "proxy" not in key.lower()
+        key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
     }
     done = subprocess.run(
         [sys.executable, "-c", LOAD],

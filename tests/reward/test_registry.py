@@ -107,9 +107,7 @@ def test_module_and_function_name_a_reward(module: str) -> None:
 
 def test_rewards_keep_the_order_of_the_recipe(module: str) -> None:
     names = ["plain", "Judge", "loose"]
-    configs = [
-        RewardConfig(path=f"{module}:{n}", params={"threshold": 1} if n == "Judge" else {}) for n in names
-    ]
+    configs = [RewardConfig(path=f"{module}:{n}", params={"threshold": 1} if n == "Judge" else {}) for n in names]
     assert [function.name for function in resolve_rewards(configs)] == names
 
 
@@ -141,9 +139,7 @@ def test_a_dotted_path_without_colon_is_answered_with_the_colon() -> None:
 
 @pytest.mark.usefixtures("installed")
 def test_a_short_name_that_two_packages_install_is_an_error() -> None:
-    with pytest.raises(
-        UserError, match="'twice' is ambiguous; write one of my_rewards:loose, my_rewards:plain"
-    ):
+    with pytest.raises(UserError, match="'twice' is ambiguous; write one of my_rewards:loose, my_rewards:plain"):
         resolve("twice")
 
 
@@ -181,9 +177,7 @@ def test_an_instance_takes_no_params(module: str) -> None:
         resolve(f"{module}:judge", params={"threshold": 1})
 
 
-@pytest.mark.parametrize(
-    ("name", "taken"), [("scaled", "answer, power, scale"), ("Judge", "strict, threshold")]
-)
+@pytest.mark.parametrize(("name", "taken"), [("scaled", "answer, power, scale"), ("Judge", "strict, threshold")])
 def test_params_that_are_not_taken_are_named_with_those_that_are(module: str, name: str, taken: str) -> None:
     with pytest.raises(UserError) as caught:
         resolve(f"{module}:{name}", params={"scael": 1})
@@ -211,9 +205,7 @@ def test_a_class_without_call_is_an_error(module: str) -> None:
 
 
 def test_what_cannot_be_called_is_an_error(module: str) -> None:
-    with pytest.raises(
-        UserError, match=r"rewards\.0: my_rewards:LIMIT is of type int, not something to call"
-    ):
+    with pytest.raises(UserError, match=r"rewards\.0: my_rewards:LIMIT is of type int, not something to call"):
         resolve(f"{module}:LIMIT")
 
 

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -74,9 +76,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def score_alone(folder: str, text: str, *, special: bool = True) -> float:
     """What transformers itself says about one text, without padding."""
     network = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
-    ids = AutoTokenizer.from_pretrained(folder)(
-        text, add_special_tokens=special, return_tensors="pt"
-    ).input_ids
+    ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=special, return_tensors="pt").input_ids
     network.config.pad_token_id = 0
     with torch.inference_mode():
         return float(network(input_ids=ids).logits.item())
@@ -94,9 +94,24 @@ def test_scores_do_not_depend_on_the_batch_size(tmp_path: Path, pad: bool) -> No
     folder = save_model(tmp_path, pad=pad)
     alone = RewardModel(folder, batch_size=1)(PROMPTS, COMPLETIONS)
     for batch_size in (2, 3, 8):
-        assert RewardModel(folder, batch_size=batch_size)(PROMPTS, COMPLETIONS) == pytest.approx(
-            alone, abs=1e-5
-        )
+        assert RewardModel(folder, batch_size=batch_size)(PROMPTS, COMPLETIONS) == pytest.approx(alone, abs=1e-5)
+
+
+def test_a_model_that_reads_both_ways_does_not_see_the_padding(tmp_path: Path) -> None:
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_labels=1,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    alone = RewardModel(str(tmp_path), batch_size=1)(PROMPTS, COMPLETIONS)
+    assert RewardModel(str(tmp_path))(PROMPTS, COMPLETIONS) == pytest.approx(alone, abs=1e-5)
 
 
 def test_messages_go_through_the_chat_template_without_further_special_tokens(model: str) -> None:
@@ -154,9 +169,7 @@ def test_a_model_with_more_than_one_output_is_an_error_that_says_how_many(tmp_pa
 def test_a_language_model_without_a_trained_head_is_an_error(tmp_path: Path) -> None:
     LlamaForCausalLM(tiny_config(num_labels=1)).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(
-        UserError, match=r"has no trained weights for score.weight, so its scores would be random"
-    ):
+    with pytest.raises(UserError, match=r"has no trained weights for score.weight, so its scores would be random"):
         RewardModel(str(tmp_path))
 
 
@@ -181,9 +194,7 @@ def test_a_model_that_is_not_there_is_an_error_that_says_what_to_set(
         ({"device": "cuda:77"}, "device 'cuda:77' cannot be used: "),
     ],
 )
-def test_arguments_out_of_range_are_errors_before_anything_is_loaded(
-    params: dict[str, Any], told: str
-) -> None:
+def test_arguments_out_of_range_are_errors_before_anything_is_loaded(params: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError) as caught:
         RewardModel("nobody/no-such-reward-model", **params)
     assert str(caught.value).startswith(told)

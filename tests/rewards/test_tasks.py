@@ -14,9 +14,7 @@ def fenced(code, language="python"):
 
 
 def score_math(completion, ground_truth):
-    (reward,) = math_reward(
-        completions=[completion], task=["math"], ground_truth=[ground_truth], prompts=["p"]
-    )
+    (reward,) = math_reward(completions=[completion], task=["math"], ground_truth=[ground_truth], prompts=["p"])
     return reward
 
 
@@ -94,9 +92,7 @@ def test_a_column_of_another_length_is_an_error_that_names_it(column):
         math_reward(completions=["a"], **columns)
 
 
-@pytest.mark.parametrize(
-    "completion", [fenced(ADD), ADD, [{"role": "assistant", "content": fenced(ADD, "py")}]]
-)
+@pytest.mark.parametrize("completion", [fenced(ADD), ADD, [{"role": "assistant", "content": fenced(ADD, "py")}]])
 def test_a_correct_program_passes(completion):
     assert score_code(completion) == 1.0
 

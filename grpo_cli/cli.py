@@ -1,0 +1,132 @@
+"""The command line: one thin function for each verb. Heavy imports live inside the verb that needs them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grpo_cli.errors import RunError, StoppedBySignal, UserError
+
+EXIT_FAILED, EXIT_USAGE, EXIT_REQUEUE = 1, 2, 75
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train language models with GRPO from a YAML recipe.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.max_steps=3. Repeatable."),
+]
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train the recipe's model."""
+    from grpo_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+
+    from grpo_cli.train.api import train as run_training
+
+    run_training(loaded, resume=resume)
+
+
+@app.command()
+def check(recipe: RecipePath, set_: Overrides = None) -> None:
+    """Find mistakes in a recipe, its data and its rewards, and print the plan, without loading the model."""
+    from rich.console import Console
+
+    from grpo_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+
+    from grpo_cli.verbs.check import check as check_recipe
+
+    check_recipe(loaded, Console())
+
+
+@app.command()
+def sample(
+    recipe: RecipePath,
+    num_prompts: Annotated[int, typer.Option("-n", min=1, help="Number of prompts.")] = 4,
+    set_: Overrides = None,
+) -> None:
+    """Generate and score completions for a few prompts."""
+    from rich.console import Console
+
+    from grpo_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+
+    from grpo_cli.verbs.sample import sample as sample_prompts
+
+    sample_prompts(loaded, num_prompts, Console())
+
+
+@app.command("eval")
+def eval_(
+    recipe: RecipePath,
+    model: Annotated[
+        str | None, typer.Option("--model", help="Hub id, folder or checkpoint; the recipe's if not given.")
+    ] = None,
+    pass_at: Annotated[
+        list[int] | None, typer.Option("--pass-at", help="k of pass@k. Repeatable. [1 and num_generations]")
+    ] = None,
+    pass_reward: Annotated[
+        float, typer.Option("--pass-reward", help="Least weighted reward of a correct completion.")
+    ] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Mean reward, pass@k and lengths on the recipe's data.eval."""
+    from rich.console import Console
+
+    from grpo_cli.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, set_ or [])
+
+    from grpo_cli.verbs.evaluate import eval_model
+
+    eval_model(loaded, model, pass_at or [], pass_reward, as_json, Console())
+
+
+@app.command()
+def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")]) -> None:
+    """Write a recipe, a reward function and a few prompts to start from."""
+    from grpo_cli.verbs.init import init as write_files
+
+    for path in write_files(folder):
+        typer.echo(f"wrote {path}")
+    typer.echo(f"next: cd {folder} && grpo check recipe.yaml")
+
+
+def main() -> None:
+    """Run the command line; expected errors end in one message and their exit code, without a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _fail(error, EXIT_USAGE)
+    except RunError as error:
+        _fail(error, EXIT_FAILED)
+    except StoppedBySignal as stop:
+        _fail(stop, EXIT_REQUEUE)
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(str(error), err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

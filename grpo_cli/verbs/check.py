@@ -1,0 +1,126 @@
+"""`grpo check`: everything that can be wrong with a recipe, found without loading the model. No torch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from grpo_cli.data.rows import PromptRows, load_rows
+from grpo_cli.errors import UserError
+from grpo_cli.plugins import load_object
+from grpo_cli.policy.files import count_parameters, locate_gguf
+from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.reward.registry import check_columns, resolve_rewards
+from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
+from grpo_cli.train.callbacks import load_callbacks
+
+SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
+"""What reward functions are tried on; they must cope with anything a model may write."""
+
+BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
+GIB = 2**30
+
+
+def check(recipe: Recipe, console: Console) -> None:
+    """Check data, rewards and other plugins of a valid recipe, and print the plan.
+
+    Raises:
+        UserError: something that the recipe names is missing or does not work.
+    """
+    rows = load_rows(recipe.data)
+    eval_rows = load_rows(recipe.data.eval, setting="data.eval") if recipe.data.eval else None
+    functions = resolve_rewards(recipe.rewards, load_models=False)
+    for part in (rows, eval_rows):
+        if part is not None:
+            check_columns(functions, part.columns, part.setting)
+            for row in range(len(part)):
+                part.content(row)
+    scorer = Scorer(functions)
+    try:
+        scores = scorer.score(sample_batch(rows), step=0)
+    except RewardError as error:
+        raise UserError(f"on a sample row of the data: {error}") from error
+    if recipe.optim.name != "adamw":
+        load_object(recipe.optim.name, setting="optim.name")
+    load_callbacks(recipe.train.callbacks)
+    folder, _ = locate_gguf(recipe.model.name, recipe.model.gguf_file)
+
+    table = Table(show_header=False, box=None)
+    for name, value in plan(recipe, rows, eval_rows, count_parameters(Path(folder))):
+        table.add_row(f"[bold]{name}", escape(value))
+    for name, weight, score in zip(scorer.names, scorer.weights, scores[0].tolist(), strict=True):
+        shown = "None" if math.isnan(score) else f"{score:g}"
+        table.add_row("[bold]reward", escape(f"{name}, weight {weight:g}: {shown} for {SAMPLE_TEXTS[0]!r}"))
+    for reward in recipe.rewards:
+        if reward.model is not None:
+            table.add_row("[bold]reward", escape(f"{reward.metric_name}: a model, not loaded here"))
+    console.print(table)
+    console.print("[green]the recipe is fine[/]")
+
+
+def sample_batch(rows: PromptRows) -> ScoringBatch:
+    """The first row with two made-up completions."""
+    prompt, columns = rows.content(0), rows.row_columns(0)
+    count = len(SAMPLE_TEXTS)
+    replies = [[{"role": "assistant", "content": text}] for text in SAMPLE_TEXTS]
+    return ScoringBatch(
+        prompts=[prompt] * count,
+        completions=replies if rows.conversational else list(SAMPLE_TEXTS),
+        completion_ids=[list(range(len(text.split()))) for text in SAMPLE_TEXTS],
+        columns={name: [value] * count for name, value in columns.items()},
+    )
+
+
+def plan(
+    recipe: Recipe, rows: PromptRows, eval_rows: PromptRows | None, parameters: int | None
+) -> list[tuple[str, str]]:
+    """What the run will do and need, as (name, text)."""
+    train, generation = recipe.train, recipe.generation
+    completions = train.prompts_per_step * generation.num_generations
+    updates = train.optimizer_steps_per_rollout * train.num_iterations
+    if train.max_steps is None:
+        assert train.epochs is not None
+        steps = math.ceil(train.epochs * len(rows) / train.prompts_per_step)
+    else:
+        steps = train.max_steps
+    passes = steps * train.prompts_per_step / len(rows)
+    kind = "chats" if rows.conversational else "texts"
+    lines = [
+        ("model", f"{recipe.model.name} in {recipe.model.dtype}" + (", LoRA" if recipe.model.lora else "")),
+        ("data", f"{len(rows)} prompts ({kind}); columns for rewards: {', '.join(rows.columns) or 'none'}"),
+    ]
+    if eval_rows is not None:
+        lines.append(("evaluation", f"{len(eval_rows)} prompts"))
+    lines += [
+        (
+            "step",
+            f"{train.prompts_per_step} prompts x {generation.num_generations} = {completions} completions of up "
+            f"to {generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}",
+        ),
+        ("run", f"{steps} steps, {passes:.2g} passes over the prompts, 1 process, into {train.output_dir}"),
+        (
+            "tokens",
+            f"up to {completions * generation.max_completion_tokens} sampled in a step, "
+            f"{steps * completions * generation.max_completion_tokens} in the run",
+        ),
+        ("memory", memory_plan(recipe, parameters)),
+    ]
+    return lines
+
+
+def memory_plan(recipe: Recipe, parameters: int | None) -> str:
+    """Memory for weights, gradients, Adam's two moments and the reference."""
+    if parameters is None:
+        return "known once the model is loaded (its weights are not local safetensors files)"
+    model: ModelConfig = recipe.model
+    weights = parameters * BYTES_PER_VALUE[model.dtype]
+    has_copy = recipe.loss.beta > 0 and (model.reference is not None or model.lora is None)
+    reference = weights if has_copy else 0
+    if model.lora is not None:
+        return f"{(weights + reference) / GIB:.1f} GiB of weights, plus the adapter's state and activations"
+    total = 4 * weights + reference
+    return f"{total / GIB:.1f} GiB for weights, gradients, AdamW and reference, plus activations"

@@ -1,0 +1,84 @@
+"""`grpo eval`: a model on the recipe's held-out prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from grpo_cli.errors import UserError
+from grpo_cli.policy.model import restore_weights
+from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.train.evaluate import evaluate
+from grpo_cli.train.metrics import Metrics
+from grpo_cli.train.run import Objects, build_run
+
+
+def eval_model(
+    recipe: Recipe,
+    model: str | None,
+    pass_at: Sequence[int],
+    pass_reward: float,
+    as_json: bool,
+    console: Console,
+) -> Metrics:
+    """Evaluate and print.
+
+    Args:
+        recipe: with `data.eval`.
+        model: Hub id, folder or checkpoint to evaluate in place of the recipe's model.
+        pass_at: the k of pass@k; 1 and `num_generations` if empty.
+        pass_reward: least weighted reward of a correct completion.
+        as_json: print one JSON object in place of a table.
+        console: where to print.
+
+    Raises:
+        UserError: there is no `data.eval`, or a k exceeds `num_generations`.
+    """
+    if recipe.data.eval is None:
+        raise UserError("grpo eval needs data.eval; add it to the recipe, or --set data.eval.name=...")
+    size = recipe.generation.num_generations
+    too_many = [k for k in pass_at if not 1 <= k <= size]
+    if too_many:
+        raise UserError(f"--pass-at {too_many[0]}: k lies between 1 and generation.num_generations ({size})")
+    adapter = None
+    if model is not None and (Path(model) / "adapter_config.json").is_file():
+        adapter = Path(model)
+    elif model is not None:
+        recipe = recipe.model_copy(update={"model": without_training(recipe.model, model)})
+    run = build_run(recipe, Objects(), with_reference=False)
+    if adapter is not None:
+        if recipe.model.lora is None:
+            raise UserError(f"--model {model} is a LoRA checkpoint, and the recipe has no model.lora")
+        restore_weights(run.model, adapter)
+    assert run.eval_dataset is not None
+    metrics = evaluate(
+        run.engine,
+        run.scorer,
+        run.eval_dataset,
+        seed=recipe.train.seed,
+        step=0,
+        num_generations=size,
+        prompts_per_batch=recipe.train.prompts_per_step,
+        pass_at=pass_at,
+        pass_reward=pass_reward,
+    )
+    if as_json:
+        console.print_json(json.dumps(metrics).replace("NaN", "null"))
+        return metrics
+    table = Table(title=f"{model or recipe.model.name} on {len(run.eval_dataset)} prompts")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        table.add_row(name.removeprefix("eval_"), f"{value:.4g}")
+    console.print(table)
+    return metrics
+
+
+def without_training(config: ModelConfig, name: str) -> ModelConfig:
+    """The model section for another model that is used as it is."""
+    update = {"name": name, "revision": None, "gguf_file": None, "tokenizer": None, "lora": None}
+    return config.model_copy(update=update)

@@ -1,0 +1,44 @@
+"""`grpo sample`: what the model writes for a few prompts and what the rewards say to it."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.rollout.rollout import generate_rollout
+from grpo_cli.train.display import SHOWN_CHARACTERS, ending
+from grpo_cli.train.run import TRAIN_STREAM, Objects, build_run
+
+
+def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
+    """Print the groups of the first `num_prompts` prompts that training would see, with their rewards.
+
+    Raises:
+        UserError: something that the recipe names is missing.
+        RewardError: a reward function failed.
+    """
+    run = build_run(recipe, Objects(), with_reference=False)
+    for note in run.notes:
+        console.print(escape(note))
+    indices = [run.sampler.at(position // recipe.train.prompts_per_step) for position in range(num_prompts)]
+    chosen = [
+        step_indices[position % recipe.train.prompts_per_step] for position, step_indices in enumerate(indices)
+    ]
+    prompts = [run.dataset[index] for index in chosen]
+    size = recipe.generation.num_generations
+    rollout = generate_rollout(run.engine, prompts, (recipe.train.seed, TRAIN_STREAM, 0), size)
+    scores = run.scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
+    for index, prompt in enumerate(prompts):
+        table = Table(title=escape(ending(prompt.content)), show_lines=True, title_justify="left")
+        for column in ("completion", "tokens", *run.scorer.names):
+            table.add_column(escape(column))
+        for row in range(index * size, (index + 1) * size):
+            completion = rollout.completions[row]
+            values = ["None" if math.isnan(score) else f"{score:.3g}" for score in scores[row].tolist()]
+            text = escape(completion.text[:SHOWN_CHARACTERS])
+            table.add_row(text, str(len(completion.token_ids)), *values)
+        console.print(table)
