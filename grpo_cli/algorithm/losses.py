@@ -22,6 +22,9 @@ LOG_WEIGHT_MIN = math.log(1e-8)
 LOG_WEIGHT_MAX = 20.0
 """VESPO clamps the log of a completion's importance weight to this range."""
 
+ENTROPY_SLACK = 1e-5
+"""Nats by which the entropies of the same token may differ between two forward passes."""
+
 
 @dataclass(frozen=True)
 class LossOutput:
@@ -153,11 +156,14 @@ def on_policy_mask(
 
 
 def high_entropy_threshold(entropies: torch.Tensor, mask: torch.Tensor, quantile: float) -> float:
-    """Entropy that the top `quantile` of the unmasked tokens reach ("80/20", arXiv:2506.01939); inf if none."""
+    """Entropy that the top `quantile` of the unmasked tokens reach ("80/20", arXiv:2506.01939); inf if none.
+
+    Lowered by ENTROPY_SLACK, so that rounding does not decide about the token that sits on the quantile.
+    """
     unmasked = entropies.detach()[mask.bool()].float()
     if unmasked.numel() == 0:
         return math.inf
-    return float(torch.quantile(unmasked, 1 - quantile))
+    return float(torch.quantile(unmasked, 1 - quantile)) - ENTROPY_SLACK
 
 
 def _clipped(

@@ -6,6 +6,7 @@ All that can be wrong with a recipe's files, rewards and model is found here, be
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers.utils import logging as transformers_logging
 
 from grpo_cli.algorithm.packing import Pack
 from grpo_cli.data.prompts import PromptDataset
@@ -119,6 +121,8 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
     Raises:
         UserError: something that the recipe names cannot be used.
     """
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # in a log file a bar is a hundred lines
     rows, eval_rows = load_prompt_rows(recipe, objects)
     scorer = load_scorer(recipe, objects, [rows, eval_rows])
     tokenizer = load_tokenizer(recipe.model, tokenizer=objects.tokenizer)
