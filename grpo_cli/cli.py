@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -113,6 +114,8 @@ def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to w
 
 def main() -> None:
     """Run the command line; expected errors end in one message and their exit code, without a traceback."""
+    # Deprecations are addressed to the programmers of the libraries involved, not to who runs a recipe.
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         app()
     except UserError as error:

@@ -58,8 +58,9 @@ def load_policy(config: ModelConfig, *, model: Any = None, adapters: bool = True
             ),
         )
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
+    model.train()  # without it neither gradient checkpointing nor an adapter's dropout does anything
     return model
 
 
@@ -119,6 +120,8 @@ def _from_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
         reason = " ".join(str(error).split())[:500]
         local = Path(name).is_dir()
         hint = "" if local else "; without a network, set model.name to a folder or .gguf file on this machine"
+        if "attn_implementation" in reason:
+            hint = "; it has no such attention kernel, set model.attn_implementation to eager"
         raise UserError(f"model.name: cannot load {name}{hint}\n({type(error).__name__}: {reason})") from error
 
 
@@ -135,12 +138,13 @@ def dequantised(model: Any) -> Any:
 
 
 def without_dropout(model: Any) -> None:
-    """Switch dropout off: with it, the policy that is trained would not be the one that sampled."""
+    """Switch dropout and routing noise off: with them, the policy that is trained is not the one that sampled."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 class Reference:
@@ -153,7 +157,7 @@ class Reference:
             self._model = load_pretrained(config, config.reference)
         elif not isinstance(policy, PeftModel):
             self._model = copy.deepcopy(policy)
-            self._model.gradient_checkpointing_disable()
+            self._model.activation_checkpointing_disable()
         if self._model is not None:
             self._model.requires_grad_(False).eval()
 

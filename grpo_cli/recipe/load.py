@@ -33,21 +33,47 @@ class RecipeError(UserError):
 
 
 class YamlLoader(yaml.SafeLoader):
-    """YAML as its readers mean it: `1e-6` is a number, `no` and `on` are words, a repeated key is an error."""
+    """YAML as its readers mean it: `1e-6` is a number; `no`, `on`, `1:30` and `2024-05-01` are words."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """The node's value; one that its tag (`!!int x`) does not fit is an error with a line, like any other."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            shown = str(node.value)[:50]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{shown!r} is not a value of {node.tag.rpartition(':')[2]}", node.start_mark
+            ) from error
+
+
+NUMBERS_AND_BOOLEANS = {
+    "bool": (r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": (r"^[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+|0b[01_]+)$", "-+0123456789"),
+    "float": (
+        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
+}
+"""How they are written in a recipe: pattern, and the characters that one begins with."""
 
 YamlLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in ("tag:yaml.org,2002:bool",)]
+    first: [
+        (tag, pattern)
+        for tag, pattern in resolvers
+        if tag.rpartition(":")[2] not in (*NUMBERS_AND_BOOLEANS, "timestamp")
+    ]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+
+
+class YamlDumper(yaml.SafeDumper):
+    """Quotes every string that `YamlLoader` or a plain YAML loader would take for something else."""
+
+
+for _tag, (_pattern, _first) in NUMBERS_AND_BOOLEANS.items():
+    YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+    YamlDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 @dataclass
@@ -89,7 +115,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that loads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=YamlDumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> RawRecipe:
@@ -103,8 +129,8 @@ def read_yaml(path: Path) -> RawRecipe:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
-    loader = YamlLoader(text)
     try:
+        loader = YamlLoader(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise RecipeError(f"{path}: a recipe is a mapping of sections (model, data, rewards, train, ...)")
@@ -114,12 +140,15 @@ def read_yaml(path: Path) -> RawRecipe:
                 raise RecipeError(f"{path}:{line}: {_dotted(key)} is set twice (first at {places[key]})")
             places[key] = f"{path}:{line}"
         values = loader.construct_document(node)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(f"{path}:{line}: not valid YAML: the character {chr(error.character)!r}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}" if mark else str(path)
         raise RecipeError(f"{place}: not valid YAML: {getattr(error, 'problem', error)}") from error
-    finally:
-        loader.dispose()
+    except RecursionError as error:
+        raise RecipeError(f"{path}: nested too deeply, or an anchor (&) that contains itself") from error
     return RawRecipe(values, str(path), places)
 
 
@@ -142,30 +171,42 @@ def apply_override(raw: RawRecipe, override: str) -> None:
         raise RecipeError(f"--set {override}: write --set key.path=value")
     try:
         value = yaml.load(text, YamlLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML") from error
-    key: KeyPath = tuple(int(part) if part.isdigit() else part for part in dotted.strip().split("."))
+    key = _key_path(dotted.strip())
+    if "" in key:
+        raise RecipeError(f"--set {override}: write --set key.path=value")
     target: Any = raw.values
+    created: list[KeyPath] = []
     for position, part in enumerate(key):
         is_last = position == len(key) - 1
-        if isinstance(target, list) and isinstance(part, int):
-            if part > len(target):
-                raise RecipeError(f"--set {override}: {_dotted(key[:position])} has {len(target)} entries")
+        parent = _dotted(key[:position])
+        if isinstance(target, list):
+            if not isinstance(part, int) or part > len(target):
+                raise RecipeError(
+                    f"--set {override}: {parent} has {len(target)} entries; write {parent}.0 and so on, or "
+                    f"{parent}.{len(target)} to append one"
+                )
             if part == len(target):
                 target.append({})
+                created.append(key[: position + 1])
         elif isinstance(target, dict):
-            target.setdefault(part, {})
-            if target[part] is None and not is_last:
+            if target.get(part) is None:
                 target[part] = {}
+                created.append(key[: position + 1])
         else:
-            raise RecipeError(f"--set {override}: {_dotted(key[:position])} has no keys of its own")
+            raise RecipeError(f"--set {override}: {parent} has no keys of its own")
         if is_last:
             target[part] = value
         elif key[0] == "rewards" and isinstance(target[part], str):
             target[part] = {"path": target[part]}
         target = target[part]
     raw.places = {place: where for place, where in raw.places.items() if place[: len(key)] != key}
-    raw.places[key] = f"--set {override}"
+    raw.places |= dict.fromkeys([*created, key], f"--set {override}")
+
+
+def _key_path(dotted: str) -> KeyPath:
+    return tuple(int(part) if re.fullmatch("[0-9]{1,9}", part) else part for part in dotted.split("."))
 
 
 def validate(raw: RawRecipe) -> Recipe:
@@ -184,14 +225,14 @@ def validate(raw: RawRecipe) -> Recipe:
     if recipe is not None:
         broken = {key for key, _ in problems}
         for dotted, message in contradictions(recipe):
-            key = tuple(int(part) if part.isdigit() else part for part in dotted.split("."))
+            key = _key_path(dotted)
             if not any(key[: len(b)] == b for b in broken):
                 problems.append((key, f"{dotted} {message}"))
     if recipe is None or problems:
         order = {place: index for index, place in enumerate(raw.places.values())}
-        lines = [f"{raw.place(key)}: {message}" for key, message in problems]
-        lines.sort(key=lambda line: order.get(line.split(": ")[0], len(order)))
-        raise RecipeError("\n".join(dict.fromkeys(lines)))
+        problems.sort(key=lambda problem: order.get(raw.place(problem[0]), len(order)))
+        lines = dict.fromkeys(f"{raw.place(key)}: {message}" for key, message in problems)
+        raise RecipeError("\n".join(lines))
     return recipe
 
 
@@ -226,14 +267,19 @@ def _salvage(values: dict[str, Any], broken: list[KeyPath]) -> Recipe | None:
 
 def _describe(detail: Any) -> tuple[KeyPath, str]:
     """One pydantic error as (key path, message)."""
-    key: KeyPath = tuple(part for part in detail["loc"] if _is_key(part))
+    key: KeyPath = detail["loc"]
+    if "target_modules" in key[:-1]:  # of a union pydantic reports each branch: (..., "list[str]", 0)
+        key = key[: key.index("target_modules") + 1]
+        return key, f"{_dotted(key)} must be a string or a list of strings"
     name, given = _dotted(key), detail["input"]
     context = detail.get("ctx", {})
     match detail["type"]:
         case "extra_forbidden":
             suggestion = _nearest_key(key)
-            hint = f"; did you mean {suggestion}?" if suggestion else ""
-            return key, f"{name} is not a setting{hint}"
+            hint = f"did you mean {suggestion}?" if suggestion else _choices(key)
+            return key, f"{name} is not a setting; {hint}"
+        case "invalid_key":
+            return key, f"{name} is not a setting; write a word as the key, not the number or value {given!r}"
         case "missing":
             return key, f"{name} is missing"
         case "literal_error":
@@ -253,9 +299,11 @@ def _describe(detail: Any) -> tuple[KeyPath, str]:
     return key, f"{name} is {given!r}; it should {message}"
 
 
-def _is_key(part: str | int) -> bool:
-    # Inside a union pydantic adds the branch's type ("str", "list[str]") to the path; no key of ours is one.
-    return isinstance(part, int) or part not in ("str", "list[str]", "RewardConfig", "list")
+def _choices(key: KeyPath) -> str:
+    """The keys of the section that an unknown key was written in."""
+    parent = tuple(0 if isinstance(part, int) else part for part in key[:-1])
+    names = ", ".join(str(path[-1]) for path in all_keys() if path[:-1] == parent)
+    return f"{_dotted(key[:-1]) or 'a recipe'} has {names}"
 
 
 def _expected(kind: str, message: str) -> str:

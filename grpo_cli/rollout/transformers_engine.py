@@ -5,6 +5,7 @@ A prompt is computed once and its cache repeated for its group; a row leaves the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, SampleKey, sample_uniforms
 
@@ -49,6 +51,7 @@ class TransformersEngine:
         self.config = config
         self.autocast = autocast
         self.eos_token_ids = eos_token_ids(model, tokenizer)
+        self.cache_name = cache_name(model)
 
     @torch.inference_mode()
     def generate(
@@ -145,22 +148,32 @@ class _Wave:
         self.length = 0
 
     def prefill(self) -> tuple[torch.Tensor, Any]:
-        """Compute each prompt once; return the (R, V) logits of every row and the cache of its group."""
-        group_size = self.num_generations
+        """Compute each prompt once; return the (R, V) logits of every row and the cache of its group.
+
+        Raises:
+            UserError: the model keeps its state in a way of its own.
+        """
+        group_size, name = self.num_generations, self.engine.cache_name
         positions = (self.attention_mask.cumsum(-1) - 1).clamp(min=0)
         output = self.engine.model(
             input_ids=self.prompt_ids,
             attention_mask=self.attention_mask,
             position_ids=positions,
-            past_key_values=DynamicCache(config=self.engine.model.config),
             use_cache=True,
             logits_to_keep=1,
+            **{name: DynamicCache(config=self.engine.model.config)},
         )
+        cache = getattr(output, name, None)
+        if cache is None:
+            raise UserError(
+                f"generation.engine: transformers cannot generate with {type(self.engine.model).__name__}, which "
+                "does not hand out its cache; use another model"
+            )
         repeat = torch.arange(len(self.prompt_ids), device=self.prompt_ids.device)
-        output.past_key_values.reorder_cache(repeat.repeat_interleave(group_size))
+        cache.reorder_cache(repeat.repeat_interleave(group_size))
         self.attention_mask = self.attention_mask.repeat_interleave(group_size, 0)
         self.positions = self.positions.repeat_interleave(group_size)
-        return output.logits[:, -1].repeat_interleave(group_size, 0), output.past_key_values
+        return output.logits[:, -1].repeat_interleave(group_size, 0), cache
 
     def append(self, logits: torch.Tensor) -> None:
         """Sample the next token of every row from its (R, V) logits."""
@@ -203,10 +216,11 @@ class _Wave:
         self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.rows), 1)], 1)
         output = self.engine.model(
             input_ids=self.history[:, -1:],
-            attention_mask=self.attention_mask,
+            # Padding is no part of a state, and a mask over it would be taken for one over this token.
+            attention_mask=self.attention_mask if self.engine.cache_name == "past_key_values" else None,
             position_ids=self.positions[:, None],
-            past_key_values=cache,
             use_cache=True,
+            **{self.engine.cache_name: cache},
         )
         self.positions = self.positions + 1
         logits: torch.Tensor = output.logits[:, -1]
@@ -266,3 +280,10 @@ def eos_token_ids(model: Any, tokenizer: Any) -> set[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+
+
+def cache_name(model: Any) -> str:
+    """The argument in which the model takes its cache and the output in which it gives it back."""
+    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    takes_state = "cache_params" in inspect.signature(unwrapped.forward).parameters  # state-space models
+    return "cache_params" if takes_state else "past_key_values"

@@ -188,9 +188,7 @@ def test_lora_trains_the_adapter_alone_and_final_is_a_plain_model(tiny_recipe: d
     assert all(torch.equal(base[name], value) for name, value in start.items())
     final = AutoModelForCausalLM.from_pretrained(result.output_dir / "final")
     tokens = torch.tensor([[1, 2, 3]])
-    torch.testing.assert_close(
-        final(tokens).logits, result.model.eval()(tokens).logits, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(final(tokens).logits, result.model.eval()(tokens).logits, rtol=1e-4, atol=1e-5)
     assert result.metrics[-1]["kl"] > 0
 
 

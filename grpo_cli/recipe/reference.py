@@ -1,0 +1,84 @@
+"""Writes `docs/recipe.md` from the schema, so that the page cannot drift from the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from grpo_cli.recipe.schema import Recipe
+
+INTRODUCTION = """\
+# Recipe reference
+
+Generated from `grpo_cli/recipe/schema.py` by `make docs`. Every key may be set on the command line:
+`--set train.max_steps=3`, list items by index: `--set rewards.0.weight=2`.
+A key that is not on this page is an error. Paths are relative to the folder that `grpo` is started in.
+"""
+
+
+def reference_page() -> str:
+    """The page as Markdown."""
+    return INTRODUCTION + "".join(_section("", Recipe))
+
+
+def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
+    rows, inner = [], []
+    for name, info in model.model_fields.items():
+        key = f"{prefix}{name}"
+        section = _section_of(info.annotation)
+        if section is not None:
+            is_list = getattr(info.annotation, "__origin__", None) is list
+            inner.append((key, section, is_list, info.description or ""))
+            if not prefix:
+                continue
+        rows.append(
+            f"| `{name}` | {_type_name(info.annotation)} | {_default(info)} | {_cell(info.description)} |\n"
+        )
+    if prefix and rows:
+        yield "\n| key | type | default | meaning |\n|---|---|---|---|\n"
+        yield from rows
+    for key, section, is_list, description in inner:
+        yield f"\n## `{key}{'.N' if is_list else ''}`\n\n{description}\n"
+        yield from _section(f"{key}.", section)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if (found := _section_of(argument)) is not None:
+            return found
+    return None
+
+
+def _type_name(annotation: Any) -> str:
+    if _section_of(annotation) is not None:
+        return "section"
+    text = re.sub(r"typing\.|<class '|'>", "", str(annotation))
+    if "Literal" in text:
+        return " · ".join(f"`{choice}`" for choice in get_args(annotation))
+    if "Annotated" in text:
+        text = "list[str]" if text.startswith("list") else "tuple[float, float]"
+    names = {"str": "string", "int": "whole number", "float": "number", "bool": "true or false"}
+    optional = text.endswith(" | None")
+    text = text.removesuffix(" | None")
+    return _cell(names.get(text, text) + (", or empty" if optional else ""))
+
+
+def _default(info: Any) -> str:
+    if info.default is PydanticUndefined:
+        return "required"
+    return "empty" if info.default in (None, [], {}) else f"`{json.dumps(info.default)}`"
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(reference_page(), end="")

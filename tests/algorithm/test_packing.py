@@ -1,0 +1,161 @@
+"""Packs hold every completion once, within the budget, and say where each of its tokens is predicted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_cli.algorithm.packing import Group, Pack, pack_groups, plan_minibatches
+
+PROMPT_TOKENS, COMPLETION_TOKENS = st.integers(1, 49), st.integers(50, 99)
+
+
+@st.composite
+def ragged_groups(draw: st.DrawFn) -> list[Group]:
+    """A few groups; empty completions and prompts of one token among them."""
+    groups, start = [], 0
+    for _ in range(draw(st.integers(1, 4))):
+        prompt = draw(st.lists(PROMPT_TOKENS, min_size=1, max_size=6))
+        completions = draw(
+            st.lists(st.lists(COMPLETION_TOKENS, min_size=0, max_size=6), min_size=1, max_size=5),
+        )
+        groups.append(Group(prompt, completions, range(start, start + len(completions))))
+        start += len(completions)
+    return groups
+
+
+def completions_of(groups: list[Group]) -> dict[int, list[int]]:
+    return {s: list(c) for group in groups for s, c in zip(group.samples, group.completions, strict=True)}
+
+
+def prompt_of(groups: list[Group], sample: int) -> list[int]:
+    return next(list(group.prompt) for group in groups if sample in group.samples)
+
+
+def visible_tokens(pack: Pack) -> list[list[int]]:
+    """For each completion token of a pack, in order, the tokens that its predictor attends to, by position."""
+    contexts = []
+    if pack.predictors.dim() == 1:
+        tokens, positions, attends = pack.input_ids[0], pack.position_ids[0], pack.attention_mask[0, 0]
+        for place in pack.predictors.tolist():
+            seen = attends[place].nonzero().squeeze(1)
+            order = seen[positions[seen].argsort()]
+            assert positions[order].tolist() == list(range(len(order))), "a position seen twice or not at all"
+            contexts.append(tokens[order].tolist())
+    else:
+        for row, (places, mask) in enumerate(zip(pack.predictors, pack.mask, strict=True)):
+            for place in places[mask].tolist():
+                assert pack.attention_mask[row, : place + 1].all()
+                contexts.append(pack.input_ids[row, : place + 1].tolist())
+    return contexts
+
+
+def input_tokens(pack: Pack, shared_prompt: bool) -> int:
+    assert pack.input_ids.shape == pack.position_ids.shape
+    length = pack.input_ids.shape[1]
+    expected = (1, 1, length, length) if shared_prompt else pack.input_ids.shape
+    assert pack.attention_mask.shape == expected
+    return pack.input_ids.numel()
+
+
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_minibatches_cover_every_group_once_in_parts_as_equal_as_can_be(groups: int, steps: int) -> None:
+    parts = plan_minibatches(groups, steps)
+    assert len(parts) == steps
+    assert [group for part in parts for group in part] == list(range(groups))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(ragged_groups(), st.integers(1, 60), st.booleans())
+def test_every_completion_is_in_exactly_one_pack_with_its_own_tokens(
+    groups: list[Group], budget: int, shared_prompt: bool
+) -> None:
+    packs = pack_groups(groups, budget, shared_prompt=shared_prompt)
+    expected = completions_of(groups)
+    seen = [sample for pack in packs for sample in pack.samples.tolist()]
+    assert sorted(seen) == sorted(expected)
+    for pack in packs:
+        assert pack.mask.shape == pack.targets.shape == (len(pack.samples), pack.targets.shape[1])
+        for sample, targets, mask in zip(pack.samples.tolist(), pack.targets, pack.mask, strict=True):
+            assert targets[mask].tolist() == expected[sample]
+            assert (targets[~mask] == 0).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(ragged_groups(), st.integers(1, 60), st.booleans())
+def test_each_token_is_predicted_from_its_prompt_and_the_tokens_before_it(
+    groups: list[Group], budget: int, shared_prompt: bool
+) -> None:
+    expected = completions_of(groups)
+    for pack in pack_groups(groups, budget, shared_prompt=shared_prompt):
+        contexts = iter(visible_tokens(pack))
+        for sample in pack.samples.tolist():
+            for place in range(len(expected[sample])):
+                assert next(contexts) == [*prompt_of(groups, sample), *expected[sample][:place]]
+        assert next(contexts, None) is None
+
+
+@settings(max_examples=150, deadline=None)
+@given(ragged_groups(), st.integers(1, 60), st.booleans())
+def test_a_pack_over_the_budget_holds_a_single_completion(
+    groups: list[Group], budget: int, shared_prompt: bool
+) -> None:
+    for pack in pack_groups(groups, budget, shared_prompt=shared_prompt):
+        if input_tokens(pack, shared_prompt) > budget:
+            assert len(pack.samples) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(ragged_groups())
+def test_a_wide_budget_makes_one_pack_that_feeds_each_prompt_once_and_no_last_token(groups: list[Group]) -> None:
+    (pack,) = pack_groups(groups, 10_000)
+    fed = sum(len(g.prompt) + sum(max(len(c) - 1, 0) for c in g.completions) for g in groups)
+    assert pack.input_ids.shape == (1, fed)
+    assert pack.samples.tolist() == list(completions_of(groups)), "shared-prompt packs keep the order"
+
+
+def test_a_group_over_the_budget_is_split_and_each_part_has_the_prompt() -> None:
+    group = Group([1, 2, 3], [[50, 51, 52], [53, 54, 55], [56, 57, 58]], [4, 5, 6])
+    packs = pack_groups([group], 7)
+    assert [pack.samples.tolist() for pack in packs] == [[4, 5], [6]]
+    assert packs[0].input_ids.tolist() == [[1, 2, 3, 50, 51, 53, 54]]
+    assert packs[0].position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4]]
+    assert packs[0].predictors.tolist() == [2, 3, 4, 2, 5, 6]
+    assert packs[1].input_ids.tolist() == [[1, 2, 3, 56, 57]]
+
+
+def test_groups_share_a_pack_until_the_budget_is_full() -> None:
+    groups = [Group([1, 2], [[50, 51]], [0]), Group([3], [[52], []], [1, 2]), Group([4, 5], [[53, 54]], [3])]
+    packs = pack_groups(groups, 4)
+    assert [pack.input_ids.tolist() for pack in packs] == [[[1, 2, 50, 3]], [[4, 5, 53]]]
+    assert not packs[0].attention_mask[0, 0, 3, :3].any(), "a group sees no other group"
+
+
+def test_rows_of_like_length_share_a_pack() -> None:
+    long = Group([1] * 6, [[50, 51]], [0])
+    short = Group([2], [[52, 53]], [1])
+    packs = pack_groups([short, long, Group([3], [[54, 55]], [2])], 8, shared_prompt=False)
+    assert [sorted(pack.samples.tolist()) for pack in packs] == [[0], [1, 2]]
+    assert [pack.input_ids.numel() for pack in packs] == [7, 4]
+
+
+@pytest.mark.parametrize("shared_prompt", [True, False])
+def test_a_pack_of_empty_completions_predicts_nothing(shared_prompt: bool) -> None:
+    (pack,) = pack_groups([Group([7], [[], []], [0, 1])], 10, shared_prompt=shared_prompt)
+    assert pack.mask.shape == (2, 0)
+    assert pack.predictors.numel() == 0
+    assert pack.input_ids.numel() >= 1
+
+
+def test_no_groups_make_no_packs() -> None:
+    assert pack_groups([], 10) == []
+
+
+def test_a_pack_moves_whole_to_a_device() -> None:
+    (pack,) = pack_groups([Group([7], [[50]], [0])], 10)
+    moved = pack.to(torch.device("meta"))
+    assert all(tensor.device.type == "meta" for tensor in vars(moved).values())
