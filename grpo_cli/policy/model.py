@@ -22,6 +22,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.errors import UserError
@@ -116,7 +117,7 @@ def _from_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
         return auto_class.from_pretrained(name, **arguments)
     except ImportError as error:
         raise UserError(f"loading {name}: {error}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:500]
         local = Path(name).is_dir()
         hint = "" if local else "; without a network, set model.name to a folder or .gguf file on this machine"
@@ -193,7 +194,14 @@ def restore_weights(model: Any, folder: Path) -> None:
 def save_standalone(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model that plain transformers and vLLM load as it is: adapters merged, trained weights untouched."""
     if isinstance(model, PeftModel):
-        model.get_base_model().save_pretrained(folder, state_dict=merged_state_dict(model))
+        base, merged = model.get_base_model(), merged_state_dict(model)
+        base.save_pretrained(folder, state_dict=merged)
+        ties = getattr(base, "all_tied_weights_keys", {}).items()
+        if not all(torch.equal(merged[name], merged[source]) for name, source in ties if name in merged):
+            # An adapter on one of two tied weights parts them; vLLM goes by what the configuration says.
+            config = copy.deepcopy(base.config)
+            config.tie_word_embeddings = False
+            config.save_pretrained(folder)
     else:
         model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

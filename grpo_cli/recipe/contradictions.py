@@ -121,8 +121,10 @@ def _optim_contradictions(optim: OptimConfig) -> Iterator[Finding]:
 
 
 def _train_contradictions(train: TrainConfig) -> Iterator[Finding]:
-    if (train.max_steps is None) == (train.epochs is None):
-        yield "train.max_steps", "set exactly one of train.max_steps and train.epochs"
+    if train.max_steps is None and train.epochs is None:
+        yield "train.max_steps", "is missing; set it, or train.epochs"
+    if train.max_steps is not None and train.epochs is not None:
+        yield "train.max_steps", "says how long to train, and so does train.epochs; remove one of them"
     if train.optimizer_steps_per_rollout > train.prompts_per_step:
         yield (
             "train.optimizer_steps_per_rollout",

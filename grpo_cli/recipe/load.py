@@ -279,7 +279,7 @@ def _describe(detail: Any) -> tuple[KeyPath, str]:
             hint = f"did you mean {suggestion}?" if suggestion else _choices(key)
             return key, f"{name} is not a setting; {hint}"
         case "invalid_key":
-            return key, f"{name} is not a setting; write a word as the key, not the number or value {given!r}"
+            return (*key[:-1], str(key[-1])), f"{name} is not a setting; keys are words"
         case "missing":
             return key, f"{name} is missing"
         case "literal_error":

@@ -7,9 +7,10 @@ must never import torch, so that `grpo check` and `--help` answer at once. A key
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -22,6 +23,29 @@ CISPO_EPSILON_HIGH = 5.0
 """CISPO's default `epsilon_high`, which bounds the ratio itself rather than its distance from 1."""
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+
+
+LONGEST_FILE_NAME = 255
+"""Bytes, on the file systems of Linux and macOS."""
+
+
+def possible_path(text: str | None) -> str | None:
+    """Return `text` if a file can have that name, so that looking for it cannot fail in odd ways.
+
+    Raises:
+        ValueError: no file can.
+    """
+    if text is None:
+        return None
+    if "\0" in text:
+        raise ValueError("have no null character in it")
+    if any(len(part.encode(errors="surrogateescape")) > LONGEST_FILE_NAME for part in text.split("/")):
+        raise ValueError(f"have at most {LONGEST_FILE_NAME} bytes between two slashes")
+    try:
+        Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError("begin with the home folder of a user of this machine, or have no ~") from error
+    return text
 
 
 class Section(BaseModel):
@@ -46,6 +70,8 @@ class LoraConfig(Section):
 
 
 class ModelConfig(Section):
+    _paths = field_validator("name", "tokenizer", "reference")(possible_path)
+
     name: str = Field(min_length=1)
     """Hub id, folder, or `.gguf` file of the model to train."""
     revision: str | None = None
@@ -75,6 +101,8 @@ class ModelConfig(Section):
 
 
 class EvalDataConfig(Section):
+    _paths = field_validator("name")(possible_path)
+
     name: str = Field(min_length=1)
     """Hub id, a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of them, or `module:factory`."""
     config: str | None = None
@@ -105,6 +133,8 @@ class DataConfig(EvalDataConfig):
 
 
 class RewardConfig(Section):
+    _paths = field_validator("model")(possible_path)
+
     path: str | None = None
     """`module:function`, or the short name of an installed reward function."""
     model: str | None = None
@@ -226,6 +256,8 @@ class OptimConfig(Section):
 
 
 class TrainConfig(Section):
+    _paths = field_validator("output_dir")(possible_path)
+
     output_dir: str = Field(min_length=1)
     """Folder of the run: metrics, completions, checkpoints, final model."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -240,7 +272,7 @@ class TrainConfig(Section):
     """Passes over each rollout."""
     max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
     """Tokens in one forward pass: memory, not results. Chosen for the device if empty."""
-    seed: int = Field(default=42, ge=0)
+    seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of sampling, shuffling and initialisation."""
     save_every: int = Field(default=100, ge=0)
     """Steps between checkpoints; 0 writes none but the one on a signal."""
