@@ -117,7 +117,7 @@ def main() -> None:
     # Deprecations are addressed to the programmers of the libraries involved, not to who runs a recipe.
     warnings.simplefilter("ignore", FutureWarning)
     try:
-        app()
+        app(prog_name="grpo")
     except UserError as error:
         _fail(error, EXIT_USAGE)
     except RunError as error:

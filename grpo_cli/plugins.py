@@ -37,8 +37,8 @@ def load_object(path: str, *, setting: str) -> Any:
                 f"{setting}: there is no module {module_name!r} in {here} or among the installed packages"
             ) from error
         raise UserError(f"{setting}: {module_name} needs {error.name}, which is not installed") from error
-    except Exception as error:
-        raise UserError(f"{setting}: importing {module_name} failed: {_origin(error)}") from error
+    except (Exception, SystemExit) as error:  # a script without `if __name__ == "__main__"` may call exit()
+        raise UserError(f"{setting}: importing {module_name} failed: {origin(error)}") from error
     for part in name.split("."):
         if not hasattr(target, part):
             close = difflib.get_close_matches(part, dir(target), n=1)
@@ -48,9 +48,23 @@ def load_object(path: str, *, setting: str) -> Any:
     return target
 
 
-def _origin(error: BaseException) -> str:
-    """`file:line: Type: message` of where the error was raised."""
+def origin(error: BaseException, *, below: str | None = None) -> str:
+    """`file:line: Type: message` of where the error was raised.
+
+    Args:
+        error: the error.
+        below: a file of ours that called other people's code: the place is the line in that code which it
+            called, not the library's line where that ended; none if the call itself failed.
+    """
     if isinstance(error, SyntaxError):
         return f"{error.filename}:{error.lineno}: SyntaxError: {error.msg}"
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
+    message = f"{type(error).__name__}: {error}".removesuffix(": ")
+    frames = traceback.extract_tb(error.__traceback__)
+    if below is None:
+        frame = frames[-1]
+    else:
+        called = [frame for frame, caller in zip(frames[1:], frames, strict=False) if caller.filename == below]
+        if not called:
+            return message
+        frame = called[-1]
+    return f"{frame.filename}:{frame.lineno}: {message}"

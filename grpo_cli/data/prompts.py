@@ -67,6 +67,8 @@ class PromptDataset:
         self._tokens: list[array[int]] | None = None
         if rows.config.max_prompt_tokens is not None:
             self._limit_length(rows.config.max_prompt_tokens)
+        elif rows.conversational:
+            self._encode([0])  # a chat template that does not work fails here, not in the first step
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -12,7 +12,6 @@ import itertools
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import pyarrow as pa
 
 from grpo_cli.data.files import file_kinds, missing_file, pick_split, read_file, read_folder, table_from_rows
 from grpo_cli.errors import UserError
-from grpo_cli.plugins import load_object
+from grpo_cli.plugins import load_object, origin
 from grpo_cli.recipe.schema import DATA_FILE_SUFFIXES, EvalDataConfig
 
 HUB_TIMEOUT_S = 5.0
@@ -93,11 +92,8 @@ def _from_factory(config: EvalDataConfig, setting: str) -> pa.Table:
         return table_from_object(factory(), config, where)
     except UserError:
         raise
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"{where} failed: {frame.filename}:{frame.lineno}: {type(error).__name__}: {error}"
-        ) from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where} failed: {origin(error)}") from error
 
 
 def _from_hub(config: EvalDataConfig, setting: str) -> pa.Table:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from grpo_cli.algorithm.packing import Group, Pack, pack_groups
+from grpo_cli.policy.model import evaluating
 
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 """Largest difference in log-probability that rounding may cause between packed and plain rows."""
@@ -68,15 +69,11 @@ def shares_prompts(model: Any) -> bool:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager") or not _attends_to_all(config):
         return False
-    was_training = model.training
-    model.eval()  # dropout would tell any two passes apart
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
             return _passes_self_check(model, config.vocab_size)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    finally:
-        model.train(was_training)
 
 
 def _attends_to_all(config: Any) -> bool:

@@ -7,6 +7,7 @@ model in the recipe's dtype, without dropout, with LoRA adapters if the recipe a
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +23,11 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.errors import UserError
 from grpo_cli.policy.files import locate_gguf
+from grpo_cli.recipe import schema
 from grpo_cli.recipe.schema import ModelConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -47,22 +48,39 @@ def load_policy(config: ModelConfig, *, model: Any = None, adapters: bool = True
         model = load_pretrained(config, config.name)
     without_dropout(model)
     if config.lora is not None and adapters:
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                task_type="CAUSAL_LM",
-                r=config.lora.r,
-                lora_alpha=config.lora.alpha,
-                lora_dropout=config.lora.dropout,
-                target_modules=config.lora.target_modules,
-                modules_to_save=config.lora.modules_to_save or None,
-            ),
-        )
+        model = _with_adapters(model, config.lora)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()  # without it neither gradient checkpointing nor an adapter's dropout does anything
     return model
+
+
+def _with_adapters(model: Any, config: schema.LoraConfig) -> PeftModel:
+    """The model with new LoRA adapters; names that are not in the model are errors, not ignored."""
+    names = [name for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save:
+        if not any(name.endswith(wanted) for name in names):
+            raise UserError(f"model.lora.modules_to_save: the model has no module {wanted}")
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=config.r,
+                lora_alpha=config.alpha,
+                lora_dropout=config.dropout,
+                target_modules=config.target_modules,
+                modules_to_save=config.modules_to_save or None,
+            ),
+        )
+    except (ValueError, re.error) as error:
+        linear = [name for name, part in model.named_modules() if isinstance(part, torch.nn.Linear)]
+        choices = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise UserError(
+            f"model.lora.target_modules: {str(error).split('. Please')[0]}; write all-linear, or names among "
+            f"{choices or 'those of its modules'}"
+        ) from error
 
 
 def load_pretrained(config: ModelConfig, name: str) -> Any:
@@ -71,7 +89,8 @@ def load_pretrained(config: ModelConfig, name: str) -> Any:
     Raises:
         UserError: as `load_policy`.
     """
-    folder, gguf_file = locate_gguf(name, config.gguf_file if name == config.name else None)
+    setting = "model.name" if name == config.name else "model.reference"
+    folder, gguf_file = locate_gguf(name, config.gguf_file if name == config.name else None, setting=setting)
     arguments: dict[str, Any] = {
         "dtype": DTYPES[config.dtype],
         "attn_implementation": config.attn_implementation,
@@ -79,8 +98,9 @@ def load_pretrained(config: ModelConfig, name: str) -> Any:
         "revision": config.revision if name == config.name else None,
     }
     if gguf_file is not None:
-        return dequantised(_from_pretrained(AutoModelForCausalLM, folder, gguf_file=gguf_file, **arguments))
-    return _from_pretrained(AutoModelForCausalLM, folder, **arguments)
+        arguments["gguf_file"] = gguf_file
+    model = _from_pretrained(AutoModelForCausalLM, folder, setting, **arguments)
+    return model if gguf_file is None else dequantised(model)
 
 
 def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
@@ -91,19 +111,16 @@ def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
     """
     if tokenizer is None:
         name = config.tokenizer or config.name
-        folder, gguf_file = locate_gguf(name, config.gguf_file if name == config.name else None)
+        setting = "model.tokenizer" if config.tokenizer else "model.name"
+        folder, gguf_file = locate_gguf(name, config.gguf_file if name == config.name else None, setting=setting)
         arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
         if gguf_file is not None:
             arguments["gguf_file"] = gguf_file
         if name == config.name:
             arguments["revision"] = config.revision
-        tokenizer = _from_pretrained(AutoTokenizer, folder, **arguments)
+        tokenizer = _from_pretrained(AutoTokenizer, folder, setting, **arguments)
     if config.chat_template is not None:
-        path = Path(config.chat_template).expanduser()
-        is_template = "{" in config.chat_template
-        if not is_template and not path.is_file():
-            raise UserError(f"model.chat_template: there is no file {config.chat_template}")
-        tokenizer.chat_template = config.chat_template if is_template else path.read_text(encoding="utf-8")
+        tokenizer.chat_template = _chat_template(config.chat_template)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.name} has no end-of-sequence token, so completions would never end; "
@@ -112,18 +129,38 @@ def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
     return tokenizer
 
 
-def _from_pretrained(auto_class: Any, name: str, **arguments: Any) -> Any:
+def _chat_template(template: str) -> str:
+    """The template itself, or what the file of that name holds."""
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        message = f"there is no file {template}; a template itself would have a {{ in it"
+        raise UserError(f"model.chat_template: {message}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.chat_template: the file {template} cannot be read: {error}") from error
+
+
+def _from_pretrained(auto_class: Any, name: str, setting: str, **arguments: Any) -> Any:
+    what = "the tokenizer of " if auto_class is AutoTokenizer else ""
+    shown = str(Path(name, arguments["gguf_file"])) if "gguf_file" in arguments else name
     try:
         return auto_class.from_pretrained(name, **arguments)
     except ImportError as error:
-        raise UserError(f"loading {name}: {error}") from error
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if "attention" in str(error).lower():
+            kernel = arguments["attn_implementation"]
+            message = f"model.attn_implementation: {kernel} cannot be used here, write sdpa or eager"
+            raise UserError(f"{message}\n({error})") from error
+        raise UserError(f"{setting}: loading {what}{shown} needs a package\n({error})") from error
+    except Exception as error:  # a damaged file can end in any exception of transformers and its parsers
         reason = " ".join(str(error).split())[:500]
         local = Path(name).is_dir()
-        hint = "" if local else "; without a network, set model.name to a folder or .gguf file on this machine"
+        hint = "" if local else f"; without a network, set {setting} to a folder or .gguf file on this machine"
         if "attn_implementation" in reason:
             hint = "; it has no such attention kernel, set model.attn_implementation to eager"
-        raise UserError(f"model.name: cannot load {name}{hint}\n({type(error).__name__}: {reason})") from error
+        message = f"{setting}: cannot load {what}{shown}{hint}"
+        raise UserError(f"{message}\n({type(error).__name__}: {reason})") from error
 
 
 def dequantised(model: Any) -> Any:
@@ -146,6 +183,17 @@ def without_dropout(model: Any) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("drop" in name or "jitter" in name):
                 setattr(module, name, 0.0)
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Without an adapter's dropout, for as long as it is entered."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Reference:
@@ -179,7 +227,11 @@ class Reference:
 
 def save_weights(model: Any, folder: Path) -> None:
     """Write what is trained: the whole model, or the adapter alone."""
-    model.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        # By default PEFT asks the Hub, at every save, whether the embeddings have grown.
+        model.save_pretrained(folder, save_embedding_layers=False)
+    else:
+        model.save_pretrained(folder)
 
 
 def restore_weights(model: Any, folder: Path) -> None:

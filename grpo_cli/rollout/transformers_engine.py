@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from grpo_cli.errors import UserError
+from grpo_cli.policy.model import evaluating
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, SampleKey, sample_uniforms
 
@@ -58,20 +59,12 @@ class TransformersEngine:
         self, prompts: Sequence[Sequence[int]], keys: Sequence[SampleKey], num_generations: int
     ) -> list[list[Completion]]:
         """See `RolloutEngine.generate`."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            groups: list[list[Completion]] = []
-            for places in self._waves(prompts, num_generations):
-                with self.autocast():
-                    groups.extend(
-                        self._generate_wave(
-                            [prompts[i] for i in places], [keys[i] for i in places], num_generations
-                        )
-                    )
-            return groups
-        finally:
-            self.model.train(was_training)
+        groups: list[list[Completion]] = []
+        with evaluating(self.model), self.autocast():
+            for wave in self._waves(prompts, num_generations):
+                parts = [prompts[i] for i in wave], [keys[i] for i in wave]
+                groups.extend(self._generate_wave(*parts, num_generations))
+        return groups
 
     def _waves(self, prompts: Sequence[Sequence[int]], num_generations: int) -> Iterator[range]:
         """Consecutive prompts whose caches fit into CACHE_TOKENS together; at least one."""

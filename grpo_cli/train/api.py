@@ -20,7 +20,7 @@ from grpo_cli.train.callbacks import notify
 from grpo_cli.train.checkpoint import commit_folder
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
-from grpo_cli.train.run import Objects, Run, build_run
+from grpo_cli.train.run import Objects, Run, build_run, check_trackers
 from grpo_cli.train.session import Session, mean_reward
 from grpo_cli.train.signals import StopRequest
 
@@ -85,6 +85,7 @@ def train(
     objects = Objects(model, tokenizer, functions, train_data, eval_data, callbacks, optimizer)
     loaded = load_recipe(name_objects(recipe, objects), overrides)
     console = console or Console()
+    check_trackers(loaded.logging.trackers)
     run = build_run(loaded, objects)
     with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
         session = Session(run, objects, stop_request, display, resume=resume)

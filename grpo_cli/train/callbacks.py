@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_cli.errors import UserError
-from grpo_cli.plugins import load_object
+from grpo_cli.errors import RunError, StoppedBySignal, UserError
+from grpo_cli.plugins import load_object, origin
 from grpo_cli.recipe.schema import Recipe
 
 EVENTS = ("on_train_start", "on_step_end", "on_evaluate", "on_checkpoint", "on_train_end")
@@ -64,8 +64,8 @@ def load_callbacks(paths: Sequence[str]) -> list[Any]:
         if isinstance(target, type):
             try:
                 target = target()
-            except TypeError as error:
-                raise UserError(f"{setting}: {path}() failed: {error}") from error
+            except Exception as error:
+                raise UserError(f"{setting}: {path}() failed: {origin(error, below=__file__)}") from error
         callbacks.append(check_callback(target, setting))
     return callbacks
 
@@ -78,8 +78,34 @@ def check_callback(callback: Any, setting: str) -> Any:
 
 
 def notify(callbacks: Sequence[Any], event: str, state: TrainState) -> None:
-    """Call `event` on every callback that has it."""
+    """Call `event` on every callback that has it.
+
+    Raises:
+        RunError: a callback raised, or left something in `state.metrics` that is not a number.
+    """
     for callback in callbacks:
         method = getattr(callback, event, None)
-        if method is not None:
+        if not callable(method):
+            continue
+        where = f"callback {type(callback).__name__}.{event}, step {state.step}"
+        try:
             method(state)
+        except (UserError, RunError, StoppedBySignal):
+            raise
+        except Exception as error:
+            raise RunError(f"{where}: {origin(error, below=__file__)}") from error
+        state.metrics = {
+            name: _number(value, f"{where}: metrics[{name!r}]") for name, value in state.metrics.items()
+        }
+
+
+def _number(value: Any, where: str) -> float:
+    """A metric as it can be logged: tensors and NumPy scalars of one element become plain numbers."""
+    if isinstance(value, int | float):
+        return value
+    if not isinstance(value, str) and hasattr(value, "__float__"):
+        try:
+            return float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RunError(f"{where} is not one number: {error}") from error
+    raise RunError(f"{where} is of type {type(value).__name__}; only numbers can be logged")

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.policy.model import restore_weights, save_weights
@@ -68,12 +69,14 @@ def save_checkpoint(
         torch.save(scheduler.state_dict(), partial / "scheduler.pt")
         (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
         commit_folder(partial, final)
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a full disk as a RuntimeError.
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as a RuntimeError.
         shutil.rmtree(partial, ignore_errors=True)
         raise RunError(f"writing {final} failed, earlier checkpoints are kept: {error}") from error
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        # Out of the list first: a checkpoint that is half removed is none.
+        removed = old.rename(old.with_name(f".{old.name}.partial"))
+        shutil.rmtree(removed)
     return final
 
 
@@ -96,15 +99,26 @@ def sync(path: Path) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(path for path in folder.glob("checkpoint-*") if (path / "position.json").is_file())
+    whole = [path for path in folder.glob("checkpoint-*") if (path / "position.json").is_file()]
+    return sorted(whole, key=lambda path: (len(path.name), path.name))
 
 
 def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> Position:
-    """Restore everything that `save_checkpoint` wrote, bit for bit."""
-    restore_weights(model, path)
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-    scheduler.load_state_dict(torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True))
-    return read_position(path)
+    """Restore everything that `save_checkpoint` wrote, bit for bit.
+
+    Raises:
+        RunError: a file of it is missing or damaged.
+    """
+    try:
+        restore_weights(model, path)
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+        scheduler.load_state_dict(torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True))
+        return read_position(path)
+    except Exception as error:  # torch, pickle, zipfile, safetensors and json each raise their own
+        raise RunError(
+            f"--resume: {path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "remove it to go on from the checkpoint before it"
+        ) from error
 
 
 def read_position(path: Path) -> Position:
@@ -127,8 +141,7 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Path | None:
                 f"train.output_dir: {folder} already holds a run; continue it with --resume, or choose another "
                 "folder with --set train.output_dir=..."
             )
-        written = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-        changed = changed_settings(written, yaml.safe_load(dump_recipe(recipe)))
+        changed = changed_settings(_read_written(recipe_file), yaml.safe_load(dump_recipe(recipe)))
         if changed:
             raise UserError(
                 f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
@@ -140,9 +153,25 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Path | None:
     except OSError as error:
         raise UserError(f"train.output_dir: cannot write to {folder}: {error.strerror}") from error
     for leftover in folder.glob(".*.partial"):
-        shutil.rmtree(leftover)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
+
+
+def _read_written(recipe_file: Path) -> Mapping[str, Any]:
+    """What an earlier start wrote.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        written = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise UserError(f"--resume: {recipe_file} cannot be read, so the run cannot go on: {reason}") from error
+    if not isinstance(written, Mapping):
+        raise UserError(f"--resume: {recipe_file} holds no recipe, so the run cannot go on")
+    return written
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The screen of a run: a progress bar on a terminal, one line a step elsewhere, tables of completions."""
+"""The screen of a run: a line a step, tables of completions, and on a terminal a progress bar."""
 
 from __future__ import annotations
 
@@ -59,11 +59,10 @@ class Display:
 
     def step(self, metrics: Metrics) -> None:
         step = int(metrics["step"])
-        line = step_line(metrics)
-        self._progress.update(self._task, completed=step, line=line)
-        is_last = step == self._max_steps
-        if not self.console.is_terminal and (step % self.every == 0 or is_last):
-            self.console.print(f"step {step}/{self._max_steps}  {line}", soft_wrap=True, highlight=False)
+        speed = f"{metrics['tokens_per_second']:.0f} tokens/s"
+        self._progress.update(self._task, completed=step, line=f"reward {metrics['reward']:.4g}  {speed}")
+        if step % self.every == 0 or step == self._max_steps:
+            self.note(f"step {step}/{self._max_steps}  {step_line(metrics)}  {speed}")
 
     def note(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)
@@ -74,22 +73,31 @@ class Display:
         """A table of the first completion of the first `limit` prompts with its rewards."""
         table = Table(title=title, show_lines=True)
         for column in ("prompt (end)", "completion", *names):
-            table.add_column(column)
+            table.add_column(escape(column))
         for index in range(min(limit, len(rollout.prompts))):
             row = index * rollout.num_generations
             scores = [f"{score:.3g}" for score in rewards[row].tolist()]
-            prompt = ending(rollout.prompts[index].content)
-            table.add_row(escape(prompt), escape(rollout.completions[row].text[:SHOWN_CHARACTERS]), *scores)
+            prompt, completion = rollout.prompts[index].content, rollout.completions[row].text
+            table.add_row(ending(prompt), beginning(completion), *scores)
         self.console.print(table)
 
 
 def step_line(metrics: Metrics) -> str:
-    """`reward -81.2  length 23.5  …  410 tokens/s`."""
-    parts = [f"{label} {metrics[name]:.4g}" for name, label in LINE_METRICS.items() if name in metrics]
-    return "  ".join([*parts, f"{metrics['tokens_per_second']:.0f} tokens/s"])
+    """`reward -81.2  length 23.5  …`."""
+    return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in LINE_METRICS.items() if name in metrics)
 
 
 def ending(content: str | list[dict[str, Any]]) -> str:
-    """The last characters of a prompt, where its question usually is."""
+    """The last characters of a prompt, where its question usually is, safe to print."""
     text = content if isinstance(content, str) else str(content[-1]["content"])
-    return text if len(text) <= SHOWN_CHARACTERS else "…" + text[-SHOWN_CHARACTERS:]
+    return printable(text if len(text) <= SHOWN_CHARACTERS else "…" + text[-SHOWN_CHARACTERS:])
+
+
+def beginning(text: str) -> str:
+    """The first characters of a completion, safe to print."""
+    return printable(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+
+
+def printable(text: str) -> str:
+    """Text in which neither control characters nor Rich's markup act on the terminal."""
+    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

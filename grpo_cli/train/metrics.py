@@ -17,6 +17,7 @@ import torch
 from grpo_cli.algorithm.advantages import nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput
 from grpo_cli.rollout.engine import Completion
+from grpo_cli.train.checkpoint import write_text
 
 Metrics = dict[str, float]
 
@@ -110,7 +111,7 @@ def completion_metrics(completions: Sequence[Completion]) -> Metrics:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line and step; a NaN is written as null.
+    """`metrics.jsonl`: one JSON object a line and step; NaN and infinity are written as null.
 
     Args:
         path: of the file.
@@ -120,11 +121,11 @@ class MetricsFile:
     def __init__(self, path: Path, first_step: int) -> None:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= first_step] if path.exists() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.history: list[dict[str, Any]] = kept
 
     def append(self, metrics: Metrics) -> None:
-        row = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self.history.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

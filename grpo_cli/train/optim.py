@@ -38,9 +38,12 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
 
 def build_scheduler(optimizer: Any, config: OptimConfig, num_optimizer_steps: int) -> Any:
     """The recipe's schedule over all optimizer steps of the run."""
+    # transformers' own end of a polynomial, 1e-7, may be above a small learning rate.
+    polynomial = {"lr_end": min(1e-7, 0.1 * optimizer.defaults["lr"])}
     return get_scheduler(
         config.scheduler,
         optimizer,
-        num_warmup_steps=round(config.warmup_ratio * num_optimizer_steps),
+        num_warmup_steps=min(round(config.warmup_ratio * num_optimizer_steps), num_optimizer_steps - 1),
         num_training_steps=num_optimizer_steps,
+        scheduler_specific_kwargs=polynomial if config.scheduler == "polynomial" else None,
     )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -113,6 +114,19 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
         if part is not None:
             check_columns(functions, part.columns, part.setting)
     return Scorer(functions)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a `logging.trackers` that Accelerate does not know or whose package is missing."""
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(name) for name in get_available_trackers()}
+    for index, name in enumerate(names):
+        if name not in known:
+            raise UserError(f"logging.trackers.{index}: {name!r} is not one of {', '.join(known)}")
+        if name not in available:
+            raise UserError(
+                f"logging.trackers.{index}: the package of {name} is not installed; install it, or remove {name}"
+            )
 
 
 def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) -> Run:

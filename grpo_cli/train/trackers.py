@@ -28,7 +28,7 @@ class Trackers:
         known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
         available = {str(name) for name in get_available_trackers()}
         self._trackers: list[Any] = []
-        folder = Path(recipe.train.output_dir)
+        folder = Path(recipe.train.output_dir).expanduser()
         for index, name in enumerate(recipe.logging.trackers):
             if name not in known:
                 raise UserError(f"logging.trackers.{index}: {name!r} is not one of {', '.join(known)}")

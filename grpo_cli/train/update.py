@@ -14,6 +14,7 @@ from grpo_cli.algorithm.losses import LossOutput, high_entropy_threshold
 from grpo_cli.algorithm.packing import Pack
 from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import token_logprobs
+from grpo_cli.policy.model import evaluating
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
 from grpo_cli.train.run import Run
@@ -89,12 +90,13 @@ def _score(
     entropies: torch.Tensor | None = None,
 ) -> None:
     """Fill the given (N, T) tensors with the log-probabilities and entropies of `packs` under `model`."""
-    for pack in packs:
-        with run.autocast():
-            outputs = token_logprobs(model, run.to_device(pack), run.recipe.generation.temperature)
-        for target, values in zip((logprobs, entropies), outputs, strict=True):
-            if target is not None:
-                target[pack.samples, : pack.mask.shape[1]] = values.cpu()
+    with evaluating(model):
+        for pack in packs:
+            with run.autocast():
+                outputs = token_logprobs(model, run.to_device(pack), run.recipe.generation.temperature)
+            for target, values in zip((logprobs, entropies), outputs, strict=True):
+                if target is not None:
+                    target[pack.samples, : pack.mask.shape[1]] = values.cpu()
 
 
 class OptimizerStep:

@@ -12,7 +12,7 @@ from rich.table import Table
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object
-from grpo_cli.policy.files import count_parameters, locate_gguf
+from grpo_cli.policy.files import check_gguf, count_parameters, locate_gguf
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
@@ -47,7 +47,9 @@ def check(recipe: Recipe, console: Console) -> None:
     if recipe.optim.name != "adamw":
         load_object(recipe.optim.name, setting="optim.name")
     load_callbacks(recipe.train.callbacks)
-    folder, _ = locate_gguf(recipe.model.name, recipe.model.gguf_file)
+    folder, gguf_file = locate_gguf(recipe.model.name, recipe.model.gguf_file)
+    if gguf_file is not None and Path(folder).is_dir():
+        check_gguf(Path(folder, gguf_file))
 
     table = Table(show_header=False, box=None)
     for name, value in plan(recipe, rows, eval_rows, count_parameters(Path(folder))):

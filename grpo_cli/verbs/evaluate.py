@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_cli.errors import UserError
+from grpo_cli.policy.files import locate_gguf
 from grpo_cli.policy.model import restore_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.evaluate import evaluate
@@ -44,6 +46,10 @@ def eval_model(
     too_many = [k for k in pass_at if not 1 <= k <= size]
     if too_many:
         raise UserError(f"--pass-at {too_many[0]}: k lies between 1 and generation.num_generations ({size})")
+    if not math.isfinite(pass_reward):
+        raise UserError(f"--pass-reward {pass_reward}: must be a finite number")
+    if model is not None:
+        locate_gguf(model, None, setting="--model")
     adapter = None
     if model is not None and (Path(model) / "adapter_config.json").is_file():
         adapter = Path(model)
@@ -53,7 +59,14 @@ def eval_model(
     if adapter is not None:
         if recipe.model.lora is None:
             raise UserError(f"--model {model} is a LoRA checkpoint, and the recipe has no model.lora")
-        restore_weights(run.model, adapter)
+        try:
+            restore_weights(run.model, adapter)
+        except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
+            reason = " ".join(str(error).split())[:500]
+            raise UserError(
+                f"--model {model}: the adapter cannot be loaded into {recipe.model.name} with this model.lora\n"
+                f"({type(error).__name__}: {reason})"
+            ) from error
     assert run.eval_dataset is not None
     metrics = evaluate(
         run.engine,

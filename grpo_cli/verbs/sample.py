@@ -10,7 +10,7 @@ from rich.table import Table
 
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import generate_rollout
-from grpo_cli.train.display import SHOWN_CHARACTERS, ending
+from grpo_cli.train.display import beginning, ending
 from grpo_cli.train.run import TRAIN_STREAM, Objects, build_run
 
 
@@ -33,12 +33,11 @@ def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
     rollout = generate_rollout(run.engine, prompts, (recipe.train.seed, TRAIN_STREAM, 0), size)
     scores = run.scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
     for index, prompt in enumerate(prompts):
-        table = Table(title=escape(ending(prompt.content)), show_lines=True, title_justify="left")
+        table = Table(title=ending(prompt.content), show_lines=True, title_justify="left")
         for column in ("completion", "tokens", *run.scorer.names):
             table.add_column(escape(column))
         for row in range(index * size, (index + 1) * size):
             completion = rollout.completions[row]
             values = ["None" if math.isnan(score) else f"{score:.3g}" for score in scores[row].tolist()]
-            text = escape(completion.text[:SHOWN_CHARACTERS])
-            table.add_row(text, str(len(completion.token_ids)), *values)
+            table.add_row(beginning(completion.text), str(len(completion.token_ids)), *values)
         console.print(table)

@@ -1,4 +1,4 @@
-"""A pack gives the log-probabilities, entropies and gradients of plain rows, in every architecture that takes it."""
+"""A pack gives the log-probabilities, entropies and gradients of plain rows, wherever prompts are shared."""
 
 from __future__ import annotations
 

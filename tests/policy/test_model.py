@@ -113,6 +113,17 @@ def test_adapters_come_back_bit_for_bit(tiny_model_dir: Path, tmp_path: Path, na
     assert all(a is b for a, b in zip(parameters, other.parameters(), strict=True))
 
 
+def test_saving_an_adapter_asks_no_network(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_policy(settings(tiny_model_dir, lora={"r": 2}))
+    model.peft_config["default"].base_model_name_or_path = "some/model-on-the-hub"
+    calls: list[Any] = []
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", lambda *a, **k: calls.append(a))
+    save_weights(model, tmp_path)
+    assert not calls
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", LORAS)
 def test_the_merged_model_answers_as_the_adapted_one_and_the_adapter_is_untouched(
@@ -302,20 +313,20 @@ def test_weights_cut_short_are_one_message(tiny_model_dir: Path, tmp_path: Path)
 
 
 def test_a_model_without_the_kernel_says_what_to_write(tmp_path: Path) -> None:
-    AutoModelForCausalLM.from_config(MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)).save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(UserError, match="set model.attn_implementation to eager"):
+    AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"set model\.attn_implementation to eager"):
         load_policy(settings(tmp_path))
 
 
 def test_gguf_files_are_found(tmp_path: Path) -> None:
     assert locate_gguf("org/model", None) == ("org/model", None)
     assert locate_gguf("org/model", "q8.gguf") == ("org/model", "q8.gguf")
-    (tmp_path / "a.gguf").touch()
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
     assert locate_gguf(str(tmp_path / "a.gguf"), None) == (str(tmp_path), "a.gguf")
     assert locate_gguf(str(tmp_path), None) == (str(tmp_path), "a.gguf")
-    (tmp_path / "b.gguf").touch()
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"holds several, set it to one of a\.gguf, b\.gguf"):
         locate_gguf(str(tmp_path), None)
     assert locate_gguf(str(tmp_path), "b.gguf") == (str(tmp_path), "b.gguf")

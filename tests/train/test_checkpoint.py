@@ -1,0 +1,341 @@
+"""A checkpoint is whole or absent, comes back bit for bit, and belongs to one recipe."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from grpo_cli.errors import RunError, UserError
+from grpo_cli.policy.model import load_policy
+from grpo_cli.recipe.load import dump_recipe, load_recipe
+from grpo_cli.recipe.schema import ModelConfig, OptimConfig, Recipe
+from grpo_cli.train import checkpoint
+from grpo_cli.train.checkpoint import (
+    Position,
+    changed_settings,
+    list_checkpoints,
+    load_checkpoint,
+    open_run_folder,
+    read_position,
+    save_checkpoint,
+    write_text,
+)
+from grpo_cli.train.optim import build_optimizer, build_scheduler
+from tests.conftest import byte_tokenizer, tiny_llama
+
+
+class Parts:
+    """A model with an optimizer and a schedule that have made some steps."""
+
+    def __init__(self, model: Any = None, steps: int = 0) -> None:
+        self.model = tiny_llama() if model is None else model
+        config = OptimConfig(learning_rate=0.01)
+        self.optimizer = build_optimizer(self.model, config)
+        self.scheduler = build_scheduler(self.optimizer, config, 10)
+        for _ in range(steps):
+            self.step()
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(input_ids=torch.tensor([[1, 2, 3]])).logits.logsumexp(-1).sum().backward()
+        self.optimizer.step()
+        self.scheduler.step()
+
+    def save(self, folder: Path, step: int, keep: int = 2) -> Path:
+        position = Position(step, 100 * step)
+        return save_checkpoint(
+            folder, position, self.model, byte_tokenizer(), self.optimizer, self.scheduler, keep
+        )
+
+    def load(self, path: Path) -> Position:
+        return load_checkpoint(path, self.model, self.optimizer, self.scheduler)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: value.detach().clone() for name, value in self.model.state_dict().items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_continues_from_a_checkpoint_ends_where_the_uninterrupted_one_does(tmp_path: Path) -> None:
+    straight = Parts(steps=5)
+    stopped = Parts(steps=3)
+    path = stopped.save(tmp_path, 3)
+    other = Parts(tiny_llama(initializer_range=0.1))
+    assert other.load(path) == Position(3, 300)
+    assert other.scheduler.get_last_lr() == stopped.scheduler.get_last_lr()
+    other.step()
+    other.step()
+    for name, value in straight.weights().items():
+        assert torch.equal(other.weights()[name], value), name
+    for ours, theirs in zip(
+        other.optimizer.state.values(), straight.optimizer.state.values(), strict=True
+    ):  # moments and step counts
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_an_adapter_checkpoint_comes_back_bit_for_bit(tiny_model_dir: Path, tmp_path: Path) -> None:
+    config = ModelConfig.model_validate({"name": str(tiny_model_dir), "lora": {"r": 2}})
+    torch.manual_seed(1)
+    trained = Parts(load_policy(config), steps=3)
+    path = trained.save(tmp_path, 3)
+    assert not (path / "model.safetensors").exists(), "the base is not written again"
+    torch.manual_seed(2)
+    other = Parts(load_policy(config))
+    other.load(path)
+    trained.step()
+    other.step()
+    for name, value in trained.weights().items():
+        assert torch.equal(other.weights()[name], value), name
+
+
+def test_a_position_comes_back_and_goes_on(tmp_path: Path) -> None:
+    position = Position().advance(7).advance(5)
+    assert position == Position(2, 12)
+    path = Parts().save(tmp_path, 4)
+    assert path.name == "checkpoint-000004"
+    assert read_position(path) == Position(4, 400)
+
+
+def test_a_checkpoint_is_a_model_that_loads_as_it_is(tmp_path: Path) -> None:
+    parts = Parts(steps=1)
+    path = parts.save(tmp_path, 1)
+    model = load_policy(ModelConfig(name=str(path)))
+    for name, value in parts.weights().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert (path / "tokenizer.json").is_file()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    parts = Parts()
+    for step in (1, 2, 3, 10):
+        parts.save(tmp_path, step, keep=2)
+    assert names(tmp_path) == ["checkpoint-000003", "checkpoint-000010"]
+    parts.save(tmp_path, 11, keep=1)
+    assert names(tmp_path) == ["checkpoint-000011"]
+
+
+def test_the_newest_is_the_one_of_the_highest_step_however_many_digits_it_has(tmp_path: Path) -> None:
+    parts = Parts()
+    for step in (999_999, 1_000_000, 1_000_001):
+        parts.save(tmp_path, step, keep=2)
+    assert [read_position(path).step for path in list_checkpoints(tmp_path)] == [1_000_000, 1_000_001]
+
+
+def test_what_is_there_already_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = Parts()
+    path = parts.save(tmp_path, 1)
+    monkeypatch.setattr(torch, "save", pytest.fail)
+    assert parts.save(tmp_path, 1) == path
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_failed_write_leaves_no_checkpoint_and_keeps_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    parts = Parts()
+    parts.save(tmp_path, 1)
+    parts.save(tmp_path, 2)
+    before = contents(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RunError, match=r"writing .*checkpoint-000003 failed, earlier checkpoints are kept: .*"):
+        parts.save(tmp_path, 3)
+    assert contents(tmp_path) == before
+    assert names(tmp_path) == ["checkpoint-000001", "checkpoint-000002"]
+    monkeypatch.undo()
+    parts.save(tmp_path, 3)
+    assert names(tmp_path) == ["checkpoint-000002", "checkpoint-000003"]
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000])
+def test_a_full_disk_leaves_no_checkpoint_and_keeps_the_old_ones(tmp_path: Path, limit: int) -> None:
+    parts = Parts(steps=1)
+    path = parts.save(tmp_path, 1)
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert 20_000 < sizes["model.safetensors"] < 200_000 < sizes["optimizer.pt"], "a file of each kind fails"
+    before = contents(tmp_path)
+    with full_disk(limit), pytest.raises(RunError, match="checkpoint-000002 failed"):
+        parts.save(tmp_path, 2)
+    assert contents(tmp_path) == before
+    assert names(tmp_path) == ["checkpoint-000001"]
+
+
+def test_nothing_appears_under_its_name_before_it_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    final = tmp_path / "checkpoint-000001"
+
+    def record(path: Path) -> None:
+        if path != tmp_path:
+            assert not final.exists()
+        synced.append(path.name)
+
+    monkeypatch.setattr(checkpoint, "sync", record)
+    Parts().save(tmp_path, 1)
+    assert set(synced) >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "position.json", "tokenizer.json"}
+    assert synced[-2:] == [".checkpoint-000001.partial", tmp_path.name]
+
+
+def test_a_kill_while_an_old_checkpoint_is_removed_leaves_whole_ones_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts()
+    parts.save(tmp_path, 1, keep=1)
+    remove = shutil.rmtree
+
+    def killed(path: Path, **options: Any) -> None:
+        if options:
+            return remove(path, **options)
+        (path / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        parts.save(tmp_path, 2, keep=1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-000002"]
+
+
+def test_partial_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
+    for name in (".checkpoint-000003.partial", "checkpoint-000004", "final", "completions"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".checkpoint-000003.partial" / "position.json").write_text('{"step": 3, "num_tokens": 0}')
+    assert list_checkpoints(tmp_path) == []
+    Parts().save(tmp_path, 2)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-000002"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "position.json"])
+@pytest.mark.parametrize("damage", ["missing", "cut short", "empty"])
+def test_a_damaged_checkpoint_is_one_message(tmp_path: Path, name: str, damage: str) -> None:
+    parts = Parts(steps=1)
+    path = parts.save(tmp_path, 1)
+    whole = (path / name).read_bytes()
+    if damage == "missing":
+        (path / name).unlink()
+    else:
+        (path / name).write_bytes(whole[: len(whole) // 2] if damage == "cut short" else b"")
+    with pytest.raises(RunError, match="checkpoint-000001 is damaged"):
+        parts.load(path)
+
+
+def recipe_of(tiny_recipe: dict[str, Any], *overrides: str) -> Recipe:
+    return load_recipe(tiny_recipe, overrides)
+
+
+def test_a_new_run_gets_its_folder_and_its_recipe(tiny_recipe: dict[str, Any]) -> None:
+    recipe = recipe_of(tiny_recipe)
+    assert open_run_folder(recipe, resume=False) is None
+    written = Path(recipe.train.output_dir) / "recipe.yaml"
+    assert written.read_text() == dump_recipe(recipe)
+    assert load_recipe(written) == recipe
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tiny_recipe: dict[str, Any]) -> None:
+    recipe = recipe_of(tiny_recipe)
+    open_run_folder(recipe, resume=False)
+    with pytest.raises(UserError, match=r"already holds a run; continue it with --resume"):
+        open_run_folder(recipe, resume=False)
+    assert open_run_folder(recipe, resume=True) is None, "killed before its first checkpoint"
+
+
+def test_resume_finds_the_newest_whole_checkpoint_and_clears_leftovers(tiny_recipe: dict[str, Any]) -> None:
+    recipe = recipe_of(tiny_recipe)
+    open_run_folder(recipe, resume=False)
+    folder = Path(recipe.train.output_dir)
+    parts = Parts()
+    parts.save(folder, 2)
+    parts.save(folder, 3)
+    for name in (".checkpoint-000004.partial", ".final.partial"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes(b"half")
+    for name in (".recipe.yaml.partial", ".metrics.jsonl.partial"):
+        (folder / name).write_text("half")
+    assert open_run_folder(recipe, resume=True) == folder / "checkpoint-000003"
+    assert names(folder) == ["checkpoint-000002", "checkpoint-000003", "recipe.yaml"]
+
+
+def test_resume_takes_what_may_change_and_refuses_what_makes_another_run(tiny_recipe: dict[str, Any]) -> None:
+    open_run_folder(recipe_of(tiny_recipe), resume=False)
+    free = ("train.max_steps=9", "train.save_every=2", "train.keep_checkpoints=5", "logging.every=3")
+    longer = recipe_of(tiny_recipe, *free)
+    open_run_folder(longer, resume=True)
+    assert load_recipe(Path(longer.train.output_dir) / "recipe.yaml") == longer
+    other = recipe_of(tiny_recipe, "optim.learning_rate=0.5", "train.seed=7")
+    with pytest.raises(UserError, match="was started with other settings") as caught:
+        open_run_folder(other, resume=True)
+    assert "optim.learning_rate was 0.001, is 0.5" in str(caught.value)
+    assert "train.seed was 42, is 7" in str(caught.value)
+    assert load_recipe(Path(longer.train.output_dir) / "recipe.yaml") == longer, "the refused one is not written"
+
+
+def test_an_output_dir_that_cannot_be_used_is_one_message(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for name, message in (("file", "is a file"), ("file/run", "cannot write to")):
+        recipe = recipe_of(tiny_recipe, f"train.output_dir={tmp_path / name}")
+        with pytest.raises(UserError, match=rf"train\.output_dir: .*{message}"):
+            open_run_folder(recipe, resume=False)
+
+
+def test_changed_settings_names_each_one_that_decides_what_the_run_computes() -> None:
+    before = {"a": {"x": 1, "y": [1, 2]}, "train": {"max_steps": 3, "seed": 1}, "logging": {"every": 1}, "gone": 1}
+    after = {"a": {"x": 2, "y": [1, 2]}, "train": {"max_steps": 9, "seed": 1}, "logging": {"every": 5}, "new": "n"}
+    assert changed_settings(before, before) == []
+    assert changed_settings(before, after) == [
+        "a.x was 1, is 2",
+        "gone was 1, is None",
+        "new was None, is 'n'",
+    ]
+    assert changed_settings({"model": {"lora": None}}, {"model": {"lora": {"r": 4}}}) == [
+        "model.lora was None, is {'r': 4}"
+    ]
+
+
+def test_a_recipe_written_by_an_earlier_version_with_fewer_keys_still_resumes(tiny_recipe: dict[str, Any]) -> None:
+    recipe = recipe_of(tiny_recipe)
+    open_run_folder(recipe, resume=False)
+    file = Path(recipe.train.output_dir) / "recipe.yaml"
+    written = yaml.safe_load(file.read_text())
+    del written["model"]["reference"]
+    file.write_text(yaml.safe_dump(written))
+    open_run_folder(recipe, resume=True)
+
+
+def test_a_small_file_is_replaced_all_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_text(path, "old")
+    write_text(path, json.dumps({"é": 1}, ensure_ascii=False))
+    assert path.read_text(encoding="utf-8") == '{"é": 1}'
+    with full_disk(0), pytest.raises(OSError, match="too large"):
+        write_text(path, "new")
+    assert path.read_text(encoding="utf-8") == '{"é": 1}'

@@ -1,0 +1,84 @@
+"""The first signal asks for a stop, the second acts as it always does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from grpo_cli.train.signals import STOP_SIGNALS, StopRequest
+
+
+@pytest.fixture(autouse=True)
+def received() -> Iterator[list[int]]:
+    """Signals that reach the handlers of before, which stand in for those that would end the process."""
+    numbers: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: numbers.append(n)) for number in STOP_SIGNALS}
+    yield numbers
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_first_signal_only_sets_the_name_and_the_second_acts(
+    number: signal.Signals, received: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with StopRequest() as request:
+        assert request.name is None
+        os.kill(os.getpid(), number)
+        assert request.name == number.name
+        assert received == []
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert f"{number.name}: stopping after this step, with a checkpoint" in message
+        os.kill(os.getpid(), number)
+        assert received == [number]
+        assert request.name == number.name
+
+
+def test_after_the_first_signal_another_kind_acts_too(received: list[int]) -> None:
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.name == "SIGUSR1"
+        assert received == [signal.SIGINT]
+
+
+def test_the_handlers_of_before_come_back_even_after_an_error() -> None:
+    before = handlers()
+    with StopRequest():
+        assert handlers() != before
+    assert handlers() == before
+    with pytest.raises(KeyError), StopRequest():
+        raise KeyError
+    assert handlers() == before
+
+
+def test_one_request_can_follow_another(received: list[int]) -> None:
+    for _ in range(2):
+        with StopRequest() as request:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert request.name == "SIGTERM"
+    assert received == []
+
+
+def test_outside_the_main_thread_no_handler_is_touched() -> None:
+    before = handlers()
+    seen: list[Any] = []
+
+    def enter() -> None:
+        with StopRequest() as request:
+            seen.extend([request.name, handlers() == before])
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    assert seen == [None, True]

@@ -1,0 +1,138 @@
+"""Metrics can be read back from TensorBoard's files, and completions from parquet."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from grpo_cli.data.prompts import Prompt
+from grpo_cli.recipe.load import load_recipe
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.rollout.engine import Completion
+from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.train.trackers import Trackers, save_completions
+
+
+@pytest.fixture
+def recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Recipe:
+    return load_recipe(tiny_recipe, [f"train.output_dir={tmp_path / 'run'}", "logging.trackers=[tensorboard]"])
+
+
+def scalars(recipe: Recipe) -> dict[str, list[tuple[int, float]]]:
+    accumulator = EventAccumulator(str(Path(recipe.train.output_dir) / "tensorboard"))
+    accumulator.Reload()
+    return {
+        tag: [(event.step, event.value) for event in accumulator.Scalars(tag)]
+        for tag in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_every_finite_metric_of_every_step(recipe: Recipe) -> None:
+    trackers = Trackers(recipe, 0)
+    trackers.log({"step": 1, "reward": 0.5, "rewards/length/mean": 2.0, "kl": math.nan}, 1)
+    trackers.log({"step": 2, "reward": -1.25, "rewards/length/mean": 3.0, "kl": 0.5, "ratio": math.inf}, 2)
+    trackers.finish()
+    assert scalars(recipe) == {
+        "step": [(1, 1.0), (2, 2.0)],
+        "reward": [(1, 0.5), (2, -1.25)],
+        "rewards/length/mean": [(1, 2.0), (2, 3.0)],
+        "kl": [(2, 0.5)],
+    }
+
+
+def test_steps_that_are_run_again_after_a_resume_are_there_once(recipe: Recipe) -> None:
+    first = Trackers(recipe, 0)
+    for step in range(1, 5):
+        first.log({"reward": float(step)}, step)
+    first.finish()
+    resumed = Trackers(recipe, 2)
+    for step in range(3, 6):
+        resumed.log({"reward": 10.0 * step}, step)
+    resumed.finish()
+    assert scalars(recipe)["reward"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    train = recipe.train.model_copy(update={"output_dir": "~/at-home"})
+    trackers = Trackers(recipe.model_copy(update={"train": train}), 0)
+    trackers.finish()
+    assert (tmp_path / "at-home" / "tensorboard").is_dir()
+    assert not (tmp_path / "~").exists()
+
+
+def test_no_trackers_write_nothing(recipe: Recipe) -> None:
+    logging = recipe.logging.model_copy(update={"trackers": []})
+    trackers = Trackers(recipe.model_copy(update={"logging": logging}), 0)
+    trackers.log({"reward": 1.0}, 1)
+    trackers.finish()
+    assert not Path(recipe.train.output_dir).exists()
+
+
+def rollout_of(contents: list[Any]) -> Rollout:
+    prompts = [Prompt(row, content, [1, 2], {"answer": row}) for row, content in enumerate(contents)]
+    completions = [
+        Completion([7] * (i + 1), [-0.5] * (i + 1), "length" if i % 2 else "stop", f"completion {i} é")
+        for i in range(2 * len(prompts))
+    ]
+    return Rollout(prompts, completions, 2)
+
+
+def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) -> None:
+    rewards = torch.tensor([[1.0, math.nan], [2.0, 0.5], [3.0, 0.25], [4.0, 0.125]], dtype=torch.float64)
+    advantages = torch.tensor([-1.0, 1.0, -0.5, 0.5])
+    rollout = rollout_of(["first", "second"])
+    save_completions(tmp_path, 12, rollout, ["length", "exact"], rewards, advantages)
+    save_completions(tmp_path, 13, rollout, ["length", "exact"], rewards, advantages)
+    assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
+        "step-000012.parquet",
+        "step-000013.parquet",
+    ]
+    table = pq.read_table(tmp_path / "completions" / "step-000012.parquet").to_pydict()
+    assert list(table) == [
+        "step",
+        "prompt",
+        "completion",
+        "tokens",
+        "finish_reason",
+        "advantage",
+        "reward/length",
+        "reward/exact",
+    ]
+    assert table["step"] == [12] * 4
+    assert table["prompt"] == ["first", "first", "second", "second"]
+    assert table["completion"] == [f"completion {i} é" for i in range(4)]
+    assert table["tokens"] == [1, 2, 3, 4]
+    assert table["finish_reason"] == ["stop", "length", "stop", "length"]
+    assert table["advantage"] == advantages.tolist()
+    assert table["reward/length"] == [1.0, 2.0, 3.0, 4.0]
+    assert math.isnan(table["reward/exact"][0])
+    assert table["reward/exact"][1:] == [0.5, 0.25, 0.125]
+
+
+def test_prompts_that_are_chats_stay_lists_of_messages(tmp_path: Path) -> None:
+    chats = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
+        [{"role": "user", "content": "Hello", "name": "Ann"}],
+    ]
+    save_completions(tmp_path, 1, rollout_of(chats), ["length"], torch.zeros(4, 1), torch.zeros(4))
+    table = pq.read_table(tmp_path / "completions" / "step-000001.parquet").to_pydict()
+    assert [message["content"] for message in table["prompt"][0]] == ["Be brief.", "Hi"]
+    assert table["prompt"][2][0]["name"] == "Ann"
+
+
+def test_a_step_that_is_run_again_replaces_its_file(tmp_path: Path) -> None:
+    for reward in (1.0, 2.0):
+        rewards = torch.full((4, 1), reward)
+        save_completions(tmp_path, 1, rollout_of(["a", "b"]), ["length"], rewards, torch.zeros(4))
+    table = pq.read_table(tmp_path / "completions" / "step-000001.parquet").to_pydict()
+    assert table["reward/length"] == [2.0] * 4
