@@ -93,7 +93,7 @@ def load_pretrained(config: ModelConfig, name: str) -> Any:
     folder, gguf_file = locate_gguf(name, config.gguf_file if name == config.name else None, setting=setting)
     arguments: dict[str, Any] = {
         "dtype": DTYPES[config.dtype],
-        "attn_implementation": config.attn_implementation,
+        "attn_implementation": None if config.attn_implementation == "auto" else config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
         "revision": config.revision if name == config.name else None,
     }
@@ -150,7 +150,7 @@ def _from_pretrained(auto_class: Any, name: str, setting: str, **arguments: Any)
     except ImportError as error:
         if "attention" in str(error).lower():
             kernel = arguments["attn_implementation"]
-            message = f"model.attn_implementation: {kernel} cannot be used here, write sdpa or eager"
+            message = f"model.attn_implementation: {kernel} cannot be used here, write auto"
             raise UserError(f"{message}\n({error})") from error
         raise UserError(f"{setting}: loading {what}{shown} needs a package\n({error})") from error
     except Exception as error:  # a damaged file can end in any exception of transformers and its parsers
@@ -158,7 +158,7 @@ def _from_pretrained(auto_class: Any, name: str, setting: str, **arguments: Any)
         local = Path(name).is_dir()
         hint = "" if local else f"; without a network, set {setting} to a folder or .gguf file on this machine"
         if "attn_implementation" in reason:
-            hint = "; it has no such attention kernel, set model.attn_implementation to eager"
+            hint = "; it has no such attention kernel, set model.attn_implementation to auto"
         message = f"{setting}: cannot load {what}{shown}{hint}"
         raise UserError(f"{message}\n({type(error).__name__}: {reason})") from error
 

@@ -70,7 +70,13 @@ YamlLoader.yaml_implicit_resolvers = {
 class YamlDumper(yaml.SafeDumper):
     """Quotes every string that `YamlLoader` or a plain YAML loader would take for something else."""
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        """Line ends other than a newline are escaped: a reader would turn them into one."""
+        style = '"' if any(character in data for character in "\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
 
+
+YamlDumper.add_representer(str, YamlDumper.represent_str)
 for _tag, (_pattern, _first) in NUMBERS_AND_BOOLEANS.items():
     YamlLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
     YamlDumper.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
@@ -230,7 +236,7 @@ def validate(raw: RawRecipe) -> Recipe:
                 problems.append((key, f"{dotted} {message}"))
     if recipe is None or problems:
         order = {place: index for index, place in enumerate(raw.places.values())}
-        problems.sort(key=lambda problem: order.get(raw.place(problem[0]), len(order)))
+        problems.sort(key=lambda problem: order.get(raw.place(problem[0]), len(raw.places)))
         lines = dict.fromkeys(f"{raw.place(key)}: {message}" for key, message in problems)
         raise RecipeError("\n".join(lines))
     return recipe

@@ -88,8 +88,8 @@ class ModelConfig(Section):
     """Extra variables for the chat template, such as `enable_thinking: false`."""
     gguf_file: str | None = None
     """Name of the GGUF file inside `name`; it is dequantised to `dtype` when loaded."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"
-    """Attention kernel. Shared-prompt packs need `sdpa` or `eager`."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
+    """Attention kernel: `auto` is the model's own default. Shared-prompt packs need `sdpa` or `eager`."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code."""
     gradient_checkpointing: bool = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,11 @@ import torch
 from rich.console import Console
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.policy.model import save_standalone
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.callbacks import notify
-from grpo_cli.train.checkpoint import commit_folder
+from grpo_cli.train.checkpoint import save_final
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
 from grpo_cli.train.run import Objects, Run, build_run, check_trackers
@@ -97,6 +96,12 @@ def train(
                 f"train.max_tokens_per_microbatch (it is {run.token_budget}) or generation.max_completion_tokens, "
                 "or set model.gradient_checkpointing or model.lora"
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise RunError(
+                f"step {session.position.step + 1}: {error.strerror} in {run.folder}; make room, then --resume"
+            ) from error
         finally:
             session.close()
 
@@ -111,7 +116,7 @@ def _train(run: Run, session: Session) -> TrainResult:
     session.start()
     train_loop(run, session)
     notify(session.callbacks, "on_train_end", session.state)
-    save_final(run.model, run.tokenizer, folder)
+    final = save_final(run.model, run.tokenizer, folder)
     for title, rollout in (("before training", before), ("after training", _showcase(run))):
         if rollout is not None:
             scores = torch.from_numpy(run.scorer.score(rollout.scoring_batch(), step=session.position.step))
@@ -120,7 +125,7 @@ def _train(run: Run, session: Session) -> TrainResult:
     span = min(5, max(1, len(history) // 2))
     first, last = mean_reward(history[:span]), mean_reward(history[-span:])
     display.note(f"mean reward: {first:.4g} over the first {span} steps, {last:.4g} over the last {span}")
-    display.note(f"final model:  {folder / 'final'}")
+    display.note(f"final model:  {final}")
     display.note(f"metrics:      {folder / 'metrics.jsonl'} (also: tensorboard --logdir {folder})")
     display.note(f"completions:  {folder / 'completions'}")
     return TrainResult(folder, history, run.model, run.tokenizer)
@@ -133,15 +138,6 @@ def _showcase(run: Run) -> Rollout | None:
     data = run.eval_dataset or run.dataset
     prompts = [data[index] for index in range(min(3, len(data)))]
     return generate_rollout(run.engine, prompts, (run.recipe.train.seed, SHOWCASE_STREAM), 1)
-
-
-def save_final(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write `final/`, whole or not at all."""
-    partial, final = folder / ".final.partial", folder / "final"
-    partial.mkdir()
-    save_standalone(model, tokenizer, partial)
-    shutil.rmtree(final, ignore_errors=True)
-    commit_folder(partial, final)
 
 
 def name_objects(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import yaml
 from safetensors import SafetensorError
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.policy.model import restore_weights, save_weights
+from grpo_cli.policy.model import restore_weights, save_standalone, save_weights
 from grpo_cli.recipe.load import dump_recipe
 from grpo_cli.recipe.schema import Recipe
 
@@ -59,20 +60,12 @@ def save_checkpoint(
     final = folder / f"checkpoint-{position.step:06d}"
     if final.exists():
         return final
-    partial = folder / f".{final.name}.partial"
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    with written_whole(final) as partial:
         save_weights(model, partial)
         tokenizer.save_pretrained(partial)
         torch.save(optimizer.state_dict(), partial / "optimizer.pt")
         torch.save(scheduler.state_dict(), partial / "scheduler.pt")
         (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-        commit_folder(partial, final)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch reports a full disk as a RuntimeError.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"writing {final} failed, earlier checkpoints are kept: {error}") from error
     for old in list_checkpoints(folder)[:-keep]:
         # Out of the list first: a checkpoint that is half removed is none.
         removed = old.rename(old.with_name(f".{old.name}.partial"))
@@ -80,12 +73,38 @@ def save_checkpoint(
     return final
 
 
-def commit_folder(partial: Path, final: Path) -> None:
-    """Make a finished folder appear under its name, all at once, surviving a loss of power."""
-    for path in [*partial.rglob("*"), partial]:
-        sync(path)
-    os.rename(partial, final)
-    sync(final.parent)
+def save_final(model: Any, tokenizer: Any, folder: Path) -> Path:
+    """Write `final/`: a model that plain transformers and vLLM load as it is.
+
+    Raises:
+        RunError: the disk refused; checkpoints are as they were.
+    """
+    with written_whole(folder / "final") as partial:
+        save_standalone(model, tokenizer, partial)
+    return folder / "final"
+
+
+@contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """Give a folder to write to, which appears as `final` all at once when the block ends without an error.
+
+    Raises:
+        RunError: the disk refused; nothing is left of it.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(partial, final)
+        sync(final.parent)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch reports a full disk as a RuntimeError.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(f"writing {final} failed, earlier checkpoints are kept: {error}") from error
 
 
 def sync(path: Path) -> None:

@@ -753,7 +753,7 @@ CASES = [
     model(
         "kernel that is not installed",
         {},
-        "model.attn_implementation: flash_attention_2 cannot be used here, write sdpa or eager",
+        "model.attn_implementation: flash_attention_2 cannot be used here, write auto",
         name="tiny\n  attn_implementation: flash_attention_2",
         lines=2,
     ),

@@ -316,8 +316,9 @@ def test_a_model_without_the_kernel_says_what_to_write(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(
         MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
     ).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"set model\.attn_implementation to eager"):
-        load_policy(settings(tmp_path))
+    with pytest.raises(UserError, match=r"set model\.attn_implementation to auto"):
+        load_policy(settings(tmp_path, attn_implementation="sdpa"))
+    assert load_policy(settings(tmp_path)).config.model_type == "mamba"
 
 
 def test_gguf_files_are_found(tmp_path: Path) -> None:

