@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -116,6 +117,8 @@ def main() -> None:
     """Run the command line; expected errors end in one message and their exit code, without a traceback."""
     # Deprecations are addressed to the programmers of the libraries involved, not to who runs a recipe.
     warnings.simplefilter("ignore", FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file a progress bar is a hundred lines
     try:
         app(prog_name="grpo")
     except UserError as error:

@@ -16,12 +16,13 @@ from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.callbacks import notify
-from grpo_cli.train.checkpoint import save_final
+from grpo_cli.train.checkpoint import check_run_folder, save_final
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
-from grpo_cli.train.run import Objects, Run, build_run, check_trackers
+from grpo_cli.train.run import Objects, Run, build_run
 from grpo_cli.train.session import Session, mean_reward
 from grpo_cli.train.signals import StopRequest
+from grpo_cli.train.trackers import check_trackers
 
 SHOWCASE_STREAM = 2
 """The completions that are shown before and after training draw from this stream of random numbers."""
@@ -85,9 +86,10 @@ def train(
     loaded = load_recipe(name_objects(recipe, objects), overrides)
     console = console or Console()
     check_trackers(loaded.logging.trackers)
+    check_run_folder(loaded, resume=resume)
     run = build_run(loaded, objects)
     with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
-        session = Session(run, objects, stop_request, display, resume=resume)
+        session = Session(run, objects, stop_request, display)
         try:
             return _train(run, session)
         except torch.OutOfMemoryError as error:

@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.policy.model import restore_weights, save_standalone, save_weights
-from grpo_cli.recipe.load import dump_recipe
+from grpo_cli.recipe.load import dump_recipe, read_yaml
 from grpo_cli.recipe.schema import Recipe
 
 FREE_ON_RESUME = (
@@ -144,8 +143,10 @@ def read_position(path: Path) -> Position:
     return Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
 
 
-def open_run_folder(recipe: Recipe, *, resume: bool) -> Path | None:
-    """Create or enter the run's folder; return the checkpoint to resume from, if there is one.
+def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
+    """See, before anything is loaded, that the run may have its folder. Nothing is written.
+
+    A run that left neither a checkpoint nor a final model has nothing to continue, and may be started over.
 
     Raises:
         UserError: the folder holds a run and `resume` is not set, or its recipe is another one.
@@ -154,43 +155,37 @@ def open_run_folder(recipe: Recipe, *, resume: bool) -> Path | None:
     recipe_file = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"train.output_dir: {folder} is a file")
-    if recipe_file.exists():
-        if not resume:
-            raise UserError(
-                f"train.output_dir: {folder} already holds a run; continue it with --resume, or choose another "
-                "folder with --set train.output_dir=..."
-            )
-        changed = changed_settings(_read_written(recipe_file), yaml.safe_load(dump_recipe(recipe)))
-        if changed:
-            raise UserError(
-                f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
-                "Change them back, or start a new run in another train.output_dir"
-            )
+    if not recipe_file.exists() or not (list_checkpoints(folder) or (folder / "final").exists()):
+        return
+    if not resume:
+        raise UserError(
+            f"train.output_dir: {folder} already holds a run; continue it with --resume, or choose another "
+            "folder with --set train.output_dir=..."
+        )
+    changed = changed_settings(read_yaml(recipe_file).values, recipe.model_dump(mode="json"))
+    if changed:
+        raise UserError(
+            f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
+            "Change them back, or start a new run in another train.output_dir"
+        )
+
+
+def open_run_folder(recipe: Recipe) -> Path | None:
+    """Create or enter the run's folder; return the checkpoint to resume from, if there is one.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+    folder = Path(recipe.train.output_dir).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(recipe_file, dump_recipe(recipe))
+        write_text(folder / "recipe.yaml", dump_recipe(recipe))
     except OSError as error:
         raise UserError(f"train.output_dir: cannot write to {folder}: {error.strerror}") from error
     for leftover in folder.glob(".*.partial"):
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
-
-
-def _read_written(recipe_file: Path) -> Mapping[str, Any]:
-    """What an earlier start wrote.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        written = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "problem", None) or error
-        raise UserError(f"--resume: {recipe_file} cannot be read, so the run cannot go on: {reason}") from error
-    if not isinstance(written, Mapping):
-        raise UserError(f"--resume: {recipe_file} holds no recipe, so the run cannot go on")
-    return written
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import get_scheduler
 
 from grpo_cli.errors import UserError
-from grpo_cli.plugins import load_object
+from grpo_cli.plugins import load_object, origin
 from grpo_cli.recipe.schema import OptimConfig
 
 
@@ -29,8 +29,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     factory = load_object(config.name, setting="optim.name")
     try:
         optimizer = factory(trainable, lr=config.learning_rate, **config.params)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"optim.params: {config.name} refused its arguments: {error}") from error
+    except Exception as error:
+        raise UserError(f"optim.params: {config.name} failed: {origin(error, below=__file__)}") from error
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim.name: {config.name} returned a {type(optimizer).__name__}, not a torch optimizer")
     return optimizer

@@ -6,7 +6,6 @@ All that can be wrong with a recipe's files, rewards and model is found here, be
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -16,9 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from accelerate.utils import set_seed
-from transformers.utils import logging as transformers_logging
 
 from grpo_cli.algorithm.packing import Pack
 from grpo_cli.data.prompts import PromptDataset
@@ -116,27 +113,12 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
     return Scorer(functions)
 
 
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError for a `logging.trackers` that Accelerate does not know or whose package is missing."""
-    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-    available = {str(name) for name in get_available_trackers()}
-    for index, name in enumerate(names):
-        if name not in known:
-            raise UserError(f"logging.trackers.{index}: {name!r} is not one of {', '.join(known)}")
-        if name not in available:
-            raise UserError(
-                f"logging.trackers.{index}: the package of {name} is not installed; install it, or remove {name}"
-            )
-
-
 def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) -> Run:
     """Load data, rewards and model.
 
     Raises:
         UserError: something that the recipe names cannot be used.
     """
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()  # in a log file a bar is a hundred lines
     rows, eval_rows = load_prompt_rows(recipe, objects)
     scorer = load_scorer(recipe, objects, [rows, eval_rows])
     tokenizer = load_tokenizer(recipe.model, tokenizer=objects.tokenizer)

@@ -26,17 +26,14 @@ class Session:
     Args:
         run: the parts of the run.
         objects: the Python caller's optimizer and callbacks.
-        resume: go on from the last checkpoint.
         stop_request: set by signals.
         display: the screen.
 
     Raises:
-        UserError: the folder holds a run that this one cannot continue, or a callback cannot be loaded.
+        UserError: the folder cannot be written to, or a callback cannot be loaded.
     """
 
-    def __init__(
-        self, run: Run, objects: Objects, stop_request: StopRequest, display: Display, *, resume: bool
-    ) -> None:
+    def __init__(self, run: Run, objects: Objects, stop_request: StopRequest, display: Display) -> None:
         self.run = run
         train = run.recipe.train
         paths = load_callbacks(train.callbacks)
@@ -47,7 +44,7 @@ class Session:
         self.optimizer = run.accelerator.prepare_optimizer(optimizer)
         self.scheduler = build_scheduler(optimizer, run.recipe.optim, steps)
         self.position = Position()
-        checkpoint = open_run_folder(run.recipe, resume=resume)
+        checkpoint = open_run_folder(run.recipe)
         if checkpoint is not None:
             self.position = load_checkpoint(checkpoint, run.model, self.optimizer, self.scheduler)
         self.resumed_from = checkpoint

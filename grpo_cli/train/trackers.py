@@ -17,23 +17,26 @@ from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import Metrics
 
 
-class Trackers:
-    """The recipe's `logging.trackers`.
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for a `logging.trackers` that Accelerate does not know or whose package is missing."""
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(name) for name in get_available_trackers()}
+    for index, name in enumerate(names):
+        if name not in known:
+            raise UserError(f"logging.trackers.{index}: {name!r} is not one of {', '.join(known)}")
+        if name not in available:
+            raise UserError(
+                f"logging.trackers.{index}: the package of {name} is not installed; install it, or remove {name}"
+            )
 
-    Raises:
-        UserError: a tracker that Accelerate does not know, or whose package is not installed.
-    """
+
+class Trackers:
+    """The recipe's `logging.trackers`, checked by `check_trackers` before."""
 
     def __init__(self, recipe: Recipe, first_step: int) -> None:
-        known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
-        available = {str(name) for name in get_available_trackers()}
         self._trackers: list[Any] = []
         folder = Path(recipe.train.output_dir).expanduser()
-        for index, name in enumerate(recipe.logging.trackers):
-            if name not in known:
-                raise UserError(f"logging.trackers.{index}: {name!r} is not one of {', '.join(known)}")
-            if name not in available:
-                raise UserError(f"logging.trackers.{index}: the package of {name} is not installed")
+        for name in recipe.logging.trackers:
             tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
             if name == "tensorboard":
                 # Steps that a killed run logged after its checkpoint are logged again.

@@ -650,7 +650,7 @@ CASES = [
     optimizer(
         "optimizer that refuses its arguments",
         "def make(parameters): ...\n",
-        "optim.params: op:make refused its arguments: make() got an unexpected keyword argument 'lr'",
+        "optim.params: op:make failed: TypeError: make() got an unexpected keyword argument 'lr'",
     ),
     optimizer(
         "optimizer that is none",
@@ -820,14 +820,14 @@ CASES = [
     command(
         "--resume of a damaged recipe",
         f"{TRAIN} --resume",
-        "--resume: run/recipe.yaml cannot be read",
+        "run/recipe.yaml:2: not valid YAML",
         before=TRAIN,
         files={"run/recipe.yaml": "model: [\n"},
     ),
     command(
         "--resume of an empty recipe",
         f"{TRAIN} --resume",
-        "--resume: run/recipe.yaml holds no recipe",
+        "run/recipe.yaml: a recipe is a mapping of sections",
         before=TRAIN,
         files={"run/recipe.yaml": ""},
     ),

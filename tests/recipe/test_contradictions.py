@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import ast
+import inspect
+from typing import Any
+
+import pytest
+
+from grpo_cli.recipe import contradictions as module
+from grpo_cli.recipe.contradictions import contradictions
+from grpo_cli.recipe.load import RecipeError, load_recipe
+from grpo_cli.recipe.schema import Recipe
+
+PLAIN: dict[str, Any] = {
+    "model": {"name": "m"},
+    "data": {"name": "d"},
+    "rewards": ["my:score"],
+    "train": {"output_dir": "run", "max_steps": 1},
+}
+
+LORA = {"modules_to_save": ["lm_head"]}
+
+CASES: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": {"reference": "r"}}, "model.reference", "set loss.beta, or remove model.reference"),
+    ({"model": {"lora": LORA}, "loss": {"beta": 0.1}}, "model.lora.modules_to_save", "needs model.reference"),
+    ({"model": {"name": "m.gguf", "gguf_file": "n.gguf"}}, "model.gguf_file", "keep one of them"),
+    ({"rewards": [{}]}, "rewards.0", "needs exactly one of path (module:function) and model"),
+    ({"rewards": ["a:b", {"path": "a:c", "model": "m"}]}, "rewards.1", "needs exactly one of path"),
+    ({"rewards": ["a:b", "c:b"]}, "rewards.1.name", "as for rewards.0; give one of them another name"),
+    ({"rewards": ["a:b", {"model": "x/b"}]}, "rewards.1.name", "give one of them another name"),
+    ({"rewards": [{"path": "a:b", "weight": 0}]}, "rewards", "every weight is 0"),
+    ({"loss": {"type": "sapo", "epsilon": 0.1}}, "loss.epsilon", "is not used by type sapo; remove it"),
+    ({"loss": {"type": "cispo", "epsilon": 0.1}}, "loss.epsilon", "is not used by type cispo; remove it"),
+    ({"loss": {"type": "vespo", "epsilon_high": 0.1}}, "loss.epsilon_high", "is not used by type vespo"),
+    ({"loss": {"type": "cispo", "delta": 2.0}}, "loss.delta", "is not used by type cispo"),
+    (
+        {"loss": {"sapo_temperature_pos": 2.0}},
+        "loss.sapo_temperature_pos",
+        "is used only by type sapo (type is dapo)",
+    ),
+    ({"loss": {"vespo_k_neg": 2.0}}, "loss.vespo_k_neg", "is used only by type vespo"),
+    ({"loss": {"type": "vespo", "importance_level": "sequence"}}, "loss.importance_level", "remove it"),
+    ({"loss": {"delta": 1.2}}, "loss.delta", "must lie above 1 + epsilon_high = 1.2; raise it or remove it"),
+    ({"loss": {"delta": 1.25, "epsilon_high": 0.28}}, "loss.delta", "must lie above 1 + epsilon_high = 1.28"),
+    (
+        {"loss": {"aggregation": "normalize_then_sum", "scale_rewards": "none"}},
+        "loss.scale_rewards",
+        "remove scale_rewards",
+    ),
+    ({"loss": {"bias_corrected_kl": True}}, "loss.bias_corrected_kl", "needs loss.beta above 0"),
+    ({"loss": {"kl_estimator": "k1"}}, "loss.kl_estimator", "set loss.beta, or remove it"),
+    ({"optim": {"params": {"a": 1}}}, "optim.params", "is for a factory; adamw takes betas and weight_decay"),
+    ({"optim": {"name": "sgd"}}, "optim.name", "must be adamw or module:factory, not 'sgd'"),
+    ({"optim": {"name": "a:b", "betas": [0.9, 0.95]}}, "optim.betas", "write it into optim.params for a:b"),
+    ({"optim": {"name": "a:b", "weight_decay": 0.1}}, "optim.weight_decay", "write it into optim.params"),
+    ({"optim": {"scheduler": "constant", "warmup_ratio": 0.1}}, "optim.scheduler", "write constant_with_warmup"),
+    ({"optim": {"scheduler": "constant_with_warmup"}}, "optim.warmup_ratio", "or write scheduler: constant"),
+    ({"train": {"max_steps": None}}, "train.max_steps", "is missing; set it, or train.epochs"),
+    ({"train": {"epochs": 1.0}}, "train.max_steps", "so does train.epochs; remove one of them"),
+    ({"train": {"optimizer_steps_per_rollout": 9}}, "train.optimizer_steps_per_rollout", "lower it or raise"),
+    ({"train": {"eval_every": 5}}, "train.eval_every", "needs data.eval; add it, or remove train.eval_every"),
+    ({"data": {"long_prompts": "error"}}, "data.long_prompts", "without data.max_prompt_tokens; set it too"),
+    (
+        {"data": {"eval": {"name": "e", "long_prompts": "truncate_left"}}},
+        "data.eval.long_prompts",
+        "without data.eval.max_prompt_tokens",
+    ),
+]
+
+FINE: list[dict[str, Any]] = [
+    {},
+    {"model": {"reference": "r"}, "loss": {"beta": 0.1}},
+    {"model": {"lora": LORA}},
+    {"model": {"lora": LORA, "reference": "r"}, "loss": {"beta": 0.1}},
+    {"model": {"lora": {}}, "loss": {"beta": 0.1}},
+    {"model": {"name": "folder", "gguf_file": "n.gguf"}},
+    {"rewards": ["a:b", {"path": "c:b", "name": "other"}, {"model": "x/judge", "weight": 0}]},
+    {"rewards": [{"path": "a:b", "weight": -1}]},
+    {"loss": {"type": "cispo", "epsilon_high": 3.0}},
+    {"loss": {"type": "sapo", "sapo_temperature_pos": 2.0}},
+    {"loss": {"type": "vespo", "vespo_k_neg": 2.0}},
+    {"loss": {"type": "cispo", "epsilon": 0.2}},
+    {"loss": {"delta": 1.21}},
+    {"loss": {"aggregation": "normalize_then_sum"}},
+    {"loss": {"aggregation": "normalize_then_sum", "scale_rewards": "group"}},
+    {"loss": {"beta": 0.1, "kl_estimator": "k1", "bias_corrected_kl": True}},
+    {"optim": {"name": "a:b", "params": {"x": 1}}},
+    {"optim": {"name": "a:b", "betas": [0.9, 0.999]}},
+    {"optim": {"scheduler": "constant_with_warmup", "warmup_ratio": 0.1}},
+    {"train": {"max_steps": None, "epochs": 1.0}},
+    {"train": {"optimizer_steps_per_rollout": 8}},
+    {"train": {"eval_every": 5}, "data": {"eval": {"name": "e"}}},
+    {"data": {"max_prompt_tokens": 9, "long_prompts": "error"}},
+]
+
+
+def with_changes(changes: dict[str, Any]) -> dict[str, Any]:
+    merged = PLAIN | changes
+    for section in ("model", "data", "train"):
+        merged[section] = PLAIN[section] | changes.get(section, {})
+    return merged
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "advice"), CASES, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_contradiction_is_found_once_and_says_what_to_write(
+    changes: dict[str, Any], key: str, advice: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(with_changes(changes))
+    message = str(caught.value)
+    assert message.startswith(f"recipe: {key} ")
+    assert advice in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("changes", FINE, ids=str)
+def test_settings_that_fit_together_are_left_alone(changes: dict[str, Any]) -> None:
+    assert list(contradictions(load_recipe(with_changes(changes)))) == []
+
+
+def test_contradictions_of_different_sections_come_together() -> None:
+    changes = {"loss": {"delta": 1.0}, "optim": {"params": {"a": 1}}, "train": {"eval_every": 1}}
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(with_changes(changes))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_every_contradiction_of_the_module_has_a_case_here() -> None:
+    """Each `yield` of a finding is reached by some case: none can be dead."""
+    tree = ast.parse(inspect.getsource(module))
+    written = {node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield)}
+    reached: set[int] = set()
+    for changes, _, _ in CASES:
+        generator = contradictions(Recipe.model_validate(with_changes(changes)))
+        for _ in generator:
+            inner: Any = generator
+            while inner.gi_yieldfrom is not None:
+                inner = inner.gi_yieldfrom
+            reached.add(inner.gi_frame.f_lineno)
+    first_lines = {max(line for line in written if line <= reached_line) for reached_line in reached}
+    assert first_lines == written
