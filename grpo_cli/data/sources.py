@@ -38,7 +38,7 @@ def load_table(config: EvalDataConfig, setting: str) -> pa.Table:
         return read_folder(path, split=config.split, config=config.config, setting=setting)
     is_path = path.suffix.lower() in DATA_FILE_SUFFIXES or name.startswith(("./", "../", "/", "~"))
     is_factory = ":" in name and "/" not in name and not is_path
-    if config.config is not None and (is_path or is_factory):
+    if config.config is not None and is_factory:
         raise UserError(f"{setting}.config: only a Hub dataset or a folder has configurations; remove it")
     if is_path:
         if not path.is_file():

@@ -268,7 +268,8 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
             layer = module.get_base_layer()
             for adapter in module.active_adapters:
                 delta = module.get_delta_weight(adapter)
-                merged[f"{name}.weight"] = layer.weight + delta.to(layer.weight.dtype)
+                # To the CPU one by one: there need not be room for a second model on the device.
+                merged[f"{name}.weight"] = (layer.weight + delta.to(layer.weight.dtype)).cpu()
             if getattr(layer, "bias", None) is not None:
                 merged[f"{name}.bias"] = layer.bias
         elif isinstance(module, ModulesToSaveWrapper):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grpo_cli.recipe.schema import (
+    DATA_FILE_SUFFIXES,
     RATIO_CLIPPING_LOSSES,
     LossConfig,
     OptimConfig,
@@ -28,6 +29,9 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _loss_contradictions(recipe.loss)
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
+    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
+        if data is not None and data.split != "train" and data.name.endswith(DATA_FILE_SUFFIXES):
+            yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
     if recipe.train.eval_every is not None and recipe.data.eval is None:
         yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
     for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
@@ -52,6 +56,8 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Finding]:
             "model.lora.modules_to_save",
             "with loss.beta above 0 needs model.reference: switching the adapter off restores all weights",
         )
+    if model.dtype == "bfloat16" and model.compute_dtype == "float32":
+        yield "model.compute_dtype", "weights in bfloat16 are computed with in bfloat16; write dtype: float32 too"
     if model.gguf_file is not None and model.name.endswith(".gguf"):
         yield "model.gguf_file", "names a second GGUF file: model.name is one already; keep one of them"
 

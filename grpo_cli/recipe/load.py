@@ -108,15 +108,23 @@ def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequ
     Raises:
         RecipeError: with one line for every problem found, in the order of the file.
     """
-    if isinstance(recipe, Recipe):
-        raw = RawRecipe(recipe.model_dump(mode="json"), "recipe")
-    elif isinstance(recipe, Mapping):
-        raw = RawRecipe(copy.deepcopy(dict(recipe)), "recipe")
-    else:
-        raw = read_yaml(Path(recipe))
+    raw = read_recipe(recipe)
     for override in overrides:
         apply_override(raw, override)
     return validate(raw)
+
+
+def read_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> RawRecipe:
+    """A recipe of any kind as plain values, not yet validated.
+
+    Raises:
+        RecipeError: a file that cannot be read as a recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return RawRecipe(recipe.model_dump(mode="json"), "recipe")
+    if isinstance(recipe, Mapping):
+        return RawRecipe(copy.deepcopy(dict(recipe)), "recipe")
+    return read_yaml(Path(recipe))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ must never import torch, so that `grpo check` and `--help` answer at once. A key
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -95,7 +96,7 @@ class ModelConfig(Section):
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights."""
+    """Train low-rank adapters instead of all weights. The adapters are float32, also over `dtype: bfloat16`."""
     reference: str | None = None
     """Hub id or folder of the KL reference; the start policy if empty. Needs `loss.beta` above 0."""
 
@@ -121,15 +122,15 @@ class EvalDataConfig(Section):
     """Longest prompt in tokens, chat template included; no limit if empty."""
     long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
     """What happens to a prompt over `max_prompt_tokens`."""
-    shuffle: bool = True
-    """Visit the prompts in a new order each epoch, drawn from `train.seed`."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
 
 class DataConfig(EvalDataConfig):
+    shuffle: bool = True
+    """Visit the prompts in a new order each epoch, drawn from `train.seed`."""
     eval: EvalDataConfig | None = None
-    """Prompts that are held out for evaluation; the same keys."""
+    """Prompts that are held out for evaluation; keys as in `data`, none of which are inherited."""
 
 
 class RewardConfig(Section):
@@ -235,7 +236,7 @@ class LossConfig(Section):
 
 class OptimConfig(Section):
     name: str = "adamw"
-    """`adamw`, or `module:factory` called as `factory(parameter_groups, lr=learning_rate, **params)`."""
+    """`adamw`, or `module:factory` called as `factory(parameters, lr=learning_rate, **params)`."""
     learning_rate: float = Field(default=1e-6, gt=0)
     """Peak learning rate."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -282,6 +283,13 @@ class TrainConfig(Section):
     """Steps between evaluations on `data.eval`; only at the end if empty."""
     callbacks: list[str] = []
     """`module:Class` of callbacks; see `docs/python.md`."""
+
+    def number_of_steps(self, num_prompts: int) -> int:
+        """`max_steps`, or the steps that `epochs` passes over the prompts take."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.epochs is not None
+        return math.ceil(self.epochs * num_prompts / self.prompts_per_step)
 
 
 class LoggingConfig(Section):

@@ -54,10 +54,13 @@ class Rollout:
 
 
 def generate_rollout(
-    engine: RolloutEngine, prompts: Sequence[Prompt], key: SampleKey, num_generations: int
+    engine: RolloutEngine, prompts: Sequence[Prompt], key: SampleKey, num_generations: int, *, first: int = 0
 ) -> Rollout:
-    """Generate `num_generations` completions for each prompt; prompt i draws from the random stream (*key, i)."""
-    keys = [(*key, index) for index in range(len(prompts))]
+    """Generate `num_generations` completions for each prompt.
+
+    Prompt i draws from the random stream (*key, first + i), so that a set of prompts may come in several parts.
+    """
+    keys = [(*key, first + index) for index in range(len(prompts))]
     groups = engine.generate([prompt.token_ids for prompt in prompts], keys, num_generations)
     return Rollout(list(prompts), [completion for group in groups for completion in group], num_generations)
 

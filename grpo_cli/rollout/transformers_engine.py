@@ -102,8 +102,8 @@ class TransformersEngine:
         return text[: min(ends)] if ends else text
 
     def hits_stop_string(self, token_ids: list[int]) -> bool:
-        """Whether the text so far holds a stop string."""
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        """Whether the text so far, special tokens included, holds a stop string."""
+        text = self.tokenizer.decode(token_ids)
         return any(stop in text for stop in self.config.stop)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,15 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from grpo_cli.errors import RunError, UserError
-from grpo_cli.recipe.load import load_recipe
+from grpo_cli.errors import UserError
+from grpo_cli.recipe.load import apply_override, read_recipe, validate
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.callbacks import notify
 from grpo_cli.train.checkpoint import check_run_folder, save_final
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
-from grpo_cli.train.run import Objects, Run, build_run
+from grpo_cli.train.run import Objects, Run, build_run, explained_failures
 from grpo_cli.train.session import Session, mean_reward
 from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.trackers import check_trackers
@@ -62,11 +61,13 @@ def train(
             `rewards` may be left out where objects are given.
         model: a transformers causal language model; trained in place.
         tokenizer: its tokenizer.
-        rewards: reward functions, in place of the recipe's; weights of the recipe apply if it lists as many.
+        rewards: reward functions, in place of the recipe's; if the recipe lists as many, its names, weights,
+            timeouts and `on_error` apply to them.
         train_data: a `datasets.Dataset`, a list of dicts, a pyarrow table or a pandas frame.
         eval_data: held-out prompts of the same kinds.
         callbacks: objects with methods of `grpo_cli.Callback`.
-        optimizer: a torch optimizer over `model`'s parameters; the recipe's schedule drives its learning rate.
+        optimizer: a torch optimizer over all of `model`'s trainable parameters, with a learning rate of its own;
+            of the recipe's `optim` section `scheduler`, `warmup_ratio` and `max_grad_norm` apply.
         resume: continue from the last checkpoint in `train.output_dir`.
         overrides: `key.path=value` strings, as with `--set`.
         console: where to print.
@@ -83,29 +84,18 @@ def train(
         raise UserError("optimizer: an optimizer object needs the model object whose parameters it holds")
     functions = [rewards] if callable(rewards) else rewards
     objects = Objects(model, tokenizer, functions, train_data, eval_data, callbacks, optimizer)
-    loaded = load_recipe(name_objects(recipe, objects), overrides)
+    loaded = recipe_with_objects(recipe, objects, overrides)
     console = console or Console()
     check_trackers(loaded.logging.trackers)
     check_run_folder(loaded, resume=resume)
-    run = build_run(loaded, objects)
-    with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
-        session = Session(run, objects, stop_request, display)
-        try:
-            return _train(run, session)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"step {session.position.step + 1}: the device is out of memory; lower "
-                f"train.max_tokens_per_microbatch (it is {run.token_budget}) or generation.max_completion_tokens, "
-                "or set model.gradient_checkpointing or model.lora"
-            ) from error
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            raise RunError(
-                f"step {session.position.step + 1}: {error.strerror} in {run.folder}; make room, then --resume"
-            ) from error
-        finally:
-            session.close()
+    with explained_failures(loaded):
+        run = build_run(loaded, objects)
+        with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
+            session = Session(run, objects, stop_request, display)
+            try:
+                return _train(run, session)
+            finally:
+                session.close()
 
 
 def _train(run: Run, session: Session) -> TrainResult:
@@ -142,24 +132,43 @@ def _showcase(run: Run) -> Rollout | None:
     return generate_rollout(run.engine, prompts, (run.recipe.train.seed, SHOWCASE_STREAM), 1)
 
 
-def name_objects(
-    recipe: str | Path | Mapping[str, Any] | Recipe, objects: Objects
-) -> str | Path | Mapping[str, Any] | Recipe:
-    """A mapping whose missing sections name the objects that stand in for them, so that it is a whole recipe."""
-    if not isinstance(recipe, Mapping):
-        return recipe
-    values = dict(recipe)
+def recipe_with_objects(
+    recipe: str | Path | Mapping[str, Any] | Recipe, objects: Objects, overrides: Sequence[str]
+) -> Recipe:
+    """The validated recipe, in which what came as an object is named as such.
+
+    Raises:
+        UserError: the recipe is wrong, or an object does not go with it.
+    """
+    raw = read_recipe(recipe)
+    for override in overrides:
+        apply_override(raw, override)
+    values = raw.values
     if objects.model is not None:
         name = getattr(objects.model.config, "name_or_path", "") or IN_MEMORY
-        values["model"] = {"name": name, **values.get("model", {})}
+        dtype = str(objects.model.dtype).removeprefix("torch.")
+        given = values.get("model") or {}
+        values["model"] = {"name": name, "dtype": dtype, **given}
+        if values["model"]["dtype"] != dtype:
+            raise UserError(
+                f"model.dtype is {given['dtype']}, but the model object was loaded in {dtype}; "
+                f"load it with dtype={given['dtype']}, or change model.dtype"
+            )
+        if name == IN_MEMORY and objects.tokenizer is None and not given.get("tokenizer"):
+            raise UserError("model: a model object without a name needs its tokenizer too; pass tokenizer=")
     if objects.train_data is not None:
-        values["data"] = {"name": IN_MEMORY, **values.get("data", {})}
+        values["data"] = {"name": IN_MEMORY, **(values.get("data") or {})}
     if objects.eval_data is not None:
-        data = values.get("data", {})
+        data = values.get("data") or {}
         values["data"] = {**data, "eval": {"name": IN_MEMORY, **(data.get("eval") or {})}}
-    if objects.rewards is not None and len(values.get("rewards", [])) != len(objects.rewards):
-        values["rewards"] = [{"path": path_of(function)} for function in objects.rewards]
-    return values
+    if objects.rewards is not None:
+        listed = values.get("rewards") or []
+        settings = listed if len(listed) == len(objects.rewards) else [{}] * len(objects.rewards)
+        values["rewards"] = [
+            {**(entry if isinstance(entry, dict) else {}), "path": path_of(function), "params": {}, "model": None}
+            for entry, function in zip(settings, objects.rewards, strict=True)
+        ]
+    return validate(raw)
 
 
 def path_of(function: Callable[..., Any]) -> str:

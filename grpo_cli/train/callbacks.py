@@ -38,8 +38,8 @@ class Callback:
         """Before the first step of this process, resumed or not."""
 
     def on_step_end(self, state: TrainState) -> None:
-        """After the optimizer steps of a step; `state.metrics` holds its metrics and goes to the trackers next,
-        so what is added to it is logged."""
+        """After the optimizer steps of a step and before its evaluation; `state.metrics` is logged after both, so
+        what is added to it is logged."""
 
     def on_evaluate(self, state: TrainState) -> None:
         """After an evaluation; `state.metrics` holds the `eval_…` metrics."""

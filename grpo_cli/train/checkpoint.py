@@ -25,13 +25,17 @@ from grpo_cli.recipe.load import dump_recipe, read_yaml
 from grpo_cli.recipe.schema import Recipe
 
 FREE_ON_RESUME = (
+    "train.output_dir",
     "train.max_steps",
     "train.save_every",
     "train.keep_checkpoints",
     "train.eval_every",
+    "train.max_tokens_per_microbatch",
+    "model.gradient_checkpointing",
     "logging",
 )
-"""Settings that may change between a checkpoint and its resume; any other would make another run of it."""
+"""Settings that may change between a checkpoint and its resume; any other would make another run of it. The two
+that decide about memory change results by rounding."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,6 @@ def save_checkpoint(
         RunError: the disk refused; earlier checkpoints are as they were.
     """
     final = folder / f"checkpoint-{position.step:06d}"
-    if final.exists():
-        return final
     with written_whole(final) as partial:
         save_weights(model, partial)
         tokenizer.save_pretrained(partial)
@@ -134,8 +136,9 @@ def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> P
         return read_position(path)
     except Exception as error:  # torch, pickle, zipfile, safetensors and json each raise their own
         raise RunError(
-            f"--resume: {path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
-            "remove it to go on from the checkpoint before it"
+            f"--resume: {path} is damaged, or of another model or optimizer "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            "remove it to go on from the checkpoint before it, if there is one"
         ) from error
 
 
@@ -155,13 +158,16 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
     recipe_file = folder / "recipe.yaml"
     if folder.exists() and not folder.is_dir():
         raise UserError(f"train.output_dir: {folder} is a file")
-    if not recipe_file.exists() or not (list_checkpoints(folder) or (folder / "final").exists()):
+    checkpoints, is_finished = list_checkpoints(folder), (folder / "final").exists()
+    if not checkpoints and not is_finished:
         return
     if not resume:
         raise UserError(
             f"train.output_dir: {folder} already holds a run; continue it with --resume, or choose another "
             "folder with --set train.output_dir=..."
         )
+    if not checkpoints:
+        raise UserError(f"--resume: the run in {folder} is finished and left no checkpoint to go on from")
     changed = changed_settings(read_yaml(recipe_file).values, recipe.model_dump(mode="json"))
     if changed:
         raise UserError(

@@ -53,7 +53,7 @@ def evaluate(
     completions: list[Completion] = []
     for start in range(0, len(dataset), prompts_per_batch):
         prompts = [dataset[i] for i in range(start, min(start + prompts_per_batch, len(dataset)))]
-        rollout = generate_rollout(engine, prompts, (seed, EVAL_STREAM, start), num_generations)
+        rollout = generate_rollout(engine, prompts, (seed, EVAL_STREAM), num_generations, first=start)
         rewards.append(torch.from_numpy(scorer.score(rollout.scoring_batch(), step=step)))
         completions.extend(rollout.completions)
     all_rewards = torch.cat(rewards)  # (N, K)

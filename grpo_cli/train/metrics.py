@@ -115,20 +115,25 @@ class MetricsFile:
 
     Args:
         path: of the file.
-        first_step: steps before it are kept, those from it on are cut off, since they will be run again.
+        steps_done: the rows of these steps are kept, later ones are cut off, since they will be run again.
     """
 
-    def __init__(self, path: Path, first_step: int) -> None:
+    def __init__(self, path: Path, steps_done: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= first_step] if path.exists() else []
+        kept = [row for row in read_metrics(path) if row["step"] <= steps_done] if path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self.history: list[dict[str, Any]] = kept
 
     def append(self, metrics: Metrics) -> None:
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = finite_or_none(metrics)
         self.history.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def finite_or_none(metrics: Metrics) -> dict[str, float | None]:
+    """Metrics as JSON can hold them: NaN and infinities become null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -36,6 +36,17 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     return optimizer
 
 
+def check_coverage(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError if a trainable parameter is in no group of the optimizer: it would never be updated."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left_out:
+        raise UserError(
+            f"the optimizer leaves out {len(left_out)} trainable parameters ({', '.join(left_out[:3])}, ...); "
+            "give it all of them, or set requires_grad to False where they shall not be trained"
+        )
+
+
 def build_scheduler(optimizer: Any, config: OptimConfig, num_optimizer_steps: int) -> Any:
     """The recipe's schedule over all optimizer steps of the run."""
     # transformers' own end of a polynomial, 1e-7, may be above a small learning rate.

@@ -5,10 +5,10 @@ All that can be wrong with a recipe's files, rewards and model is found here, be
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from grpo_cli.algorithm.packing import Pack
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
-from grpo_cli.errors import UserError
+from grpo_cli.errors import RunError, UserError
 from grpo_cli.policy.logprobs import shares_prompts
 from grpo_cli.policy.model import Reference, load_policy, load_tokenizer
 from grpo_cli.recipe.schema import ModelConfig, Recipe
@@ -37,6 +37,24 @@ MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
 """Tokens of a forward pass where the recipe does not say: on a CPU short packs waste less attention."""
 
 Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@contextmanager
+def explained_failures(recipe: Recipe) -> Iterator[None]:
+    """Turn a full device or disk into a RunError that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "the device is out of memory; lower train.max_tokens_per_microbatch (it is "
+            f"{recipe.train.max_tokens_per_microbatch or 'automatic'}) or generation.max_completion_tokens, "
+            "or set model.gradient_checkpointing or model.lora"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        place = error.filename or recipe.train.output_dir
+        raise RunError(f"{place}: {error.strerror}; make room, then --resume") from error
 
 
 @dataclass(frozen=True)
@@ -99,11 +117,13 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
         UserError: a function cannot be found or made, or needs a column that the data lacks.
     """
     if objects.rewards is not None:
-        weights = [reward.weight for reward in recipe.rewards]
-        names = [reward.metric_name for reward in recipe.rewards]
         functions = [
-            reward_from_callable(function, name=name, weight=weight)
-            for function, name, weight in zip(objects.rewards, names, weights, strict=True)
+            replace(
+                reward_from_callable(function, name=config.metric_name, weight=config.weight),
+                timeout_s=config.timeout_s,
+                on_error=config.on_error,
+            )
+            for function, config in zip(objects.rewards, recipe.rewards, strict=True)
         ]
     else:
         functions = resolve_rewards(recipe.rewards)
@@ -126,7 +146,7 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
     dataset = PromptDataset(rows, tokenizer, chat_template_kwargs=template)
     eval_dataset = PromptDataset(eval_rows, tokenizer, chat_template_kwargs=template) if eval_rows else None
 
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(recipe.train.seed)
     model = load_policy(recipe.model, model=objects.model)
     reference = None
@@ -135,8 +155,6 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
     model.to(accelerator.device)
     autocast = autocast_for(recipe.model, accelerator.device)
     engine = TransformersEngine(model, tokenizer, recipe.generation, autocast)
-    with autocast():
-        shared_prompt = shares_prompts(model)
     device_type = accelerator.device.type
     run = Run(
         recipe=recipe,
@@ -151,9 +169,9 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
         dataset=dataset,
         eval_dataset=eval_dataset,
         sampler=PromptSampler(len(dataset), recipe.train.prompts_per_step, recipe.train.seed, recipe.data.shuffle),
-        shared_prompt=shared_prompt,
+        shared_prompt=shares_prompts(model),
         token_budget=recipe.train.max_tokens_per_microbatch or MICROBATCH_TOKENS.get(device_type, 4096),
-        max_steps=number_of_steps(recipe, len(dataset)),
+        max_steps=recipe.train.number_of_steps(len(dataset)),
     )
     run.notes = list(_notes(run))
     return run
@@ -169,17 +187,21 @@ def _notes(run: Run) -> Sequence[str]:
             done = f"dropped {data.dropped}" if data.dropped else f"truncated {data.truncated}"
             total = len(data) + data.dropped
             notes.append(f"{data.rows.setting}: {done} of {total} prompts over {limit} tokens")
+    notes.extend(unused_settings(run.recipe, conversational=run.dataset.rows.conversational))
     if not run.shared_prompt:
         notes.append("this model cannot take shared-prompt packs: each completion is a row of its own")
     return notes
 
 
-def number_of_steps(recipe: Recipe, num_prompts: int) -> int:
-    """`train.max_steps`, or the steps that `train.epochs` passes over the prompts take."""
-    if recipe.train.max_steps is not None:
-        return recipe.train.max_steps
-    assert recipe.train.epochs is not None
-    return math.ceil(recipe.train.epochs * num_prompts / recipe.train.prompts_per_step)
+def unused_settings(recipe: Recipe, *, conversational: bool) -> Iterator[str]:
+    """Settings that an override of a name left without effect: told, since the recipe itself is not wrong."""
+    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
+        if data is not None and data.config is not None and Path(data.name).expanduser().is_file():
+            yield f"{key}.config ({data.config}) is not used: {data.name} is a file"
+    if recipe.model.revision is not None and Path(recipe.model.name).expanduser().exists():
+        yield f"model.revision ({recipe.model.revision}) is not used: {recipe.model.name} is on this machine"
+    if not conversational and (recipe.model.chat_template or recipe.model.chat_template_kwargs):
+        yield "model.chat_template is not used: the prompts are plain texts"
 
 
 def autocast_for(config: ModelConfig, device: torch.device) -> Autocast:

@@ -14,10 +14,10 @@ from grpo_cli.train.checkpoint import Position, load_checkpoint, open_run_folder
 from grpo_cli.train.display import Display
 from grpo_cli.train.evaluate import evaluate
 from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
-from grpo_cli.train.optim import build_optimizer, build_scheduler
+from grpo_cli.train.optim import build_optimizer, build_scheduler, check_coverage
 from grpo_cli.train.run import Objects, Run
 from grpo_cli.train.signals import StopRequest
-from grpo_cli.train.trackers import Trackers, save_completions
+from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
 
 
 class Session:
@@ -40,6 +40,7 @@ class Session:
         given = [check_callback(callback, "callbacks") for callback in objects.callbacks]
         self.callbacks = [*paths, *given]
         optimizer = objects.optimizer or build_optimizer(run.model, run.recipe.optim)
+        check_coverage(run.model, optimizer)
         steps = run.max_steps * train.num_iterations * train.optimizer_steps_per_rollout
         self.optimizer = run.accelerator.prepare_optimizer(optimizer)
         self.scheduler = build_scheduler(optimizer, run.recipe.optim, steps)
@@ -48,6 +49,7 @@ class Session:
         if checkpoint is not None:
             self.position = load_checkpoint(checkpoint, run.model, self.optimizer, self.scheduler)
         self.resumed_from = checkpoint
+        remove_completions_after(run.folder, self.position.step)
         self.metrics_file = MetricsFile(run.folder / "metrics.jsonl", self.position.step)
         self.trackers = Trackers(run.recipe, self.position.step)
         self.display = display
@@ -77,26 +79,22 @@ class Session:
         self.state.step = step
         self.state.metrics = numbers | metrics | clock.result(rollout.num_tokens())
         save_completions(run.folder, step, rollout, run.scorer.names, rewards, advantages)
-        if self._evaluates(step):
+        notify(self.callbacks, "on_step_end", self.state)
+        is_last = step == run.max_steps or self.state.stop
+        if run.eval_dataset is not None and (is_last or _is_due(step, run.recipe.train.eval_every)):
             self.state.metrics |= self._evaluate(step)
             notify(self.callbacks, "on_evaluate", self.state)
-        notify(self.callbacks, "on_step_end", self.state)
         self.metrics_file.append(self.state.metrics)
         self.trackers.log(self.state.metrics, step)
         self.display.step(self.state.metrics)
-        every = run.recipe.logging.print_completions
-        if every and step % every == 0:
+        if _is_due(step, run.recipe.logging.print_completions):
             self.display.completions(f"step {step}", rollout, run.scorer.names, rewards)
         stop = self.stop_request.name
-        if stop or (run.recipe.train.save_every and step % run.recipe.train.save_every == 0):
+        save_every = run.recipe.train.save_every
+        if stop or _is_due(step, save_every) or (save_every and is_last):
             self._save_checkpoint()
         if stop and step < run.max_steps:
             raise StoppedBySignal(f"{stop}: stopped after step {step}; continue with --resume")
-
-    def _evaluates(self, step: int) -> bool:
-        every = self.run.recipe.train.eval_every
-        is_last = step == self.run.max_steps
-        return self.run.eval_dataset is not None and (is_last or (every is not None and step % every == 0))
 
     def _evaluate(self, step: int) -> Metrics:
         run = self.run
@@ -129,6 +127,11 @@ class Session:
 
     def close(self) -> None:
         self.trackers.finish()
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps, or never (0 or None), happens after this one."""
+    return every is not None and every > 0 and step % every == 0
 
 
 def mean_reward(rows: Sequence[dict[str, Any]]) -> float:

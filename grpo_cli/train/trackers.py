@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,14 +34,14 @@ def check_trackers(names: Sequence[str]) -> None:
 class Trackers:
     """The recipe's `logging.trackers`, checked by `check_trackers` before."""
 
-    def __init__(self, recipe: Recipe, first_step: int) -> None:
+    def __init__(self, recipe: Recipe, steps_done: int) -> None:
         self._trackers: list[Any] = []
         folder = Path(recipe.train.output_dir).expanduser()
         for name in recipe.logging.trackers:
             tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
             if name == "tensorboard":
                 # Steps that a killed run logged after its checkpoint are logged again.
-                tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=first_step + 1)
+                tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=steps_done + 1)
             elif tracker_class.requires_logging_directory:
                 tracker = tracker_class(folder.name, logging_dir=folder)
             else:
@@ -58,10 +59,17 @@ class Trackers:
             tracker.finish()
 
 
+def remove_completions_after(folder: Path, step: int) -> None:
+    """Remove what an earlier start of the run wrote for steps that will be run again."""
+    for path in (folder / "completions").glob("step-*.parquet"):
+        if int(path.stem.removeprefix("step-")) > step:
+            path.unlink()
+
+
 def save_completions(
     folder: Path, step: int, rollout: Rollout, names: Sequence[str], rewards: Any, advantages: Any
 ) -> None:
-    """Write one step's completions to `completions/step-00000N.parquet`.
+    """Write one step's completions to `completions/step-00000N.parquet`; prompts that are chats as JSON text.
 
     Args:
         folder: of the run.
@@ -74,7 +82,7 @@ def save_completions(
     batch = rollout.scoring_batch()
     columns: dict[str, Any] = {
         "step": [step] * len(rollout.completions),
-        "prompt": batch.prompts,
+        "prompt": [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in batch.prompts],
         "completion": [completion.text for completion in rollout.completions],
         "tokens": [len(completion.token_ids) for completion in rollout.completions],
         "finish_reason": [completion.finish_reason for completion in rollout.completions],

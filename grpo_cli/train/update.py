@@ -109,7 +109,7 @@ class OptimizerStep:
         self._step = step
         self._loss = 0.0
         self.entropy_threshold = self._entropy_threshold(packs, tensors)
-        self._optimizer.zero_grad()
+        run.model.zero_grad()
 
     def _entropy_threshold(self, packs: Sequence[Pack], tensors: StepTensors) -> float | None:
         """The quantile of entropies over all packs, which no pack can know alone."""

@@ -84,11 +84,7 @@ def plan(
     train, generation = recipe.train, recipe.generation
     completions = train.prompts_per_step * generation.num_generations
     updates = train.optimizer_steps_per_rollout * train.num_iterations
-    if train.max_steps is None:
-        assert train.epochs is not None
-        steps = math.ceil(train.epochs * len(rows) / train.prompts_per_step)
-    else:
-        steps = train.max_steps
+    steps = train.number_of_steps(len(rows))
     passes = steps * train.prompts_per_step / len(rows)
     kind = "chats" if rows.conversational else "texts"
     lines = [

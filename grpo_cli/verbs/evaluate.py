@@ -15,8 +15,8 @@ from grpo_cli.policy.files import locate_gguf
 from grpo_cli.policy.model import restore_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.evaluate import evaluate
-from grpo_cli.train.metrics import Metrics
-from grpo_cli.train.run import Objects, build_run
+from grpo_cli.train.metrics import Metrics, finite_or_none
+from grpo_cli.train.run import Objects, build_run, explained_failures
 
 
 def eval_model(
@@ -51,11 +51,12 @@ def eval_model(
     if model is not None:
         locate_gguf(model, None, setting="--model")
     adapter = None
-    if model is not None and (Path(model) / "adapter_config.json").is_file():
-        adapter = Path(model)
+    if model is not None and (Path(model).expanduser() / "adapter_config.json").is_file():
+        adapter = Path(model).expanduser()
     elif model is not None:
         recipe = recipe.model_copy(update={"model": without_training(recipe.model, model)})
-    run = build_run(recipe, Objects(), with_reference=False)
+    with explained_failures(recipe):
+        run = build_run(recipe, Objects(), with_reference=False)
     if adapter is not None:
         if recipe.model.lora is None:
             raise UserError(f"--model {model} is a LoRA checkpoint, and the recipe has no model.lora")
@@ -80,7 +81,7 @@ def eval_model(
         pass_reward=pass_reward,
     )
     if as_json:
-        console.print_json(json.dumps(metrics).replace("NaN", "null"))
+        console.print_json(json.dumps(finite_or_none(metrics)))
         return metrics
     table = Table(title=f"{model or recipe.model.name} on {len(run.eval_dataset)} prompts")
     table.add_column("metric")

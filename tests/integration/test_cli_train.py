@@ -98,7 +98,7 @@ def test_train_kill_resume_and_eval(recipe: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert set(rows[0]) >= EXPECTED_METRICS
     assert {"eval_reward", "eval_pass@1", "eval_pass@4"} <= set(rows[-1])
-    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-000005", "checkpoint-000010"]
+    assert sorted(path.name for path in whole.glob("checkpoint-*")) == ["checkpoint-000010", "checkpoint-000012"]
     assert list((whole / "tensorboard").iterdir())
     assert len(list((whole / "completions").glob("*.parquet"))) == 12
 

@@ -55,11 +55,12 @@ def test_quickstart_raises_the_mean_reward_clearly(tmp_path: Path) -> None:
 
 
 def test_gsm8k_recipe_runs_on_local_rows_and_logs_every_metric(tmp_path: Path) -> None:
-    grpo(
+    output = grpo(
         "train", "recipes/gsm8k.yaml",
         "--set", f"model.name={MODEL}",
         "--set", "data.name=tests/golden/gsm8k/train.jsonl",
-        "--set", "data.config=null",
+        "--set", "rewards.1={path: rewards.length:reward_len, weight: 0.01}",
+        "--set", "optim.learning_rate=1e-5",
         "--set", "generation.max_completion_tokens=32",
         "--set", "generation.num_generations=2",
         "--set", "train.prompts_per_step=2",
@@ -72,3 +73,4 @@ def test_gsm8k_recipe_runs_on_local_rows_and_logs_every_metric(tmp_path: Path) -
         assert all(row[name] is not None for row in rows), name
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-4), "before its first update the policy is the reference"
     assert rows[-1]["kl"] > 0
+    assert "data.config (main) is not used: tests/golden/gsm8k/train.jsonl is a file" in output

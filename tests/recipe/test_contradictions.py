@@ -23,6 +23,8 @@ LORA = {"modules_to_save": ["lm_head"]}
 CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"model": {"reference": "r"}}, "model.reference", "set loss.beta, or remove model.reference"),
     ({"model": {"lora": LORA}, "loss": {"beta": 0.1}}, "model.lora.modules_to_save", "needs model.reference"),
+    ({"model": {"dtype": "bfloat16", "compute_dtype": "float32"}}, "model.compute_dtype", "write dtype: float32"),
+    ({"data": {"name": "rows.csv", "split": "test"}}, "data.split", "is a file and has no splits; remove it"),
     ({"model": {"name": "m.gguf", "gguf_file": "n.gguf"}}, "model.gguf_file", "keep one of them"),
     ({"rewards": [{}]}, "rewards.0", "needs exactly one of path (module:function) and model"),
     ({"rewards": ["a:b", {"path": "a:c", "model": "m"}]}, "rewards.1", "needs exactly one of path"),

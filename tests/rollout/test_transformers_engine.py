@@ -268,10 +268,12 @@ def test_a_stop_string_cuts_the_text_and_ends_the_row() -> None:
     assert after.token_ids == before.token_ids[: len(after.token_ids)]
     decoded = byte_tokenizer().decode(after.token_ids)
     assert decoded.endswith(pair), "the row ends with the token that completes the stop string"
+    # Rounding aside: a batch from which a row has left may round its products in another way.
     others = [(a, b) for i, g in enumerate(free) for j, a in enumerate(g) for b in [stopped[i][j]]]
     for free_one, stopped_one in others:
         if pair not in free_one.text:
-            assert stopped_one == free_one, "other completions are as they were"
+            assert stopped_one.token_ids == free_one.token_ids, "other completions are as they were"
+            assert stopped_one.logprobs == pytest.approx(free_one.logprobs, abs=1e-4)
     assert model_shapes
 
 

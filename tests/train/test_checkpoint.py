@@ -148,11 +148,11 @@ def test_the_newest_is_the_one_of_the_highest_step_however_many_digits_it_has(tm
     assert [read_position(path).step for path in list_checkpoints(tmp_path)] == [1_000_000, 1_000_001]
 
 
-def test_what_is_there_already_is_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = Parts()
-    path = parts.save(tmp_path, 1)
-    monkeypatch.setattr(torch, "save", pytest.fail)
-    assert parts.save(tmp_path, 1) == path
+def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
+    path = Parts().save(tmp_path, 1)
+    (path / "optimizer.pt").write_bytes(b"damaged")
+    assert Parts().save(tmp_path, 1) == path
+    assert Parts().load(path).step == 1
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grpo_cli
+from grpo_cli.errors import UserError
 from grpo_cli.train.metrics import read_metrics
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -215,3 +216,45 @@ def test_reward_rises_on_a_task_that_a_tiny_model_can_learn(tiny_recipe: dict[st
     )  # fmt: skip
     rewards = [row["reward"] for row in result.metrics]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.15
+
+
+def test_an_optimizer_that_leaves_parameters_out_is_refused(tiny_recipe: dict[str, Any]) -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.SGD([model.lm_head.weight], lr=0.1)
+    with pytest.raises(UserError, match=r"leaves out \d+ trainable parameters"):
+        run(tiny_recipe, model=model, tokenizer=byte_tokenizer(), optimizer=optimizer)
+
+
+def test_a_finished_run_resumes_to_itself_and_goes_on_with_more_steps(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["optim"]["scheduler"] = "constant"
+    first = run(tiny_recipe)
+    same = run(tiny_recipe, resume=True)
+    assert same.metrics == first.metrics
+    longer = run(tiny_recipe, resume=True, train__max_steps=5)
+    assert longer.metrics[:3] == first.metrics
+    assert [row["step"] for row in longer.metrics] == [1, 2, 3, 4, 5]
+    straight = run(tiny_recipe, train__max_steps=5, train__output_dir=str(first.output_dir) + "-straight")
+    for name, value in weights_of(longer).items():
+        assert torch.equal(straight.model.state_dict()[name], value), name
+
+
+def test_evaluation_does_not_depend_on_the_prompts_of_a_step(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    tiny_recipe["data"]["eval"] = {"name": tiny_recipe["data"]["name"]}
+    tiny_recipe["train"]["max_steps"] = 1
+    tiny_recipe["optim"]["learning_rate"] = 1e-12
+    rewards = [
+        run(tiny_recipe, train__prompts_per_step=size, train__output_dir=str(tmp_path / str(size))).metrics[0]
+        for size in (3, 4)
+    ]
+    assert rewards[0]["eval_reward"] == rewards[1]["eval_reward"]
+
+
+def test_a_callback_that_stops_the_run_still_gets_its_evaluation(tiny_recipe: dict[str, Any]) -> None:
+    class Stop(grpo_cli.Callback):
+        def on_step_end(self, state: Any) -> None:
+            state.stop = True
+
+    tiny_recipe["data"]["eval"] = {"name": tiny_recipe["data"]["name"]}
+    result = run(tiny_recipe, callbacks=[Stop()])
+    assert len(result.metrics) == 1
+    assert "eval_reward" in result.metrics[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
-from grpo_cli.train.trackers import Trackers, save_completions
+from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
 
 
 @pytest.fixture
@@ -119,15 +120,21 @@ def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) 
     assert table["reward/exact"][1:] == [0.5, 0.25, 0.125]
 
 
-def test_prompts_that_are_chats_stay_lists_of_messages(tmp_path: Path) -> None:
+def test_prompts_that_are_chats_of_any_shape_are_kept_as_json(tmp_path: Path) -> None:
     chats = [
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-        [{"role": "user", "content": "Hello", "name": "Ann"}],
+        [{"role": "user", "content": [{"type": "text", "text": "Hello"}], "name": "Ann"}],
     ]
     save_completions(tmp_path, 1, rollout_of(chats), ["length"], torch.zeros(4, 1), torch.zeros(4))
     table = pq.read_table(tmp_path / "completions" / "step-000001.parquet").to_pydict()
-    assert [message["content"] for message in table["prompt"][0]] == ["Be brief.", "Hi"]
-    assert table["prompt"][2][0]["name"] == "Ann"
+    assert [json.loads(prompt) for prompt in table["prompt"][::2]] == chats
+
+
+def test_completions_of_steps_that_will_be_run_again_are_removed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_completions(tmp_path, step, rollout_of(["a", "b"]), ["length"], torch.zeros(4, 1), torch.zeros(4))
+    remove_completions_after(tmp_path, 2)
+    assert sorted(path.stem for path in (tmp_path / "completions").iterdir()) == ["step-000001", "step-000002"]
 
 
 def test_a_step_that_is_run_again_replaces_its_file(tmp_path: Path) -> None:
