@@ -17,12 +17,9 @@ import pyarrow.compute as pc
 
 from grpo_cli.data.sources import load_table, table_from_object
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.schema import EvalDataConfig
+from grpo_cli.recipe.schema import REWARD_ARGUMENTS, EvalDataConfig
 
 Messages = list[dict[str, Any]]
-
-RESERVED_COLUMNS = ("prompts", "completions", "completion_ids")
-"""Arguments that every reward function gets, so no column can be handed over under these names."""
 
 _USUAL_PROMPT_COLUMNS = ("question", "problem", "instruction", "query", "input", "text", "messages")
 
@@ -150,7 +147,7 @@ class PromptRows:
         return table.rename_columns(names)
 
     def _check_reserved(self) -> None:
-        for name in RESERVED_COLUMNS:
+        for name in REWARD_ARGUMENTS:
             if name in self.columns:
                 raise UserError(
                     f"{self.setting}.columns: reward functions get an argument {name} already, so no column "

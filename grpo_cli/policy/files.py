@@ -56,6 +56,23 @@ def check_gguf(path: Path) -> None:
             raise UserError(f"model.name: {path} is not a GGUF file, or a damaged one; download it again")
 
 
+def read_chat_template(template: str) -> str:
+    """The template itself, or what the file of that name holds.
+
+    Raises:
+        UserError: the file is missing or cannot be read.
+    """
+    if "{" in template:
+        return template
+    try:
+        return Path(template).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        message = f"there is no file {template}; a template itself would have a {{ in it"
+        raise UserError(f"model.chat_template: {message}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"model.chat_template: the file {template} cannot be read: {error}") from error
+
+
 def count_parameters(folder: Path) -> int | None:
     """Number of parameters in a folder's safetensors files, from their headers; None if there are none.
 

@@ -26,7 +26,7 @@ from peft.utils import ModulesToSaveWrapper
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.errors import UserError
-from grpo_cli.policy.files import locate_gguf
+from grpo_cli.policy.files import locate_gguf, read_chat_template
 from grpo_cli.recipe import schema
 from grpo_cli.recipe.schema import ModelConfig
 
@@ -120,26 +120,13 @@ def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
             arguments["revision"] = config.revision
         tokenizer = _from_pretrained(AutoTokenizer, folder, setting, **arguments)
     if config.chat_template is not None:
-        tokenizer.chat_template = _chat_template(config.chat_template)
+        tokenizer.chat_template = read_chat_template(config.chat_template)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {config.name} has no end-of-sequence token, so completions would never end; "
             "set model.tokenizer to one that has it"
         )
     return tokenizer
-
-
-def _chat_template(template: str) -> str:
-    """The template itself, or what the file of that name holds."""
-    if "{" in template:
-        return template
-    try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        message = f"there is no file {template}; a template itself would have a {{ in it"
-        raise UserError(f"model.chat_template: {message}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"model.chat_template: the file {template} cannot be read: {error}") from error
 
 
 def _from_pretrained(auto_class: Any, name: str, setting: str, **arguments: Any) -> Any:

@@ -15,6 +15,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What every reward function is given beside the columns; no column may have one of these names."""
+
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 
 RATIO_CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

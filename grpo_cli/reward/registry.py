@@ -18,13 +18,10 @@ from typing import Any, Literal
 
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object
-from grpo_cli.recipe.schema import RewardConfig
+from grpo_cli.recipe.schema import REWARD_ARGUMENTS, RewardConfig
 from grpo_cli.reward.reward_model import RewardModel
 
 ENTRY_POINT_GROUP = "grpo_cli.rewards"
-
-GIVEN_ARGUMENTS = ("prompts", "completions", "completion_ids")
-"""Keyword arguments that every reward function is offered; the others are dataset columns."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,7 @@ def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[
         function: the reward function.
         columns: names of the dataset's columns, after renames.
     """
-    return sorted(function.required.difference(GIVEN_ARGUMENTS, columns))
+    return sorted(function.required.difference(REWARD_ARGUMENTS, columns))
 
 
 def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], setting: str) -> None:
@@ -207,7 +204,7 @@ def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable
             f"{where} is an object that exists already, so params cannot reach it; "
             f"remove params, or name its class {type(target).__name__} instead"
         )
-    reserved = sorted(set(params).intersection(GIVEN_ARGUMENTS))
+    reserved = sorted(set(params).intersection(REWARD_ARGUMENTS))
     if reserved:
         raise UserError(f"{where}: {', '.join(reserved)} cannot be in params: every call is given its own")
     _refuse_unknown_params(params, _keywords(target), where)
@@ -272,7 +269,7 @@ def _refuse_unknown_params(params: Mapping[str, Any], taken: frozenset[str] | No
         return
     unknown = [name for name in params if name not in taken]
     if unknown:
-        choices = ", ".join(sorted(taken.difference(GIVEN_ARGUMENTS))) or "nothing"
+        choices = ", ".join(sorted(taken.difference(REWARD_ARGUMENTS))) or "nothing"
         raise UserError(f"{where} does not take {', '.join(unknown)}; params can be: {choices}")
 
 

@@ -25,6 +25,7 @@ from grpo_cli.errors import RunError, UserError
 from grpo_cli.policy.logprobs import shares_prompts
 from grpo_cli.policy.model import Reference, load_policy, load_tokenizer
 from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.engine import RolloutEngine
@@ -191,17 +192,6 @@ def _notes(run: Run) -> Sequence[str]:
     if not run.shared_prompt:
         notes.append("this model cannot take shared-prompt packs: each completion is a row of its own")
     return notes
-
-
-def unused_settings(recipe: Recipe, *, conversational: bool) -> Iterator[str]:
-    """Settings that an override of a name left without effect: told, since the recipe itself is not wrong."""
-    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
-        if data is not None and data.config is not None and Path(data.name).expanduser().is_file():
-            yield f"{key}.config ({data.config}) is not used: {data.name} is a file"
-    if recipe.model.revision is not None and Path(recipe.model.name).expanduser().exists():
-        yield f"model.revision ({recipe.model.revision}) is not used: {recipe.model.name} is on this machine"
-    if not conversational and (recipe.model.chat_template or recipe.model.chat_template_kwargs):
-        yield "model.chat_template is not used: the prompts are plain texts"
 
 
 def autocast_for(config: ModelConfig, device: torch.device) -> Autocast:

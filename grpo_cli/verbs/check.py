@@ -1,4 +1,4 @@
-"""`grpo check`: everything that can be wrong with a recipe, found without loading the model. No torch."""
+"""`grpo check`: what is wrong with a recipe and what it names, found without loading the model. No torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from rich.table import Table
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object
-from grpo_cli.policy.files import check_gguf, count_parameters, locate_gguf
+from grpo_cli.policy.files import check_gguf, count_parameters, locate_gguf, read_chat_template
 from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 from grpo_cli.train.callbacks import load_callbacks
@@ -47,12 +48,12 @@ def check(recipe: Recipe, console: Console) -> None:
     if recipe.optim.name != "adamw":
         load_object(recipe.optim.name, setting="optim.name")
     load_callbacks(recipe.train.callbacks)
-    folder, gguf_file = locate_gguf(recipe.model.name, recipe.model.gguf_file)
-    if gguf_file is not None and Path(folder).is_dir():
-        check_gguf(Path(folder, gguf_file))
+    folder = check_model_files(recipe.model)
 
+    for note in unused_settings(recipe, conversational=rows.conversational):
+        console.print(escape(note), soft_wrap=True)
     table = Table(show_header=False, box=None)
-    for name, value in plan(recipe, rows, eval_rows, count_parameters(Path(folder))):
+    for name, value in plan(recipe, rows, eval_rows, count_parameters(folder)):
         table.add_row(f"[bold]{name}", escape(value))
     for name, weight, score in zip(scorer.names, scorer.weights, scores[0].tolist(), strict=True):
         shown = "None" if math.isnan(score) else f"{score:g}"
@@ -62,6 +63,24 @@ def check(recipe: Recipe, console: Console) -> None:
             table.add_row("[bold]reward", escape(f"{reward.metric_name}: a model, not loaded here"))
     console.print(table)
     console.print("[green]the recipe is fine[/]")
+
+
+def check_model_files(config: ModelConfig) -> Path:
+    """Check what the `model` section names on this machine; return the model's folder, which may be a Hub id.
+
+    Raises:
+        UserError: a file or folder is missing or is not what it should be.
+    """
+    folder, gguf_file = locate_gguf(config.name, config.gguf_file)
+    if gguf_file is not None and Path(folder).is_dir():
+        check_gguf(Path(folder, gguf_file))
+    if config.reference is not None:
+        locate_gguf(config.reference, None, setting="model.reference")
+    if config.tokenizer is not None:
+        locate_gguf(config.tokenizer, None, setting="model.tokenizer")
+    if config.chat_template is not None:
+        read_chat_template(config.chat_template)
+    return Path(folder)
 
 
 def sample_batch(rows: PromptRows) -> ScoringBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain, count, islice
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +12,7 @@ from rich.table import Table
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import generate_rollout
 from grpo_cli.train.display import beginning, ending
-from grpo_cli.train.run import TRAIN_STREAM, Objects, build_run
+from grpo_cli.train.run import TRAIN_STREAM, Objects, build_run, explained_failures
 
 
 def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
@@ -21,14 +22,12 @@ def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
         UserError: something that the recipe names is missing.
         RewardError: a reward function failed.
     """
-    run = build_run(recipe, Objects(), with_reference=False)
+    with explained_failures(recipe):
+        run = build_run(recipe, Objects(), with_reference=False)
     for note in run.notes:
         console.print(escape(note))
-    indices = [run.sampler.at(position // recipe.train.prompts_per_step) for position in range(num_prompts)]
-    chosen = [
-        step_indices[position % recipe.train.prompts_per_step] for position, step_indices in enumerate(indices)
-    ]
-    prompts = [run.dataset[index] for index in chosen]
+    order = chain.from_iterable(map(run.sampler.at, count()))
+    prompts = [run.dataset[index] for index in islice(order, num_prompts)]
     size = recipe.generation.num_generations
     rollout = generate_rollout(run.engine, prompts, (recipe.train.seed, TRAIN_STREAM, 0), size)
     scores = run.scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
