@@ -18,6 +18,7 @@ from grpo_cli.policy.model import evaluating
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
 from grpo_cli.train.run import Run
+from grpo_cli.train.session import Session
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _score(
 class OptimizerStep:
     """Accumulates the gradient of some packs and applies it."""
 
-    def __init__(self, run: Run, session: Any, packs: Sequence[Pack], tensors: StepTensors, step: int) -> None:
+    def __init__(self, run: Run, session: Session, packs: Sequence[Pack], tensors: StepTensors, step: int) -> None:
         self._run = run
         self._optimizer = session.optimizer
         self._scheduler = session.scheduler
