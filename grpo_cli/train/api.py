@@ -18,7 +18,7 @@ from grpo_cli.train.callbacks import notify
 from grpo_cli.train.checkpoint import check_run_folder, save_final
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
-from grpo_cli.train.run import Objects, Run, build_run, explained_failures
+from grpo_cli.train.run import Objects, Run, build_run, deterministic_kernels, explained_failures
 from grpo_cli.train.session import Session, mean_reward
 from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.trackers import check_trackers
@@ -88,7 +88,7 @@ def train(
     console = console or Console()
     check_trackers(loaded.logging.trackers)
     check_run_folder(loaded, resume=resume)
-    with explained_failures(loaded):
+    with explained_failures(loaded), deterministic_kernels():
         run = build_run(loaded, objects)
         with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
             session = Session(run, objects, stop_request, display)

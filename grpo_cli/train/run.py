@@ -58,6 +58,27 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
         raise RunError(f"{place}: {error.strerror}; make room, then --resume") from error
 
 
+@contextmanager
+def deterministic_kernels() -> Iterator[None]:
+    """On a CPU, add in a fixed order, whatever the threads do.
+
+    Otherwise the gradient of a prompt's last position, from which every completion of its group starts, is a sum
+    in the order in which threads come by. On a GPU some kernels have no such variant, so nothing is promised there.
+    """
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    fills = memory.fill_uninitialized_memory
+    if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        memory.fill_uninitialized_memory = fills
+
+
 @dataclass(frozen=True)
 class Objects:
     """What a Python caller has as objects, in place of the recipe's names."""

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 import grpo_cli
+from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.errors import UserError
+from grpo_cli.policy.logprobs import token_logprobs
 from grpo_cli.train.metrics import read_metrics
+from grpo_cli.train.run import deterministic_kernels
 from tests.conftest import byte_tokenizer, tiny_llama
 
 TIMES = ("time/", "tokens_per_second")
@@ -119,6 +122,28 @@ def test_the_same_recipe_twice_gives_the_same_bytes(tiny_recipe: dict[str, Any],
     assert numbers(tmp_path / "a" / "metrics.jsonl") == numbers(tmp_path / "b" / "metrics.jsonl")
     for name, value in weights_of(first).items():
         assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_the_gradient_is_the_same_bytes_however_threads_run() -> None:
+    model = tiny_llama(hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
+    tokens = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    group = Group(tokens[:30], [tokens[30 + 20 * i : 50 + 20 * i] for i in range(8)], range(8))
+    (pack,) = pack_groups([group], 4096)
+
+    def gradient() -> list[torch.Tensor]:
+        model.zero_grad()
+        token_logprobs(model, pack, 1.0)[0].square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        with deterministic_kernels():
+            first = gradient()
+            for _ in range(10):
+                assert all(map(torch.equal, first, gradient()))
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
