@@ -63,7 +63,7 @@ def deterministic_kernels() -> Iterator[None]:
     """On a CPU, add in a fixed order, whatever the threads do.
 
     Otherwise the gradient of a prompt's last position, from which every completion of its group starts, is a sum
-    in the order in which threads come by. On a GPU some kernels have no such variant, so nothing is promised there.
+    in the order in which threads come by. On a GPU some kernels have no such variant: nothing is promised there.
     """
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
