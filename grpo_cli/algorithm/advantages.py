@@ -53,6 +53,14 @@ def compute_advantages(
     return torch.where(scored, advantages, 0.0).float()
 
 
+def flat_groups(
+    rewards: torch.Tensor, weights: Sequence[float] | torch.Tensor, num_generations: int
+) -> torch.Tensor:
+    """Which groups have no spread in their weighted rewards, as those without any reward: (N, K) to (P,) bool."""
+    spread = nan_std(weighted_sum(rewards, weights).view(-1, num_generations), dim=1).squeeze(1)
+    return torch.isclose(spread, torch.zeros_like(spread))
+
+
 def weighted_sum(rewards: torch.Tensor, weights: Sequence[float] | torch.Tensor) -> torch.Tensor:
     """(N, K) rewards to (N,): NaN entries are left out, a row of nothing but NaN stays NaN."""
     factors = torch.as_tensor(weights, dtype=rewards.dtype, device=rewards.device)

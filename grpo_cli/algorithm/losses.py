@@ -132,6 +132,26 @@ def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_token
     return float(mask.sum())
 
 
+def groups_to_forward(
+    advantages: torch.Tensor, trained: torch.Tensor, num_generations: int, config: LossConfig
+) -> torch.Tensor:
+    """Which groups of a step have a gradient: (P,) bool.
+
+    The policy term is a multiple of the advantage, so a group whose advantages are all 0 adds nothing to it. The
+    KL and the entropy bonus have a gradient on every token that is trained on, and the entropy quantile is taken
+    over all of them. What is left out stays in the normaliser: the loss is the same.
+
+    Args:
+        advantages: (N,) of each completion.
+        trained: (N,) bool, False for completions that are masked whole.
+        num_generations: G, completions per group.
+        config: the recipe's `loss` section.
+    """
+    needs_every_token = config.beta > 0 or config.entropy_coef > 0 or config.top_entropy_quantile < 1
+    matters = trained & ((advantages != 0) | needs_every_token)
+    return matters.view(-1, num_generations).any(1)
+
+
 def importance_ratio_of_level(log_ratio: torch.Tensor, mask: torch.Tensor, config: LossConfig) -> torch.Tensor:
     """Policy over old policy: (B, T) per token, or (B, 1) the geometric mean of a completion (GSPO,
     arXiv:2507.18071 eq. 7)."""

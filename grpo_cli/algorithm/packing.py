@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -30,19 +31,63 @@ class Group:
 
 
 @dataclass(frozen=True)
+class BranchedGroup:
+    """Where a group lies in its row: at `start` the prompt, then its branches, what is fed of each completion."""
+
+    start: int
+    prompt_length: int
+    branch_lengths: tuple[int, ...]
+    """Completions that feed nothing are left out."""
+
+    @property
+    def branches_start(self) -> int:
+        return self.start + self.prompt_length
+
+    @property
+    def end(self) -> int:
+        return self.branches_start + sum(self.branch_lengths)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Which tokens of a shared-prompt row see which: each its prompt and what came before in its own branch."""
+
+    groups: tuple[BranchedGroup, ...]
+    group_ids: torch.Tensor  # (L,)
+    branch_ids: torch.Tensor  # (L,) 0 for the prompt, else the completion
+    positions: torch.Tensor  # (L,) in the sequence that the token belongs to
+
+    def sees(self, query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:
+        """Whether the token at place `query` attends to the one at `key`, less than `window` positions back."""
+        same_group = self.group_ids[query] == self.group_ids[key]
+        same_branch = (self.branch_ids[key] == 0) | (self.branch_ids[query] == self.branch_ids[key])
+        visible = same_group & same_branch & (query >= key)
+        return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
+
+    def to(self, device: torch.device) -> Branches:
+        return Branches(
+            self.groups, self.group_ids.to(device), self.branch_ids.to(device), self.positions.to(device)
+        )
+
+
+@dataclass(frozen=True)
 class Pack:
     """What one forward pass needs: R rows of L tokens that hold B completions of at most T tokens."""
 
     input_ids: torch.Tensor  # (R, L)
     position_ids: torch.Tensor  # (R, L)
-    attention_mask: torch.Tensor  # (1, 1, L, L) bool, or (R, L) for plain rows
-    predictors: torch.Tensor  # (N,) or (R, T): positions in a row whose logits predict completion tokens
+    attention_mask: torch.Tensor | None  # (R, L) of plain rows
+    branches: Branches | None  # of a shared-prompt row
+    predictors: torch.Tensor  # (N,) places in the flattened rows whose hidden states predict completion tokens
     targets: torch.Tensor  # (B, T) completion token ids, 0 on padding
-    mask: torch.Tensor  # (B, T) bool, True on completion tokens
+    mask: torch.Tensor  # (B, T) bool, True on the N completion tokens
     samples: torch.Tensor  # (B,) where each completion stands in the step's tensors
 
     def to(self, device: torch.device) -> Pack:
-        return Pack(**{name: tensor.to(device) for name, tensor in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: value if value is None else value.to(device) for name, value in vars(self).items()
+        }
+        return Pack(**moved)
 
 
 def plan_minibatches(num_groups: int, optimizer_steps: int) -> list[range]:
@@ -113,50 +158,68 @@ def _build(groups: Sequence[Group], shared_prompt: bool) -> Pack:
     mask = torch.arange(targets.shape[1]) < lengths[:, None]  # (B, T)
     samples = torch.tensor([sample for group in groups for sample in group.samples])
     layout = _shared_prompt_layout if shared_prompt else _row_layout
-    return Pack(*layout(groups), targets=targets, mask=mask, samples=samples)
+    return Pack(**layout(groups), targets=targets, mask=mask, samples=samples)
 
 
-def _shared_prompt_layout(
-    groups: Sequence[Group],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _shared_prompt_layout(groups: Sequence[Group]) -> dict[str, Any]:
     tokens: list[int] = []
-    positions: list[int] = []
     predictors: list[int] = []
-    group_of: list[int] = []
-    branch_of: list[int] = []  # 0 for the prompt, else the completion
-    for group_index, group in enumerate(groups):
-        prompt_length = len(group.prompt)
+    for group in groups:
         tokens.extend(group.prompt)
-        positions.extend(range(prompt_length))
-        branch_of.extend([0] * prompt_length)
         last_of_prompt = len(tokens) - 1
-        for branch, completion in enumerate(group.completions, start=1):
+        for completion in group.completions:
             fed = completion[:-1]
             if completion:
                 predictors.extend([last_of_prompt, *range(len(tokens), len(tokens) + len(fed))])
             tokens.extend(fed)
-            positions.extend(range(prompt_length, prompt_length + len(fed)))
-            branch_of.extend([branch] * len(fed))
-        group_of.extend([group_index] * (len(tokens) - len(group_of)))
-    group_ids, branch_ids = torch.tensor(group_of), torch.tensor(branch_of)
-    same_group = group_ids[:, None] == group_ids
-    same_branch = (branch_ids == 0) | (branch_ids[:, None] == branch_ids)
-    attends = same_group & same_branch & torch.ones_like(same_group).tril()  # (L, L) query, key
-    return (
-        torch.tensor([tokens]),
-        torch.tensor([positions]),
-        attends[None, None],
-        torch.tensor(predictors, dtype=torch.long),
+    branches = branches_of(
+        [len(group.prompt) for group in groups],
+        [[len(completion) - 1 for completion in group.completions] for group in groups],
+    )
+    return {
+        "input_ids": torch.tensor([tokens]),
+        "position_ids": branches.positions[None],
+        "attention_mask": None,
+        "branches": branches,
+        "predictors": torch.tensor(predictors, dtype=torch.long),
+    }
+
+
+def branches_of(prompt_lengths: Sequence[int], branch_lengths: Sequence[Sequence[int]]) -> Branches:
+    """The row that these prompts, each followed by its branches, make; branches without tokens do not count."""
+    groups: list[BranchedGroup] = []
+    positions: list[torch.Tensor] = []
+    branch_ids: list[torch.Tensor] = []
+    for prompt_length, lengths in zip(prompt_lengths, branch_lengths, strict=True):
+        fed = tuple(length for length in lengths if length > 0)
+        groups.append(BranchedGroup(groups[-1].end if groups else 0, prompt_length, fed))
+        positions.append(torch.arange(prompt_length))
+        positions.extend(torch.arange(prompt_length, prompt_length + length) for length in fed)
+        numbers = torch.arange(len(fed) + 1)
+        branch_ids.append(numbers.repeat_interleave(torch.tensor([prompt_length, *fed])))
+    sizes = torch.tensor([group.end - group.start for group in groups])
+    return Branches(
+        tuple(groups),
+        group_ids=torch.arange(len(groups)).repeat_interleave(sizes),
+        branch_ids=torch.cat(branch_ids),
+        positions=torch.cat(positions),
     )
 
 
-def _row_layout(groups: Sequence[Group]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _row_layout(groups: Sequence[Group]) -> dict[str, Any]:
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
     inputs = [torch.tensor([*prompt, *completion[:-1]]) for prompt, completion in rows]
     input_ids = pad_sequence(inputs, batch_first=True)  # (R, L)
     lengths = torch.tensor([len(row) for row in inputs])
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    width = max(len(completion) for _, completion in rows)
-    first = torch.tensor([len(prompt) - 1 for prompt, _ in rows])
-    predictors = (first[:, None] + torch.arange(width)).clamp(max=input_ids.shape[1] - 1)  # (R, T)
-    return input_ids, position_ids, (position_ids < lengths[:, None]).long(), predictors
+    predictors = [
+        torch.arange(len(completion)) + row * input_ids.shape[1] + len(prompt) - 1
+        for row, (prompt, completion) in enumerate(rows)
+    ]
+    return {
+        "input_ids": input_ids,
+        "position_ids": position_ids,
+        "attention_mask": (position_ids < lengths[:, None]).long(),
+        "branches": None,
+        "predictors": torch.cat(predictors),
+    }

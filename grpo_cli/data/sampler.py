@@ -11,6 +11,9 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+FURTHER_STREAM = 1
+"""Third part of the seed of a step's further prompts; an epoch's order has two parts."""
+
 
 class PromptSampler:
     """Cuts an endless stream of epochs, each a permutation of the prompts, into steps.
@@ -40,6 +43,22 @@ class PromptSampler:
             prompts += self._order(epoch)[start:stop].tolist()
             position += stop - start
         return prompts
+
+    def further(self, step: int, start: int, count: int) -> list[int]:
+        """Indices of prompts for a step whose own did not do: places `start` and following of its further prompts.
+
+        These are all prompts that are not the step's, then its own, and so on from the start: in an order drawn
+        for this step, or without `shuffle` as they follow in the data.
+        """
+        if self.shuffle:
+            seeds = np.random.SeedSequence([self.seed, step, FURTHER_STREAM])
+            order = np.random.Generator(np.random.Philox(seeds)).permutation(self.num_prompts)
+        else:
+            order = np.roll(np.arange(self.num_prompts), -(step + 1) * self.prompts_per_step)
+        is_own = np.isin(order, self.at(step))
+        order = np.concatenate([order[~is_own], order[is_own]])
+        indices: list[int] = order[np.arange(start, start + count) % self.num_prompts].tolist()
+        return indices
 
     def epoch(self, step: int) -> float:
         """Passes over the prompts that `step` steps have made."""

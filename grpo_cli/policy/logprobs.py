@@ -7,52 +7,179 @@ from typing import Any
 import torch
 
 from grpo_cli.algorithm.packing import Group, Pack, pack_groups
-from grpo_cli.policy.model import evaluating
+from grpo_cli.policy import attention
+from grpo_cli.policy.model import base_model, evaluating
+from grpo_cli.policy.output_head import OutputHead, chosen_logprobs
 
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
-"""Largest difference in log-probability that rounding may cause between packed and plain rows."""
+"""Largest difference in log-probability that rounding may cause between two ways to compute it."""
+
+SHARED_LAYERS = {"full_attention", "sliding_attention", "global"}
+"""Kinds of layers, as configurations name them, that can compute a shared-prompt row."""
 
 
-def token_logprobs(
-    model: Any, pack: Pack, temperature: float, *, entropy_gradient: bool = False
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each completion token and entropy of the distribution it was drawn from.
+class PackedModel:
+    """A causal language model of transformers and the fastest right way to its log-probabilities.
 
-    Both are those of softmax(logits / temperature), in float32. Logits exist only for completion tokens.
+    Found out once, on a few tokens: whether the model computes the same from a shared-prompt pack as from plain
+    rows, and whether its output head is a matrix that can be applied in chunks of tokens. Whatever fails there is
+    computed the plain way.
 
     Args:
-        model: a causal language model of transformers.
-        pack: on the model's device.
-        temperature: of sampling.
-        entropy_gradient: let gradients flow through the entropies.
-
-    Returns:
-        Two (B, T) tensors, 0 on padding.
+        model: on its device; its attention kernel is replaced where it is SDPA.
     """
-    logits = model(
-        input_ids=pack.input_ids,
-        position_ids=pack.position_ids,
-        attention_mask=_attention_mask(model, pack),
-        logits_to_keep=pack.predictors,
-        use_cache=False,
-    ).logits
-    logits = logits[0] if pack.predictors.dim() == 1 else logits[pack.mask]  # (N, V)
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.head: OutputHead | None = None
+        self.shares_prompts = False
+        with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
+            self._check_head()
+            self._check_shared_prompts()
+
+    def token_logprobs(
+        self, pack: Pack, temperature: float, *, entropy_gradient: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each completion token and entropy of the distribution it was drawn from.
+
+        Both are those of softmax(logits / temperature), in float32. Logits exist only for completion tokens, and
+        where the output head is a plain matrix only for a chunk of them.
+
+        Args:
+            pack: on the model's device.
+            temperature: of sampling.
+            entropy_gradient: let gradients flow through the entropies.
+
+        Returns:
+            Two (B, T) tensors, 0 on padding.
+        """
+        layout = None if pack.branches is None else attention.RowLayout(pack.branches)
+        targets = pack.targets[pack.mask]  # (N,)
+        if self.head is not None:
+            hidden = self._hidden_states(pack, layout)
+            chosen, entropy = chosen_logprobs(
+                hidden, self.head, targets, temperature, entropy_gradient=entropy_gradient
+            )
+        else:
+            logits = self._logits(pack, layout)
+            chosen, entropy = logprobs_of_logits(logits, targets, temperature, entropy_gradient=entropy_gradient)
+        return _unflatten(chosen, pack.mask), _unflatten(entropy, pack.mask)
+
+    def _hidden_states(self, pack: Pack, layout: attention.RowLayout | None) -> torch.Tensor:
+        """(N, D) of the places that predict completion tokens."""
+        output = base_model(self.model).get_decoder()(**_inputs(pack, layout))
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden.flatten(0, 1)[pack.predictors]
+
+    def _logits(self, pack: Pack, layout: attention.RowLayout | None) -> torch.Tensor:
+        """(N, V) of the places that predict completion tokens."""
+        width = pack.input_ids.shape[1]
+        columns, places = torch.unique(pack.predictors % width, return_inverse=True)
+        output = self.model(**_inputs(pack, layout), logits_to_keep=columns)
+        logits: torch.Tensor = output.logits
+        return logits[pack.predictors // width, places]
+
+    def _check_head(self) -> None:
+        """Take the chunked head if it gives what the model itself gives."""
+        groups, _ = _self_check_groups(self._config.vocab_size)
+        (pack,) = pack_groups(groups, 64, shared_prompt=False)
+        pack = pack.to(self._device)
+        expected, _ = self.token_logprobs(pack, 1.0)
+        self.head = OutputHead.of(self.model)
+        try:
+            actual, _ = self.token_logprobs(pack, 1.0)
+        except (RuntimeError, ValueError, TypeError, AttributeError):
+            self.head = None
+            return
+        if (actual - expected).abs().max() > self._tolerance:
+            self.head = None
+
+    def _check_shared_prompts(self) -> None:
+        config = self._config
+        kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
+        if config._attn_implementation not in ("sdpa", attention.KERNEL) or not SHARED_LAYERS.issuperset(kinds):
+            return
+        attention.install(base_model(self.model))
+        try:
+            self.shares_prompts = self._computes_shared_prompts()
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
+            self.shares_prompts = False
+        if not self.shares_prompts:
+            base_model(self.model).set_attn_implementation("sdpa")
+
+    def _computes_shared_prompts(self) -> bool:
+        """Ask the model: a layer that drops the layout, the positions or its window gives itself away."""
+        groups, changed = _self_check_groups(self._config.vocab_size)
+
+        def logprobs(groups: list[Group], shared_prompt: bool) -> torch.Tensor:
+            (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
+            logprobs, _ = self.token_logprobs(pack.to(self._device), 1.0)
+            return logprobs[pack.samples.argsort()]
+
+        packed = logprobs(groups, True)
+        difference = (packed - logprobs(groups, False)).abs().max().item()
+        # Where one completion's tokens move another's log-probabilities, however little, something leaks.
+        moved = (packed - logprobs(changed, True)).abs()
+        leak, effect = moved[1:].max().item(), moved[0].max().item()
+        return difference < self._tolerance and leak < 1e-3 * effect and self._windows_arrive(groups)
+
+    def _windows_arrive(self, groups: list[Group]) -> bool:
+        """Whether every layer with a sliding window tells the kernel so; these rows are too short to show it."""
+        config = self._config
+        (pack,) = pack_groups(groups, 64)
+        pack = pack.to(self._device)
+        assert pack.branches is not None
+        layout = attention.RowLayout(pack.branches)
+        self._hidden_states(pack, layout)
+        window = getattr(config, "sliding_window", None)
+        if not window or not getattr(config, "use_sliding_window", True):
+            return not layout.windows
+        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+        sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
+        return layout.windows == dict.fromkeys(sliding, window)
+
+    @property
+    def _config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = next(self.model.parameters()).device
+        return device
+
+    @property
+    def _tolerance(self) -> float:
+        return SELF_CHECK_TOLERANCE[forward_dtype(self.model)]
+
+
+def logprobs_of_logits(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float, *, entropy_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(N,) log-probabilities of the targets and (N,) entropies from (N, V) logits, in float32."""
     scaled = logits.float() / temperature
     log_total = scaled.logsumexp(-1)  # (N,)
-    chosen = scaled.gather(1, pack.targets[pack.mask][:, None]).squeeze(1) - log_total
+    chosen = scaled.gather(1, targets[:, None]).squeeze(1) - log_total
     with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
         probabilities = (scaled - log_total[:, None]).exp()
         entropy = log_total - (probabilities * scaled).sum(-1)
-    return _unflatten(chosen, pack.mask), _unflatten(entropy, pack.mask)
+    return chosen, entropy
 
 
-def _attention_mask(model: Any, pack: Pack) -> torch.Tensor:
-    """The pack's mask as the model's kernel takes it: eager attention adds it to the scores."""
-    mask = pack.attention_mask
-    if mask.dim() == 2 or model.config.get_text_config()._attn_implementation != "eager":
-        return mask
-    hidden = torch.finfo(model.dtype).min
-    return torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, hidden)
+def forward_dtype(model: Any) -> torch.dtype:
+    """The precision that a forward pass of `model` runs in, autocast considered."""
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    dtype: torch.dtype = next(model.parameters()).dtype
+    return dtype
+
+
+def _inputs(pack: Pack, layout: attention.RowLayout | None) -> dict[str, Any]:
+    inputs = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
+    if layout is None:
+        return inputs | {"attention_mask": pack.attention_mask}
+    # A four-dimensional mask is handed through as it is, so transformers builds none; the layout takes its place.
+    return inputs | {"attention_mask": pack.input_ids.new_ones(1, 1, 1, 1), attention.LAYOUT: layout}
 
 
 def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -60,55 +187,10 @@ def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
-def shares_prompts(model: Any) -> bool:
-    """Whether the model computes the same log-probabilities from a shared-prompt pack as from plain rows.
-
-    Asked of its configuration, which names windows and layers that carry state along the row, and of the model
-    itself, on a few tokens: a kernel that drops the block mask or the positions gives itself away.
-    """
-    config = model.config.get_text_config()
-    if config._attn_implementation not in ("sdpa", "eager") or not _attends_to_all(config):
-        return False
-    try:
-        with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
-            return _passes_self_check(model, config.vocab_size)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
-
-
-def _attends_to_all(config: Any) -> bool:
-    """Whether every layer is attention over all that the mask shows.
-
-    The block mask carries no window; whether a pack is shorter than it is not known in advance.
-    """
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-    if not {"full_attention", "global"}.issuperset(kinds):
-        return False
-    return not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
-
-
-def _passes_self_check(model: Any, vocab_size: int) -> bool:
+def _self_check_groups(vocab_size: int) -> tuple[list[Group], list[Group]]:
+    """Two groups of random tokens, and the same with another first completion."""
     tokens = torch.randint(vocab_size, (15,), generator=torch.Generator().manual_seed(0)).tolist()
     other = Group(tokens[8:9], [tokens[9:12]], [2])
     groups = [Group(tokens[:3], [tokens[3:6], tokens[6:8]], [0, 1]), other]
     changed = [Group(tokens[:3], [tokens[12:], tokens[6:8]], [0, 1]), other]
-
-    def logprobs(groups: list[Group], shared_prompt: bool) -> torch.Tensor:
-        pack = pack_groups(groups, 64, shared_prompt=shared_prompt)[0].to(next(model.parameters()).device)
-        return token_logprobs(model, pack, 1.0)[0][pack.samples.argsort()]
-
-    packed = logprobs(groups, True)
-    difference = (packed - logprobs(groups, False)).abs().max().item()
-    # Where one completion's tokens move another's log-probabilities, however little, something leaks.
-    moved = (packed - logprobs(changed, True)).abs()
-    leak, effect = moved[1:].max().item(), moved[0].max().item()
-    return difference < SELF_CHECK_TOLERANCE[packed_dtype(model)] and leak < 1e-3 * effect
-
-
-def packed_dtype(model: Any) -> torch.dtype:
-    """The precision that a forward pass of `model` runs in, autocast considered."""
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    dtype: torch.dtype = next(model.parameters()).dtype
-    return dtype
+    return groups, changed

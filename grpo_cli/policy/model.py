@@ -183,33 +183,9 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-class Reference:
-    """The model that the KL is measured against: another model, or the policy with its adapter off."""
-
-    def __init__(self, policy: Any, config: ModelConfig) -> None:
-        self._policy = policy
-        self._model: Any = None
-        if config.reference is not None:
-            self._model = load_pretrained(config, config.reference)
-        elif not isinstance(policy, PeftModel):
-            self._model = copy.deepcopy(policy)
-            self._model.activation_checkpointing_disable()
-        if self._model is not None:
-            self._model.requires_grad_(False).eval()
-
-    def to(self, device: torch.device) -> Reference:
-        if self._model is not None:
-            self._model.to(device)
-        return self
-
-    @contextmanager
-    def model(self) -> Iterator[Any]:
-        """The reference model, for forward passes only."""
-        if self._model is not None:
-            yield self._model
-            return
-        with self._policy.disable_adapter():
-            yield self._policy
+def base_model(model: Any) -> Any:
+    """The transformers model itself, inside its adapters if it has any."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def save_weights(model: Any, folder: Path) -> None:

@@ -77,6 +77,8 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
                 "or their metrics would be mixed",
             )
         names.setdefault(name, index)
+        if reward.model is not None and reward.workers:
+            yield f"{key}.workers", "is for functions: a reward model needs the device that generates; remove it"
     if all(reward.weight == 0 for reward in recipe.rewards):
         yield "rewards", "every weight is 0, so nothing would be learned; set a weight"
 
@@ -100,6 +102,12 @@ def _loss_contradictions(loss: LossConfig) -> Iterator[Finding]:
         yield (
             "loss.scale_rewards",
             "aggregation normalize_then_sum scales by group and then by step; remove scale_rewards",
+        )
+    if loss.aggregation == "normalize_then_sum" and loss.drop_zero_variance_groups:
+        yield (
+            "loss.drop_zero_variance_groups",
+            "looks at the weighted sum of the rewards, but with aggregation normalize_then_sum a group can have "
+            "advantages where that is the same for all; remove one of them",
         )
     if loss.beta == 0:
         for key in ("bias_corrected_kl", "kl_estimator"):

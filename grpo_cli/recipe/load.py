@@ -297,7 +297,8 @@ def _describe(detail: Any) -> tuple[KeyPath, str]:
         case "missing":
             return key, f"{name} is missing"
         case "literal_error":
-            return key, f"{name} is {given!r}; it must be one of {context['expected']}"
+            choices = context["expected"].replace("False", "false").replace("True", "true")  # as YAML writes them
+            return key, f"{name} is {given!r}; it must be one of {choices}"
         case "model_type":
             return key, f"{name} must be a section with keys of its own, not {_kind(given)}"
         case kind if kind.endswith("_type"):

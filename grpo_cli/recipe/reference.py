@@ -61,7 +61,8 @@ def _type_name(annotation: Any) -> str:
         return "section"
     text = re.sub(r"typing\.|<class '|'>", "", str(annotation))
     if "Literal" in text:
-        return " · ".join(f"`{choice}`" for choice in get_args(annotation))
+        choices = [choice if isinstance(choice, str) else json.dumps(choice) for choice in get_args(annotation)]
+        return " · ".join(f"`{choice}`" for choice in choices)
     if "Annotated" in text:
         text = "list[str]" if text.startswith("list") else "tuple[float, float]"
     names = {"str": "string", "int": "whole number", "float": "number", "bool": "true or false"}

@@ -153,6 +153,8 @@ class RewardConfig(Section):
     """Longest time for one call, in seconds; no limit if empty."""
     on_error: Literal["raise", "none"] = "raise"
     """When a call fails: `raise` ends the run, `none` counts its completions as not scored."""
+    workers: int = Field(default=0, ge=0)
+    """Threads that score each group while others still generate; 0 is one call with all, on the main thread."""
 
     @property
     def metric_name(self) -> str:
@@ -216,6 +218,9 @@ class LossConfig(Section):
     """Train only on this fraction of tokens, those of highest entropy."""
     entropy_coef: float = Field(default=0.0, ge=0)
     """Weight of an entropy bonus on every token that is trained on."""
+    drop_zero_variance_groups: Literal[False, True, "resample"] = False
+    """Leave groups whose rewards are all equal out of the step: `true` trains on fewer groups, `resample`
+    generates further prompts until the step is full, at most four times."""
     sapo_temperature_pos: float = Field(default=1.0, gt=0)
     """SAPO: temperature of the soft gate where the advantage is positive."""
     sapo_temperature_neg: float = Field(default=1.05, gt=0)

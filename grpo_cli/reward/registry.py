@@ -38,6 +38,8 @@ class RewardFunction:
     """Longest time for one call."""
     on_error: Literal["raise", "none"]
     """What a failing call does: end the run, or leave its completions without this score."""
+    workers: int
+    """Threads that score finished groups in training; 0 for one call with all completions."""
     accepts: frozenset[str] | None
     """Names of the keyword arguments it takes; None when it has **kwargs."""
     required: frozenset[str]
@@ -83,6 +85,7 @@ def resolve_rewards(configs: Sequence[RewardConfig], *, load_models: bool = True
                 weight=config.weight,
                 timeout_s=config.timeout_s,
                 on_error=config.on_error,
+                workers=config.workers,
                 setting=setting,
             )
         except UserError as error:
@@ -111,7 +114,9 @@ def reward_from_callable(
     if not math.isfinite(weight):
         raise UserError(f"rewards: the weight of {shown} is {weight}, not a finite number")
     call = _with_params(function, {}, f"rewards: {shown}")
-    return _described(call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", setting="rewards")
+    return _described(
+        call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", workers=0, setting="rewards"
+    )
 
 
 def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[str]:
@@ -226,6 +231,7 @@ def _described(
     weight: float,
     timeout_s: float | None,
     on_error: Literal["raise", "none"],
+    workers: int,
     setting: str,
 ) -> RewardFunction:
     """Read off the signature what `call` accepts and requires."""
@@ -240,7 +246,7 @@ def _described(
             "called with keyword arguments: prompts, completions, completion_ids and the dataset's columns"
         )
     required = frozenset(p.name for p in needed if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return RewardFunction(name, weight, call, timeout_s, on_error, accepts, required)
+    return RewardFunction(name, weight, call, timeout_s, on_error, workers, accepts, required)
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:

@@ -1,4 +1,4 @@
-"""Calls every reward function on the completions of a step and hands back one checked matrix.
+"""Calls every reward function on completions of a step and hands back one checked matrix.
 
 Reward functions are other people's code: they hang, raise, miscount and change what they were given. Whatever
 they do ends as a column of numbers or as an error that names the function, the step and a sample. It must
@@ -8,6 +8,7 @@ never change the training data, and a failure must never become a score. No torc
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import logging
 import math
@@ -15,7 +16,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from itertools import islice
@@ -66,7 +67,7 @@ class ScoringBatch:
 
 
 class Scorer:
-    """The reward functions of a run, called together once per step.
+    """The reward functions of a run, called together on some or all groups of a step.
 
     Plain functions run in order on the calling thread; at the same time, those with a timeout run on threads
     of their own and `async` ones on an event loop, which stays, so that a client made in one step works in
@@ -87,6 +88,17 @@ class Scorer:
             raise UserError(f"rewards: more than one is named {', '.join(repeated)}; give each its own name")
         self._loop = _LoopThread()
         weakref.finalize(self, self._loop.leave)
+
+    def only(self, columns: Sequence[int]) -> Scorer:
+        """A scorer of some of the functions that shares this one's event loop, where their clients live.
+
+        Threads may call `score` at the same time, of this scorer and of those made from it.
+        """
+        part = copy.copy(self)
+        part.functions = [self.functions[k] for k in columns]
+        part.names = [self.names[k] for k in columns]
+        part.weights = [self.weights[k] for k in columns]
+        return part
 
     def score(self, batch: ScoringBatch, *, step: int) -> np.ndarray:
         """Call every function once on all completions.
@@ -203,33 +215,42 @@ class _LoopThread:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._calls: weakref.WeakSet[Future[_Outcome]] = weakref.WeakSet()
 
     def submit(self, coroutine: Coroutine[Any, Any, _Outcome]) -> Future[_Outcome]:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                thread = threading.Thread(target=_serve, args=(self._loop,), daemon=True, name="reward event loop")
-                thread.start()
-            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+                self._loop, self._calls = asyncio.new_event_loop(), weakref.WeakSet()
+                arguments = (self._loop, self._calls)
+                threading.Thread(target=_serve, args=arguments, daemon=True, name="reward event loop").start()
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            self._calls.add(future)
+            return future
 
     def leave(self) -> None:
-        """Let the loop end when it can; the next submit starts another one."""
+        """Let the loop end when the calls on it have; the next submit starts another one."""
         with self._lock:
             loop, self._loop = self._loop, None
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(loop.stop)
 
 
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    """Run a loop until it is stopped, then cancel what is left on it."""
+def _serve(loop: asyncio.AbstractEventLoop, calls: weakref.WeakSet[Future[_Outcome]]) -> None:
+    """Run a loop until it is stopped and nobody waits for a call on it, then cancel what is left."""
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
+        loop.run_until_complete(_ended(calls))
         for task in asyncio.all_tasks(loop):
             task.cancel()
         loop.run_until_complete(asyncio.sleep(0))
     finally:
         loop.close()
+
+
+async def _ended(calls: Iterable[Future[_Outcome]]) -> None:
+    """Wait until every call has ended or was given up."""
+    await asyncio.gather(*map(asyncio.wrap_future, calls), return_exceptions=True)
 
 
 async def _await_outcome(start: Callable[[], Any], count: int, timeout_s: float | None) -> _Outcome:

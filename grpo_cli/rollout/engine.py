@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -24,11 +24,20 @@ class Completion:
     """Decoded without special tokens, up to the stop string if one ended it."""
 
 
+OnGroup = Callable[[int, list[Completion]], None]
+"""Called with a prompt's index and its group."""
+
+
 class RolloutEngine(Protocol):
     """Generates groups of completions."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[SampleKey], num_generations: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[SampleKey],
+        num_generations: int,
+        *,
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         """Generate `num_generations` completions for each prompt.
 
@@ -37,6 +46,8 @@ class RolloutEngine(Protocol):
             keys: for each prompt, what its randomness is drawn from. The same key, prompt and weights give the
                 same completions, whatever else is generated beside them (rounding in the model aside).
             num_generations: completions for each prompt.
+            on_group: called from the calling thread as soon as a prompt's whole group is finished, in any order.
+                What it raises ends the generation.
 
         Returns:
             One list of completions for each prompt.

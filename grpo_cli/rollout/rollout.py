@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,20 @@ class Rollout:
     """N = P·G completions; those of a prompt are neighbours."""
     num_generations: int
     """G."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+        """One rollout of the groups of several, in their order; at least one."""
+        return cls(
+            [prompt for part in parts for prompt in part.prompts],
+            [completion for part in parts for completion in part.completions],
+            parts[0].num_generations,
+        )
+
+    def group(self, index: int) -> Rollout:
+        """The rollout of one prompt alone."""
+        size = self.num_generations
+        return Rollout([self.prompts[index]], self.completions[size * index : size * (index + 1)], size)
 
     def groups(self) -> list[Group]:
         """The P groups, as packing takes them."""
@@ -54,14 +68,30 @@ class Rollout:
 
 
 def generate_rollout(
-    engine: RolloutEngine, prompts: Sequence[Prompt], key: SampleKey, num_generations: int, *, first: int = 0
+    engine: RolloutEngine,
+    prompts: Sequence[Prompt],
+    key: SampleKey,
+    num_generations: int,
+    *,
+    first: int = 0,
+    on_group: Callable[[int, Rollout], None] | None = None,
 ) -> Rollout:
     """Generate `num_generations` completions for each prompt.
 
     Prompt i draws from the random stream (*key, first + i), so that a set of prompts may come in several parts.
+    `on_group` is called with i and the rollout of that prompt as soon as its group is finished.
     """
-    keys = [(*key, first + index) for index in range(len(prompts))]
-    groups = engine.generate([prompt.token_ids for prompt in prompts], keys, num_generations)
+
+    def finished(index: int, completions: list[Completion]) -> None:
+        assert on_group is not None
+        on_group(index, Rollout([prompts[index]], list(completions), num_generations))
+
+    groups = engine.generate(
+        [prompt.token_ids for prompt in prompts],
+        [(*key, first + index) for index in range(len(prompts))],
+        num_generations,
+        on_group=None if on_group is None else finished,
+    )
     return Rollout(list(prompts), [completion for group in groups for completion in group], num_generations)
 
 

@@ -62,7 +62,7 @@ def train(
         model: a transformers causal language model; trained in place.
         tokenizer: its tokenizer.
         rewards: reward functions, in place of the recipe's; if the recipe lists as many, its names, weights,
-            timeouts and `on_error` apply to them.
+            `timeout_s`, `on_error` and `workers` apply to them.
         train_data: a `datasets.Dataset`, a list of dicts, a pyarrow table or a pandas frame.
         eval_data: held-out prompts of the same kinds.
         callbacks: objects with methods of `grpo_cli.Callback`.

@@ -6,17 +6,14 @@ between two steps and going on elsewhere changes nothing.
 
 from __future__ import annotations
 
-import torch
-
-from grpo_cli.algorithm.advantages import compute_advantages
-from grpo_cli.algorithm.losses import loss_normalizer, policy_loss
-from grpo_cli.algorithm.packing import pack_groups, plan_minibatches
-from grpo_cli.policy.logprobs import token_logprobs
-from grpo_cli.rollout.rollout import generate_rollout
+from grpo_cli.algorithm.losses import groups_to_forward, loss_normalizer, policy_loss
+from grpo_cli.algorithm.packing import plan_minibatches
+from grpo_cli.rollout.background import BackgroundScorer
+from grpo_cli.train.collect import collect_groups, kept_advantages, rows_of
 from grpo_cli.train.metrics import MetricMeans, StepClock, completion_metrics, reward_metrics
-from grpo_cli.train.run import TRAIN_STREAM, Run
+from grpo_cli.train.run import Run
 from grpo_cli.train.session import Session
-from grpo_cli.train.update import OptimizerStep, StepTensors
+from grpo_cli.train.update import OptimizerStep, StepTensors, packs_of
 
 
 def train_loop(run: Run, session: Session) -> None:
@@ -34,42 +31,39 @@ def train_loop(run: Run, session: Session) -> None:
     config, loss_config = run.recipe.train, run.recipe.loss
     group_size, width = run.recipe.generation.num_generations, run.recipe.generation.max_completion_tokens
     temperature = run.recipe.generation.temperature
+    scorer = BackgroundScorer(run.scorer)
 
     for step in range(session.position.step, run.max_steps):
         run.seed_step(step)
         clock = StepClock()
 
-        with clock("generate"):
-            prompts = [run.dataset[index] for index in run.sampler.at(step)]
-            rollout = generate_rollout(run.engine, prompts, (config.seed, TRAIN_STREAM, step), group_size)
-
+        collected = collect_groups(run, scorer, step, clock)  # and scored, in part while others generate
+        rollout, kept = collected.rollout, collected.kept
+        with clock("train"):
+            tensors = StepTensors.prepare(run, rollout, kept)  # while the last rewards are computed
         with clock("reward"):
-            scores = run.scorer.score(rollout.scoring_batch(), step=step + 1)
-            rewards = torch.from_numpy(scores)  # (N, K)
-        advantages = compute_advantages(
-            rewards, run.scorer.weights, group_size, loss_config.scale_rewards, loss_config.aggregation
-        )  # (N,)
+            rewards = collected.rewards()  # (N, K)
+        advantages = kept_advantages(run, rewards, kept)  # (N,)
 
         with clock("train"):
-            means = MetricMeans()
-            groups = rollout.groups()
-            minibatches = [
-                pack_groups([groups[i] for i in part], run.token_budget, shared_prompt=run.shared_prompt)
-                for part in plan_minibatches(len(groups), config.optimizer_steps_per_rollout)
-            ]
-            tensors = StepTensors.prepare(run, rollout, advantages, minibatches)
-            for packs in minibatches * config.num_iterations:
+            means, groups = MetricMeans(), rollout.groups()
+            forwarded = groups_to_forward(advantages, tensors.trained, group_size, loss_config)  # (P,)
+            plan = plan_minibatches(len(kept), config.optimizer_steps_per_rollout)
+            parts = [[kept[i] for i in part] for part in plan]
+            minibatches = [packs_of(run, [groups[i] for i in part if forwarded[i]]) for part in parts]
+            tensors.score_old(run, minibatches)
+            for part, packs in list(zip(parts, minibatches, strict=True)) * config.num_iterations:
                 update = OptimizerStep(run, session, packs, tensors, step)
-                normalizer = sum(loss_normalizer(tensors.mask_of(pack), loss_config, width) for pack in packs)
+                normalizer = loss_normalizer(tensors.mask[rows_of(part, group_size)], loss_config, width)
                 for pack in map(run.to_device, packs):
                     with run.autocast():
-                        logprobs, entropies = token_logprobs(
-                            run.model, pack, temperature, entropy_gradient=loss_config.entropy_coef > 0
+                        logprobs, entropies = run.policy.token_logprobs(
+                            pack, temperature, entropy_gradient=loss_config.entropy_coef > 0
                         )
                     output = policy_loss(
                         logprobs,
                         tensors.old_logprobs_of(pack, logprobs),
-                        tensors.advantages_of(pack),
+                        tensors.share(advantages, pack),
                         tensors.mask_of(pack),
                         loss_config,
                         normalizer=normalizer,
@@ -83,7 +77,8 @@ def train_loop(run: Run, session: Session) -> None:
                 update.apply(means)
 
         session.position = session.position.advance(rollout.num_tokens())
-        metrics = means.result() | completion_metrics(rollout.completions)
+        metrics = means.result() | collected.metrics | completion_metrics(rollout.completions)
+        metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(groups)
         metrics |= reward_metrics(rewards, run.scorer.names, run.scorer.weights, group_size)
         session.finish_step(metrics, clock, rollout, rewards, advantages)
         if session.state.stop:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grpo_cli.algorithm.advantages import nan_std, weighted_sum
+from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.checkpoint import write_text
@@ -86,8 +86,7 @@ def reward_metrics(
         metrics[f"rewards/{name}/mean"] = rewards[:, index].nanmean().item()
         metrics[f"rewards/{name}/std"] = _std_or_nan(rewards[:, index])
     total = weighted_sum(rewards, weights)  # (N,)
-    spread = nan_std(total.view(-1, num_generations), dim=1)  # (P, 1)
-    flat = torch.isclose(spread, torch.zeros_like(spread))
+    flat = flat_groups(rewards, weights, num_generations)  # (P,)
     metrics["reward"] = total.nanmean().item()
     metrics["reward_std"] = _std_or_nan(total)
     metrics["frac_reward_zero_std"] = flat.double().mean().item()

@@ -22,8 +22,9 @@ from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.policy.logprobs import shares_prompts
-from grpo_cli.policy.model import Reference, load_policy, load_tokenizer
+from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.policy.model import load_policy, load_tokenizer
+from grpo_cli.policy.reference import Reference
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
@@ -35,7 +36,7 @@ TRAIN_STREAM = 0
 """Rollouts draw from this stream of random numbers; evaluations have their own."""
 
 MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens of a forward pass where the recipe does not say: on a CPU short packs waste less attention."""
+"""Tokens of a forward pass where the recipe does not say: enough to keep the device busy."""
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -92,6 +93,15 @@ class Objects:
     optimizer: Any = None
 
 
+def automatic_microbatch_tokens(device_type: str, longest_prompt: int) -> int:
+    """Tokens of a forward pass where the recipe does not say.
+
+    A prompt fills half of them at most: a group that is split computes its prompt once for each part, and so less
+    than twice the tokens that it would compute whole.
+    """
+    return max(MICROBATCH_TOKENS[device_type], 2 * longest_prompt)
+
+
 @dataclass
 class Run:
     """The parts of a run."""
@@ -100,6 +110,7 @@ class Run:
     folder: Path
     accelerator: Accelerator
     model: Any
+    policy: PackedModel
     tokenizer: Any
     reference: Reference | None
     autocast: Autocast
@@ -109,8 +120,7 @@ class Run:
     eval_dataset: PromptDataset | None
     sampler: PromptSampler
     shared_prompt: bool
-    """Whether the model takes shared-prompt packs."""
-    token_budget: int
+    """Whether policy and reference take shared-prompt packs."""
     max_steps: int
     notes: list[str] = field(default_factory=list)
     """What the user should know before the run starts."""
@@ -144,6 +154,7 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
                 reward_from_callable(function, name=config.metric_name, weight=config.weight),
                 timeout_s=config.timeout_s,
                 on_error=config.on_error,
+                workers=config.workers,
             )
             for function, config in zip(objects.rewards, recipe.rewards, strict=True)
         ]
@@ -171,18 +182,16 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(recipe.train.seed)
     model = load_policy(recipe.model, model=objects.model)
-    reference = None
-    if with_reference and recipe.loss.beta > 0:
-        reference = Reference(model, recipe.model).to(accelerator.device)
-    model.to(accelerator.device)
+    policy = PackedModel(model.to(accelerator.device))
+    reference = Reference(policy, recipe.model) if with_reference and recipe.loss.beta > 0 else None
     autocast = autocast_for(recipe.model, accelerator.device)
-    engine = TransformersEngine(model, tokenizer, recipe.generation, autocast)
-    device_type = accelerator.device.type
+    engine = TransformersEngine(policy, tokenizer, recipe.generation, autocast)
     run = Run(
         recipe=recipe,
         folder=Path(recipe.train.output_dir).expanduser(),
         accelerator=accelerator,
         model=model,
+        policy=policy,
         tokenizer=tokenizer,
         reference=reference,
         autocast=autocast,
@@ -191,8 +200,7 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
         dataset=dataset,
         eval_dataset=eval_dataset,
         sampler=PromptSampler(len(dataset), recipe.train.prompts_per_step, recipe.train.seed, recipe.data.shuffle),
-        shared_prompt=shares_prompts(model),
-        token_budget=recipe.train.max_tokens_per_microbatch or MICROBATCH_TOKENS.get(device_type, 4096),
+        shared_prompt=policy.shares_prompts and (reference is None or reference.shares_prompts),
         max_steps=recipe.train.number_of_steps(len(dataset)),
     )
     run.notes = list(_notes(run))
@@ -211,7 +219,7 @@ def _notes(run: Run) -> Sequence[str]:
             notes.append(f"{data.rows.setting}: {done} of {total} prompts over {limit} tokens")
     notes.extend(unused_settings(run.recipe, conversational=run.dataset.rows.conversational))
     if not run.shared_prompt:
-        notes.append("this model cannot take shared-prompt packs: each completion is a row of its own")
+        notes.append("prompts cannot be shared in this model's layers: each completion is a padded row of its own")
     return notes
 
 

@@ -5,76 +5,100 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo_cli.algorithm.losses import LossOutput, high_entropy_threshold
-from grpo_cli.algorithm.packing import Pack
+from grpo_cli.algorithm.losses import LossOutput, groups_to_forward, high_entropy_threshold
+from grpo_cli.algorithm.packing import Group, Pack, pack_groups
 from grpo_cli.errors import RunError
-from grpo_cli.policy.logprobs import token_logprobs
+from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import evaluating
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
-from grpo_cli.train.run import Run
+from grpo_cli.train.run import Run, automatic_microbatch_tokens
 from grpo_cli.train.session import Session
+
+
+def packs_of(run: Run, groups: Sequence[Group]) -> list[Pack]:
+    """Packs of some groups, as the model takes them and the device can hold them."""
+    configured = run.recipe.train.max_tokens_per_microbatch
+    longest = max((len(group.prompt) for group in groups), default=0)
+    budget = configured or automatic_microbatch_tokens(run.accelerator.device.type, longest)
+    return pack_groups(groups, budget, shared_prompt=run.shared_prompt)
 
 
 @dataclass(frozen=True)
 class StepTensors:
     """What belongs to a step's N completions of at most T tokens; the `…_of` methods give a pack's share of it."""
 
-    advantages: torch.Tensor  # (N,)
     trained: torch.Tensor  # (N,) False for completions that stay out of the loss
+    mask: torch.Tensor  # (N, T) 1 on tokens that are trained on
     sampling_logprobs: torch.Tensor  # (N, T)
-    old_logprobs: torch.Tensor | None  # (N, T), None where the policy that sampled is the one that is trained
     ref_logprobs: torch.Tensor | None  # (N, T)
+    old_logprobs: torch.Tensor  # (N, T) under the policy that sampled, where `has_old` says so
+    has_old: torch.Tensor  # (N,)
 
     @classmethod
-    def prepare(
-        cls, run: Run, rollout: Rollout, advantages: torch.Tensor, minibatches: Sequence[Sequence[Pack]]
-    ) -> StepTensors:
-        """Compute, without gradients, what the step's losses compare the policy with."""
-        completions = rollout.completions
+    def prepare(cls, run: Run, rollout: Rollout, kept: Sequence[int]) -> StepTensors:
+        """Gather what is known without rewards; `kept` are the groups that the step trains on."""
+        completions, size = rollout.completions, rollout.num_generations
         is_truncated = torch.tensor([completion.finish_reason == "length" for completion in completions])
+        trained = ~is_truncated | (not run.recipe.loss.mask_truncated)
         sampled = [torch.tensor(completion.logprobs) for completion in completions]
         sampling_logprobs = pad_sequence(sampled, batch_first=True)  # (N, T)
-        packs = [pack for minibatch in minibatches for pack in minibatch]
-        policy_moves = len(minibatches) * run.recipe.train.num_iterations > 1
-        old_logprobs = ref_logprobs = None
-        if policy_moves:
-            old_logprobs = torch.zeros_like(sampling_logprobs)
-            _score(run, run.model, packs, logprobs=old_logprobs)
+        lengths = torch.tensor([len(completion.token_ids) for completion in completions])
+        mask = (torch.arange(sampling_logprobs.shape[1]) < lengths[:, None]) & trained[:, None]
+        ref_logprobs = None
         if run.reference is not None:
             ref_logprobs = torch.zeros_like(sampling_logprobs)
+            needed = groups_to_forward(torch.zeros(len(completions)), trained, size, run.recipe.loss)
+            groups = rollout.groups()
+            packs = packs_of(run, [groups[index] for index in kept if needed[index]])
             with run.reference.model() as reference:
                 _score(run, reference, packs, logprobs=ref_logprobs)
-        trained = ~is_truncated | (not run.recipe.loss.mask_truncated)
-        return cls(advantages, trained, sampling_logprobs, old_logprobs, ref_logprobs)
+        old, has_old = torch.zeros_like(sampling_logprobs), torch.zeros_like(trained)
+        return cls(trained, mask.float(), sampling_logprobs, ref_logprobs, old, has_old)
 
-    def advantages_of(self, pack: Pack) -> torch.Tensor:
-        """(B,)"""
-        return self._share(self.advantages, pack)
+    def score_old(self, run: Run, minibatches: Sequence[Sequence[Pack]]) -> None:
+        """Compute the old log-probabilities that cannot be had from the packs' own forward passes.
+
+        The first optimizer step trains the policy that sampled, so the log-probabilities that it trains on are
+        the old ones. Later packs are scored before the policy moves. An adapter's dropout makes a pass of
+        training noisy: later iterations would divide by that noise, so then all packs are scored without it.
+        """
+        lora, config = run.recipe.model.lora, run.recipe.train
+        is_noisy = lora is not None and lora.dropout > 0
+        first = 0 if is_noisy and config.num_iterations > 1 else 1
+        packs = [pack for minibatch in minibatches[first:] for pack in minibatch]
+        _score(run, run.policy, packs, logprobs=self.old_logprobs)
+        for pack in packs:
+            self.has_old[pack.samples] = True
 
     def mask_of(self, pack: Pack) -> torch.Tensor:
         """(B, T), 1 on tokens that are trained on."""
-        return (pack.mask & self._share(self.trained, pack)[:, None]).float()
+        return self.share(self.mask, pack)
 
     def sampling_logprobs_of(self, pack: Pack) -> torch.Tensor:
         """(B, T)"""
-        return self._share(self.sampling_logprobs, pack)
+        return self.share(self.sampling_logprobs, pack)
 
     def old_logprobs_of(self, pack: Pack, logprobs: torch.Tensor) -> torch.Tensor:
-        """(B, T); those of the policy itself while nothing has been updated since the rollout."""
-        return logprobs.detach() if self.old_logprobs is None else self._share(self.old_logprobs, pack)
+        """(B, T); those of the policy itself while nothing has been updated since the rollout: they are kept."""
+        samples = pack.samples.cpu()
+        if self.has_old[samples].all():
+            return self.share(self.old_logprobs, pack)
+        self.old_logprobs[samples, : pack.mask.shape[1]] = logprobs.detach().cpu()
+        self.has_old[samples] = True
+        return logprobs.detach()
 
     def ref_logprobs_of(self, pack: Pack) -> torch.Tensor | None:
         """(B, T)"""
-        return None if self.ref_logprobs is None else self._share(self.ref_logprobs, pack)
+        return None if self.ref_logprobs is None else self.share(self.ref_logprobs, pack)
 
     @staticmethod
-    def _share(values: torch.Tensor, pack: Pack) -> torch.Tensor:
+    def share(values: torch.Tensor, pack: Pack) -> torch.Tensor:
+        """(N,) or (N, T) values of the whole step to the (B,) or (B, T) of a pack, on its device."""
         share = values[pack.samples.to(values.device)]
         if share.dim() == 2:
             share = share[:, : pack.mask.shape[1]]
@@ -84,17 +108,17 @@ class StepTensors:
 @torch.no_grad()
 def _score(
     run: Run,
-    model: Any,
+    model: PackedModel,
     packs: Sequence[Pack],
     *,
     logprobs: torch.Tensor | None = None,
     entropies: torch.Tensor | None = None,
 ) -> None:
     """Fill the given (N, T) tensors with the log-probabilities and entropies of `packs` under `model`."""
-    with evaluating(model):
+    with evaluating(model.model):
         for pack in packs:
             with run.autocast():
-                outputs = token_logprobs(model, run.to_device(pack), run.recipe.generation.temperature)
+                outputs = model.token_logprobs(run.to_device(pack), run.recipe.generation.temperature)
             for target, values in zip((logprobs, entropies), outputs, strict=True):
                 if target is not None:
                     target[pack.samples, : pack.mask.shape[1]] = values.cpu()
@@ -115,11 +139,11 @@ class OptimizerStep:
     def _entropy_threshold(self, packs: Sequence[Pack], tensors: StepTensors) -> float | None:
         """The quantile of entropies over all packs, which no pack can know alone."""
         quantile = self._run.recipe.loss.top_entropy_quantile
-        if quantile == 1 or len(packs) == 1:
+        if quantile == 1 or len(packs) <= 1:
             return None
         entropies = torch.zeros_like(tensors.sampling_logprobs)  # (N, T)
         mask = torch.zeros_like(entropies)
-        _score(self._run, self._run.model, packs, entropies=entropies)
+        _score(self._run, self._run.policy, packs, entropies=entropies)
         for pack in packs:
             mask[pack.samples, : pack.mask.shape[1]] = tensors.mask_of(pack)
         return high_entropy_threshold(entropies, mask, quantile)
@@ -131,9 +155,15 @@ class OptimizerStep:
     def apply(self, means: MetricMeans) -> None:
         """Clip the gradient, update the policy, and note loss, gradient norm and learning rate.
 
+        A parameter that no pack has reached has a gradient of 0: the optimizer's momentum goes on, as it would
+        had the groups without a gradient been forwarded.
+
         Raises:
             RunError: the gradient is not finite; the policy is as it was.
         """
+        for parameter in self._run.model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         max_norm = self._run.recipe.optim.max_grad_norm
         norm = float(self._run.accelerator.clip_grad_norm_(self._run.model.parameters(), max_norm))
         if not math.isfinite(norm):

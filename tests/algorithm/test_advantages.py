@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_cli.algorithm.advantages import compute_advantages
+from grpo_cli.algorithm.advantages import compute_advantages, flat_groups
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_advantages.json").read_text())["cases"]
 
@@ -49,3 +49,19 @@ def test_a_completion_without_any_reward_leaves_the_baseline_alone() -> None:
     rewards = torch.tensor([[1.0, nan], [3.0, nan], [nan, nan], [nan, nan]])
     advantages = compute_advantages(rewards, [1.0, 1.0], 4, "none", "sum_then_normalize")
     assert advantages.tolist() == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_a_group_is_flat_if_its_weighted_rewards_have_no_spread() -> None:
+    nan = float("nan")
+    rewards = torch.tensor(
+        [
+            *([0.1, nan], [0.1, nan]),  # equal
+            *([0.1, 0.0], [0.3, 0.0]),  # not
+            *([1.0, 0.0], [0.0, 0.5]),  # equal once weighted
+            *([nan, nan], [nan, nan]),  # nothing to compare
+            *([nan, nan], [3.0, 1.0]),  # nothing to compare with
+        ],
+        dtype=torch.float64,
+    )
+    assert flat_groups(rewards, [1.0, 2.0], 2).tolist() == [True, False, True, True, True]
+    assert flat_groups(rewards[:0], [1.0, 2.0], 2).tolist() == []

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_cli.algorithm.losses import high_entropy_threshold, loss_normalizer, policy_loss
+from grpo_cli.algorithm.losses import groups_to_forward, high_entropy_threshold, loss_normalizer, policy_loss
 from grpo_cli.recipe.schema import LossConfig
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())["cases"]
@@ -133,3 +133,39 @@ def test_entropy_bonus_rewards_entropy() -> None:
     output.loss.backward()
     assert output.loss.item() == pytest.approx(-0.5)
     torch.testing.assert_close(entropies.grad, torch.full((1, 4), -0.125))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [True, False, False, False]),
+        ({"beta": 0.1}, [True, True, True, False]),
+        ({"entropy_coef": 0.1}, [True, True, True, False]),
+        ({"top_entropy_quantile": 0.5}, [True, True, True, False]),
+        ({"off_policy_threshold": 0.1, "importance_level": "sequence"}, [True, False, False, False]),
+    ],
+    ids=str,
+)
+def test_a_group_is_forwarded_if_a_completion_of_it_can_have_a_gradient(
+    options: dict[str, Any], expected: list[bool]
+) -> None:
+    advantages = torch.tensor([0.0, -1e-6, 0.0, 0.0, 0.0, 2.0, 1.0, -1.0])
+    trained = torch.tensor([True, True, True, True, True, False, False, False])
+    assert groups_to_forward(advantages, trained, 2, LossConfig(**options)).tolist() == expected
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_completions_without_an_advantage_have_a_gradient_of_exactly_zero(loss_type: str, level: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logprobs, old, sampling = (-torch.rand(3, 4, generator=generator) * 5 for _ in range(3))
+    logprobs.requires_grad_()
+    level = "token" if loss_type == "vespo" else level
+    config = LossConfig(type=loss_type, importance_level=level, off_policy_threshold=0.1)  # type: ignore[arg-type]
+    output = policy_loss(
+        logprobs, old, torch.zeros(3), torch.ones(3, 4), config, normalizer=7.0, sampling_logprobs=sampling
+    )
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert logprobs.grad is not None
+    assert not logprobs.grad.any()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_cli.algorithm.packing import Group, Pack, pack_groups, plan_minibatches
+from grpo_cli.algorithm.packing import Group, Pack, branches_of, pack_groups, plan_minibatches
 
 PROMPT_TOKENS, COMPLETION_TOKENS = st.integers(1, 49), st.integers(50, 99)
 
@@ -37,26 +37,31 @@ def prompt_of(groups: list[Group], sample: int) -> list[int]:
 def visible_tokens(pack: Pack) -> list[list[int]]:
     """For each completion token of a pack, in order, the tokens that its predictor attends to, by position."""
     contexts = []
-    if pack.predictors.dim() == 1:
-        tokens, positions, attends = pack.input_ids[0], pack.position_ids[0], pack.attention_mask[0, 0]
-        for place in pack.predictors.tolist():
-            seen = attends[place].nonzero().squeeze(1)
-            order = seen[positions[seen].argsort()]
-            assert positions[order].tolist() == list(range(len(order))), "a position seen twice or not at all"
-            contexts.append(tokens[order].tolist())
-    else:
-        for row, (places, mask) in enumerate(zip(pack.predictors, pack.mask, strict=True)):
-            for place in places[mask].tolist():
-                assert pack.attention_mask[row, : place + 1].all()
-                contexts.append(pack.input_ids[row, : place + 1].tolist())
+    width = pack.input_ids.shape[1]
+    for place in pack.predictors.tolist():
+        row, column = divmod(place, width)
+        tokens, positions = pack.input_ids[row], pack.position_ids[row]
+        if pack.branches is None:
+            assert pack.attention_mask is not None
+            seen = torch.arange(column + 1)
+            assert pack.attention_mask[row, seen].all()
+        else:
+            seen = pack.branches.sees(torch.tensor(column), torch.arange(width)).nonzero().squeeze(1)
+        order = seen[positions[seen].argsort()]
+        assert positions[order].tolist() == list(range(len(order))), "a position seen twice or not at all"
+        contexts.append(tokens[order].tolist())
     return contexts
 
 
 def input_tokens(pack: Pack, shared_prompt: bool) -> int:
     assert pack.input_ids.shape == pack.position_ids.shape
-    length = pack.input_ids.shape[1]
-    expected = (1, 1, length, length) if shared_prompt else pack.input_ids.shape
-    assert pack.attention_mask.shape == expected
+    if shared_prompt:
+        assert pack.attention_mask is None
+        assert pack.branches is not None
+        assert pack.branches.groups[-1].end == len(pack.branches.positions) == pack.input_ids.shape[1]
+    else:
+        assert pack.attention_mask is not None
+        assert pack.attention_mask.shape == pack.input_ids.shape
     return pack.input_ids.numel()
 
 
@@ -132,7 +137,8 @@ def test_groups_share_a_pack_until_the_budget_is_full() -> None:
     groups = [Group([1, 2], [[50, 51]], [0]), Group([3], [[52], []], [1, 2]), Group([4, 5], [[53, 54]], [3])]
     packs = pack_groups(groups, 4)
     assert [pack.input_ids.tolist() for pack in packs] == [[[1, 2, 50, 3]], [[4, 5, 53]]]
-    assert not packs[0].attention_mask[0, 0, 3, :3].any(), "a group sees no other group"
+    assert packs[0].branches is not None
+    assert not packs[0].branches.sees(torch.tensor(3), torch.arange(3)).any(), "a group sees no other group"
 
 
 def test_rows_of_like_length_share_a_pack() -> None:
@@ -158,4 +164,16 @@ def test_no_groups_make_no_packs() -> None:
 def test_a_pack_moves_whole_to_a_device() -> None:
     (pack,) = pack_groups([Group([7], [[50]], [0])], 10)
     moved = pack.to(torch.device("meta"))
-    assert all(tensor.device.type == "meta" for tensor in vars(moved).values())
+    parts = [*vars(moved).values(), *vars(moved.branches).values()]
+    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
+    assert len(tensors) == 6 + 3
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+
+
+def test_a_window_hides_what_lies_further_back_in_the_sequence() -> None:
+    branches = branches_of([3], [[2, 0, 2]])
+    places = torch.arange(7)
+    assert branches.groups[0].branch_lengths == (2, 2)
+    assert branches.positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
+    seen = [row.nonzero().squeeze(1).tolist() for row in branches.sees(places[:, None], places, window=3)]
+    assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [1, 2, 5], [2, 5, 6]]

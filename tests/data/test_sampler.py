@@ -61,6 +61,30 @@ def test_the_order_of_a_seed_never_changes() -> None:
     assert PromptSampler(8, 8, seed=42, shuffle=True).at(0) == [1, 3, 5, 7, 4, 6, 0, 2]
 
 
+@given(SIZES, SIZES, SEEDS, st.booleans(), st.integers(0, 50), st.lists(st.integers(0, 8), max_size=5))
+def test_further_prompts_come_once_each_and_the_step_s_own_last(
+    prompts: int, per_step: int, seed: int, shuffle: bool, step: int, rounds: list[int]
+) -> None:
+    sampler = PromptSampler(prompts, per_step, seed, shuffle)
+    drawn: list[int] = []
+    for count in rounds:
+        drawn += sampler.further(step, len(drawn), count)
+    assert drawn == PromptSampler(prompts, per_step, seed, shuffle).further(step, 0, len(drawn))
+    others = prompts - len(set(sampler.at(step)))
+    assert not set(drawn[:others]) & set(sampler.at(step))
+    assert len(set(drawn[:prompts])) == min(prompts, len(drawn))
+
+
+def test_further_prompts_are_drawn_for_each_step_and_seed() -> None:
+    sampler = PromptSampler(1000, 4, seed=1, shuffle=True)
+    assert sampler.further(0, 0, 20) != sampler.further(1, 0, 20)
+    assert sampler.further(0, 0, 20) != PromptSampler(1000, 4, seed=2, shuffle=True).further(0, 0, 20)
+
+
+def test_without_shuffle_further_prompts_follow_in_the_data() -> None:
+    assert PromptSampler(6, 2, seed=1, shuffle=False).further(1, 0, 7) == [4, 5, 0, 1, 2, 3, 4]
+
+
 def test_epoch_counts_passes_over_the_data() -> None:
     sampler = PromptSampler(10, 4, seed=1, shuffle=True)
     assert [sampler.epoch(step) for step in (0, 1, 5)] == pytest.approx([0, 0.4, 2])

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoConfig,
@@ -23,9 +26,13 @@ from transformers import (
     Qwen3Config,
     RwkvConfig,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_cli.algorithm.packing import Group, pack_groups
-from grpo_cli.policy.logprobs import packed_dtype, shares_prompts, token_logprobs
+from grpo_cli.policy import attention
+from grpo_cli.policy.logprobs import PackedModel, forward_dtype
+from grpo_cli.policy.model import without_dropout
+from grpo_cli.policy.output_head import OutputHead
 from tests.conftest import tiny_llama
 
 BASE: dict[str, Any] = {
@@ -52,14 +59,18 @@ SHARING: dict[str, Callable[[], Any]] = {
     "gemma": lambda: GemmaConfig(**HEADS, head_dim=8),
     "gpt2": lambda: GPT2Config(**GPT2),
     "phi": lambda: PhiConfig(**HEADS),
+    "mistral with a sliding window": lambda: MistralConfig(**HEADS, sliding_window=4),
+    "qwen2 with a sliding window in one layer": lambda: Qwen2Config(
+        **HEADS, use_sliding_window=True, sliding_window=3, max_window_layers=1
+    ),
+    "gemma3 with a window of its own in most layers": lambda: Gemma3TextConfig(
+        **HEADS, head_dim=8, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
-"""Attention over everything: packs are shared."""
+"""Attention, over everything or over a window: prompts are shared."""
 
 NOT_SHARING: dict[str, Callable[[], Any]] = {
-    "mistral with a sliding window": lambda: MistralConfig(**HEADS, sliding_window=4),
-    "qwen2 with a sliding window": lambda: Qwen2Config(
-        **HEADS, use_sliding_window=True, sliding_window=64, max_window_layers=1
-    ),
+    "gemma2, which caps its attention scores": lambda: Gemma2Config(**HEADS, head_dim=8),
     "gpt-neo": lambda: GPTNeoConfig(
         vocab_size=97,
         hidden_size=32,
@@ -79,7 +90,7 @@ NOT_SHARING: dict[str, Callable[[], Any]] = {
         vocab_size=97, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, bos_token_id=0
     ),
 }
-"""Layers that a shared prompt would change: windows, convolutions, states."""
+"""Layers that a shared prompt would change, or that our kernel does not compute: rows are plain."""
 
 
 def tokens(*lengths: int) -> list[list[int]]:
@@ -109,16 +120,17 @@ def build(config: Any, *, spread: float = 0.2, attention: str | None = None) -> 
 
 
 def outputs(
-    model: Any, groups: list[Group], budget: int, *, shared_prompt: bool, entropy_gradient: bool = False
+    policy: PackedModel, groups: list[Group], budget: int, *, shared_prompt: bool, entropy_gradient: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """(N, T) log-probabilities and entropies, and every parameter's gradient of a weighted sum of them."""
     count = sum(len(group.samples) for group in groups)
     width = max(len(completion) for group in groups for completion in group.completions)
     weights = torch.randn(2, count, width, generator=torch.Generator().manual_seed(7))
     all_logprobs, all_entropies = torch.zeros(count, width), torch.zeros(count, width)
+    model = policy.model
     model.zero_grad(set_to_none=False)
     for pack in pack_groups(groups, budget, shared_prompt=shared_prompt):
-        logprobs, entropies = token_logprobs(model, pack, 0.7, entropy_gradient=entropy_gradient)
+        logprobs, entropies = policy.token_logprobs(pack, 0.7, entropy_gradient=entropy_gradient)
         assert logprobs.shape == entropies.shape == pack.mask.shape
         assert logprobs.dtype == entropies.dtype == torch.float32
         assert (logprobs[~pack.mask] == 0).all()
@@ -186,97 +198,155 @@ def assert_same(
 @pytest.mark.parametrize("name", SHARING)
 def test_packs_of_any_budget_equal_plain_forwards_gradients_included(name: str, entropy_gradient: bool) -> None:
     model = build(SHARING[name]())
-    assert shares_prompts(model)
     expected = one_by_one(model, ragged(), entropy_gradient=entropy_gradient)
+    policy = PackedModel(model)
+    assert policy.shares_prompts
+    assert policy.head is not None
     for shared_prompt, budget in ((True, 1), (True, 9), (True, 17), (True, 1000), (False, 1), (False, 1000)):
-        actual = outputs(model, ragged(), budget, shared_prompt=shared_prompt, entropy_gradient=entropy_gradient)
+        actual = outputs(policy, ragged(), budget, shared_prompt=shared_prompt, entropy_gradient=entropy_gradient)
         assert_same(actual, expected)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2", "phi"])
-def test_eager_attention_takes_shared_prompt_packs_too(name: str) -> None:
-    model = build(SHARING[name](), attention="eager")
-    assert shares_prompts(model)
-    expected = one_by_one(model, ragged(), entropy_gradient=True)
-    for budget in (9, 1000):
-        assert_same(outputs(model, ragged(), budget, shared_prompt=True, entropy_gradient=True), expected)
+@pytest.mark.parametrize("name", SHARING)
+def test_gradient_checkpointing_changes_nothing(name: str) -> None:
+    model = build(SHARING[name]())
+    without_dropout(model)
+    expected = one_by_one(model, ragged())
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert_same(outputs(PackedModel(model), ragged(), 1000, shared_prompt=True), expected)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.2])
 @pytest.mark.parametrize("name", NOT_SHARING)
 def test_layers_that_a_shared_prompt_would_change_are_found_out(name: str, spread: float) -> None:
-    assert not shares_prompts(build(NOT_SHARING[name](), spread=spread))
+    assert not PackedModel(build(NOT_SHARING[name](), spread=spread)).shares_prompts
 
 
 @pytest.mark.parametrize("name", NOT_SHARING)
 def test_plain_rows_equal_plain_forwards_where_prompts_cannot_be_shared(name: str) -> None:
     model = build(NOT_SHARING[name]())
     expected = one_by_one(model, ragged(), entropy_gradient=True)
+    policy = PackedModel(model)
     for budget in (1, 30, 1000):
-        assert_same(outputs(model, ragged(), budget, shared_prompt=False, entropy_gradient=True), expected)
+        assert_same(outputs(policy, ragged(), budget, shared_prompt=False, entropy_gradient=True), expected)
+
+
+def test_a_window_that_a_layer_keeps_to_itself_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The self-check is shorter than most windows, so the layers must say that they have one."""
+    model = build(MistralConfig(**HEADS, sliding_window=64))
+    assert PackedModel(model).shares_prompts
+    model = build(MistralConfig(**HEADS, sliding_window=64))
+    kernel = attention.shared_prompt_attention
+
+    def forgetful(*arguments: Any, sliding_window: int, **kwargs: Any) -> Any:
+        return kernel(*arguments, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.KERNEL, forgetful)
+    assert not PackedModel(model).shares_prompts
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_output_head_that_is_no_plain_matrix_gives_whole_logits(wrapped: bool) -> None:
+    model = build(SHARING["llama"]())
+    expected = one_by_one(model, ragged(), entropy_gradient=True)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
+    else:
+        # A head whose logits the model changes in a way of its own.
+        model.config.logit_scale = 3.0
+    policy = PackedModel(model)
+    assert policy.head is None
+    actual = outputs(policy, ragged(), 1000, shared_prompt=True, entropy_gradient=True)
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=2e-5)
+
+
+def test_a_head_that_gives_other_values_than_the_model_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(SHARING["llama"]())
+    right = OutputHead.of(model)
+    assert right is not None
+    monkeypatch.setattr(OutputHead, "of", lambda _: OutputHead(right.weight, right.bias, scale=1.5))
+    assert PackedModel(model).head is None
 
 
 def test_entropies_carry_a_gradient_only_when_asked_to() -> None:
-    model = tiny_llama()
+    policy = PackedModel(tiny_llama())
     (pack,) = pack_groups([Group([1, 2], [[3, 4]], [0])], 100)
-    assert not token_logprobs(model, pack, 1.0)[1].requires_grad
-    assert token_logprobs(model, pack, 1.0, entropy_gradient=True)[1].requires_grad
+    assert not policy.token_logprobs(pack, 1.0)[1].requires_grad
+    assert policy.token_logprobs(pack, 1.0, entropy_gradient=True)[1].requires_grad
     with torch.no_grad():
-        assert not any(t.requires_grad for t in token_logprobs(model, pack, 1.0, entropy_gradient=True))
+        assert not any(t.requires_grad for t in policy.token_logprobs(pack, 1.0, entropy_gradient=True))
 
 
 @pytest.mark.parametrize("shared_prompt", [True, False])
 def test_a_pack_of_empty_completions_gives_empty_rows(shared_prompt: bool) -> None:
     (pack,) = pack_groups([Group([1, 2], [[], []], [0, 1])], 100, shared_prompt=shared_prompt)
-    logprobs, entropies = token_logprobs(tiny_llama(), pack, 1.0)
+    logprobs, entropies = PackedModel(tiny_llama()).token_logprobs(pack, 1.0)
     assert logprobs.shape == entropies.shape == (2, 0)
 
 
-@pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", "flex_attention"])
-def test_kernels_that_take_no_block_mask_get_plain_rows(kernel: str) -> None:
-    model = tiny_llama()
-    model.config._attn_implementation = kernel
-    assert not shares_prompts(model)
+def test_a_kernel_that_was_asked_for_is_kept_and_rows_are_plain() -> None:
+    model = build(SHARING["llama"](), attention="eager")
+    policy = PackedModel(model)
+    assert not policy.shares_prompts
+    assert model.config._attn_implementation == "eager"
 
 
-def test_a_kernel_that_drops_the_block_mask_gives_itself_away() -> None:
-    model = tiny_llama()
-    forward = model.forward
+def test_a_model_that_failed_the_check_keeps_its_kernel() -> None:
+    model = build(NOT_SHARING["lfm2"]())
+    PackedModel(model)
+    assert model.config._attn_implementation == "sdpa"
 
-    def without_mask(*, attention_mask: torch.Tensor, **arguments: Any) -> Any:
-        return forward(attention_mask=attention_mask if attention_mask.dim() == 2 else None, **arguments)
 
-    model.forward = without_mask
-    assert not shares_prompts(model)
+def test_a_model_can_be_looked_at_twice() -> None:
+    model = build(SHARING["llama"]())
+    assert PackedModel(model).shares_prompts
+    assert PackedModel(model).shares_prompts
+
+
+def test_a_model_that_drops_the_layout_gives_itself_away() -> None:
+    model = build(SHARING["llama"]())
+    forward = model.model.forward
+
+    def without_layout(**arguments: Any) -> Any:
+        if arguments.pop(attention.LAYOUT, None) is not None:
+            arguments["attention_mask"] = None
+        return forward(**arguments)
+
+    model.model.forward = without_layout
+    assert not PackedModel(model).shares_prompts
 
 
 def test_a_model_that_ignores_position_ids_gives_itself_away() -> None:
     model = build(SHARING["gpt2"]())
-    forward = model.forward
+    forward = model.transformer.forward
 
-    def without_positions(*, position_ids: torch.Tensor, **arguments: Any) -> Any:
-        return forward(**arguments)
+    def without_positions(*ids: torch.Tensor, position_ids: torch.Tensor, **arguments: Any) -> Any:
+        return forward(*ids, **arguments)
 
-    model.forward = without_positions
-    assert not shares_prompts(model)
+    model.transformer.forward = without_positions
+    assert not PackedModel(model).shares_prompts
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_self_check_is_made_without_dropout_and_leaves_the_mode_alone(training: bool) -> None:
     model = build(GPT2Config(**GPT2, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)).train(training)
-    assert shares_prompts(model)
+    assert PackedModel(model).shares_prompts
     assert model.training == training
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_the_self_check_allows_for_the_rounding_of_each_precision(dtype: torch.dtype) -> None:
-    assert shares_prompts(build(SHARING["llama"]()).to(dtype))
+    policy = PackedModel(build(SHARING["llama"]()).to(dtype))
+    assert policy.shares_prompts
+    assert policy.head is not None
 
 
 def test_precision_of_a_forward_is_that_of_autocast_where_there_is_one() -> None:
     model = tiny_llama()
-    assert packed_dtype(model) == torch.float32
+    assert forward_dtype(model) == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert packed_dtype(model) == torch.bfloat16
-        assert shares_prompts(model)
-    assert packed_dtype(model.to(torch.bfloat16)) == torch.bfloat16
+        assert forward_dtype(model) == torch.bfloat16
+        assert PackedModel(model).shares_prompts
+    assert forward_dtype(model.to(torch.bfloat16)) == torch.bfloat16

@@ -23,7 +23,6 @@ from transformers import (
 from grpo_cli.errors import UserError
 from grpo_cli.policy.files import count_parameters, locate_gguf
 from grpo_cli.policy.model import (
-    Reference,
     load_policy,
     load_tokenizer,
     restore_weights,
@@ -246,32 +245,6 @@ def test_gradient_checkpointing_recomputes_and_gives_the_same_gradient(
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
-
-
-@pytest.mark.parametrize("lora", [None, {"r": 4}, {"r": 4, "modules_to_save": ["lm_head"]}])
-def test_the_reference_is_the_start_model_however_the_policy_moves(
-    tiny_model_dir: Path, lora: dict[str, Any] | None
-) -> None:
-    config = settings(tiny_model_dir, lora=lora, gradient_checkpointing=True)
-    policy = load_policy(config)
-    start = logits(tiny_llama().eval())
-    reference = Reference(policy, config).to(torch.device("cpu"))
-    train_a_little(policy)
-    with reference.model() as model:
-        assert torch.equal(logits(model), start)
-        if lora is None:
-            assert not any(parameter.requires_grad for parameter in model.parameters())
-    moved = logits(policy)
-    assert not torch.allclose(moved, start, atol=1e-2), "outside the context the policy is itself again"
-    assert policy.training
-
-
-def test_another_model_can_be_the_reference(tiny_model_dir: Path, tmp_path: Path) -> None:
-    other = tiny_llama(num_hidden_layers=1)
-    other.save_pretrained(tmp_path)
-    config = settings(tiny_model_dir, reference=str(tmp_path))
-    with Reference(load_policy(config), config).model() as model:
-        assert torch.equal(logits(model), logits(other))
 
 
 def test_a_model_object_is_trained_in_place(tiny_model_dir: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from grpo_cli.errors import UserError
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import LossConfig, Recipe, RewardConfig, Section
 
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "rewards.0.params": {},
     "rewards.0.timeout_s": None,
     "rewards.0.on_error": "raise",
+    "rewards.0.workers": 0,
     "generation.engine": "transformers",
     "generation.num_generations": 8,
     "generation.max_completion_tokens": 512,
@@ -163,6 +165,16 @@ def test_a_string_is_short_for_a_reward_with_that_path() -> None:
 )
 def test_the_upper_clip_is_epsilon_unless_given(loss: dict[str, Any], high: float) -> None:
     assert LossConfig(**loss).clip_high == high
+
+
+@pytest.mark.parametrize("value", ["resampel", "true", None])
+def test_zero_variance_groups_are_dropped_resampled_or_kept(value: Any) -> None:
+    for allowed in (True, False, "resample"):
+        assert LossConfig(drop_zero_variance_groups=allowed).drop_zero_variance_groups == allowed
+    with pytest.raises(
+        UserError, match=r"drop_zero_variance_groups is .*; it must be one of false, true or 'resample'"
+    ):
+        load_recipe(PLAIN | {"loss": {"drop_zero_variance_groups": value}})
 
 
 @pytest.mark.parametrize(

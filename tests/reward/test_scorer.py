@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -318,6 +319,57 @@ def test_an_async_function_that_blocks_the_loop_times_out_and_the_next_step_has_
         scorer.score(batch(), step=7)
     assert scorer.score(batch(), step=8).tolist() == [[1.0]] * 3
     release.set()
+
+
+def test_a_blocked_loop_that_is_left_still_ends_the_calls_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "GRACE_S", 0.1)
+    waiting, release = threading.Event(), threading.Event()
+
+    async def patient(**_: Any) -> list[float]:
+        waiting.set()
+        while not release.is_set():
+            await asyncio.sleep(0)
+        for _ in range(100):  # over the rounds in which the loop notices that it was left
+            await asyncio.gather(asyncio.sleep(0))
+        return [2.0] * 3
+
+    async def block(**_: Any) -> list[float]:
+        release.wait(30)
+        return [1.0] * 3
+
+    scorer = Scorer([reward(patient), reward(block, timeout_s=0.05)])
+    results: list[Any] = []
+    other = threading.Thread(
+        target=lambda: results.append(scorer.only([0]).score(batch(), step=7).tolist()), daemon=True
+    )
+    other.start()
+    assert waiting.wait(5)
+    with pytest.raises(RewardError, match=r"took longer than 0\.05 seconds"):
+        scorer.only([1]).score(batch(), step=7)
+    release.set()
+    other.join(5)
+    assert results == [[[2.0]] * 3]
+
+
+def test_threads_that_score_at_the_same_time_share_one_event_loop() -> None:
+    loops: list[Any] = []
+    barrier = threading.Barrier(8)
+
+    async def remember(**_: Any) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [0.0] * 3
+
+    scorer = Scorer([reward(returning([1, 2, 3])), reward(remember)])
+
+    def score_with_others() -> np.ndarray:
+        barrier.wait(5)
+        return scorer.only([1]).score(batch(), step=7)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = [call.result(5) for call in [pool.submit(score_with_others) for _ in range(8)]]
+    assert all(result.tolist() == [[0.0]] * 3 for result in results)
+    assert len(loops) == 8
+    assert len(set(loops)) == 1
 
 
 def test_a_timeout_of_the_functions_own_is_reported_as_its_exception() -> None:

@@ -30,16 +30,12 @@ from transformers import (
 
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.errors import UserError
-from grpo_cli.policy.logprobs import token_logprobs
+from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout import transformers_engine
+from grpo_cli.rollout import memory
 from grpo_cli.rollout.engine import Completion, SampleKey, sample_uniforms
-from grpo_cli.rollout.transformers_engine import (
-    TransformersEngine,
-    eos_token_ids,
-    logits_processors,
-    sample_tokens,
-)
+from grpo_cli.rollout.sampling import logits_processors, sample_tokens
+from grpo_cli.rollout.transformers_engine import TransformersEngine, eos_token_ids
 from tests.conftest import byte_tokenizer, tiny_llama
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17, 18]]
@@ -87,7 +83,7 @@ def ragged_llama() -> Any:
 
 def engine_of(model: Any, **generation: Any) -> TransformersEngine:
     config = GenerationConfig(**({"max_completion_tokens": 12} | generation))
-    return TransformersEngine(model, byte_tokenizer(), config, nullcontext)
+    return TransformersEngine(PackedModel(model), byte_tokenizer(), config, nullcontext)
 
 
 def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
@@ -132,20 +128,8 @@ def test_tokens_do_not_depend_on_what_is_generated_beside_them(name: str, monkey
     fewer = tokens(engine.generate(PROMPTS, KEYS, 2))
     assert fewer == [group[:2] for group in together]
     for cache_tokens in (1, 150):
-        monkeypatch.setattr(transformers_engine, "CACHE_TOKENS", cache_tokens)
+        monkeypatch.setattr(memory, "CACHE_TOKENS", cache_tokens)
         assert tokens(engine.generate(PROMPTS, KEYS, 3)) == together
-
-
-def test_waves_keep_the_cache_within_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = engine_of(tiny_llama())
-    for limit in (1, 80, 150, 10_000):
-        monkeypatch.setattr(transformers_engine, "CACHE_TOKENS", limit)
-        waves = list(engine._waves(PROMPTS, 3))
-        assert [index for wave in waves for index in wave] == list(range(len(PROMPTS)))
-        for wave in waves:
-            cost = len(wave) * 3 * (max(len(PROMPTS[index]) for index in wave) + 12)
-            assert cost <= limit or len(wave) == 1
-        assert (len(waves) == 1) == (limit == 10_000)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
@@ -159,7 +143,7 @@ def test_returned_logprobs_are_those_that_training_computes(name: str, temperatu
     ]
     with torch.no_grad():
         (pack,) = pack_groups(rollout, 10_000, shared_prompt=False)
-        logprobs, _ = token_logprobs(model, pack, temperature)
+        logprobs, _ = PackedModel(model).token_logprobs(pack, temperature)
     for row, sample in enumerate(pack.samples.tolist()):
         expected = groups[sample // 3][sample % 3].logprobs
         torch.testing.assert_close(logprobs[row, : len(expected)], torch.tensor(expected), rtol=1e-4, atol=1e-4)
@@ -279,17 +263,18 @@ def test_a_stop_string_cuts_the_text_and_ends_the_row() -> None:
 
 def test_the_earliest_of_several_stop_strings_cuts() -> None:
     engine = engine_of(tiny_llama(), stop=["b", "cd", "abc"])
-    assert engine._before_stop("xxabcd") == "xx"
-    assert engine._before_stop("xxcdab") == "xx"
-    assert engine._before_stop("none") == "none"
+    encode = byte_tokenizer().encode
+    texts = [engine.completion(encode(text), [], True).text for text in ("xxabcd", "xxcdab", "none")]
+    assert texts == ["xx", "xx", "none"]
 
 
 def test_each_prompt_is_computed_once_and_finished_rows_leave() -> None:
     model = ragged_llama()
+    engine = engine_of(model)
     shapes = record_shapes(model)
-    groups = engine_of(model).generate(PROMPTS, KEYS, 6)
+    groups = engine.generate(PROMPTS, KEYS, 6)
     prefill, *decodes = shapes
-    assert prefill == (len(PROMPTS), max(map(len, PROMPTS)))
+    assert prefill == (1, sum(map(len, PROMPTS))), "one row of prompts, none of it padding"
     assert all(width == 1 for _, width in decodes)
     rows = [rows for rows, _ in decodes]
     assert rows == sorted(rows, reverse=True)
@@ -297,6 +282,55 @@ def test_each_prompt_is_computed_once_and_finished_rows_leave() -> None:
     lengths = [len(completion.token_ids) for group in groups for completion in group]
     assert rows == [sum(length > step for length in lengths) for step in range(1, len(rows) + 1)]
     assert len(decodes) == max(lengths) - 1, "a last token is never fed"
+
+
+def test_waiting_groups_take_the_room_of_finished_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, keys = PROMPTS * 2, [(1, index) for index in range(2 * len(PROMPTS))]
+    model = ragged_llama()
+    engine = engine_of(model)
+    at_once = tokens(engine.generate(prompts, keys, 2))
+    monkeypatch.setattr(memory, "CACHE_TOKENS", 3 * (7 + 2 * 11))  # three groups
+    shapes = record_shapes(model)
+    assert tokens(engine.generate(prompts, keys, 2)) == at_once
+    decodes = [rows for rows, width in shapes if width == 1]
+    prefills = [step for step, (_, width) in enumerate(shapes) if width > 1]
+    assert max(decodes) <= 3 * 2
+    assert len(prefills) >= 4, "groups come in one by one, not in waves"
+
+
+def test_groups_are_handed_out_as_they_finish() -> None:
+    engine = engine_of(ragged_llama())
+    order: list[int] = []
+    seen: dict[int, list[Completion]] = {}
+
+    def on_group(index: int, group: list[Completion]) -> None:
+        order.append(index)
+        seen[index] = group
+
+    groups = engine.generate(PROMPTS, KEYS, 2, on_group=on_group)
+    assert [seen[index] for index in range(len(PROMPTS))] == groups
+    longest = [max(len(completion.token_ids) for completion in group) for group in groups]
+    assert [longest[index] for index in order] == sorted(longest), "the shortest group came first"
+    assert order != sorted(order)
+
+
+def test_what_on_group_raises_ends_the_generation() -> None:
+    model = ragged_llama()
+    engine = engine_of(model)
+    shapes = record_shapes(model)
+
+    def on_group(index: int, group: list[Completion]) -> None:
+        raise RuntimeError("a reward failed")
+
+    with pytest.raises(RuntimeError, match="a reward failed"):
+        engine.generate(PROMPTS, KEYS, 2, on_group=on_group)
+    ended = len(shapes)
+    engine.generate(PROMPTS, KEYS, 2)
+    assert ended < len(shapes) - ended
+
+
+def test_no_prompts_give_no_groups() -> None:
+    assert engine_of(tiny_llama()).generate([], [], 2) == []
 
 
 @pytest.mark.parametrize("training", [True, False])

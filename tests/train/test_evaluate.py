@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.reward.scorer import ScoringBatch
-from grpo_cli.rollout.engine import Completion, SampleKey
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.train.evaluate import evaluate, pass_at_k
 
 
@@ -55,7 +55,12 @@ class LengthEngine:
         self.sizes: list[int] = []
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], keys: Sequence[SampleKey], num_generations: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[SampleKey],
+        num_generations: int,
+        *,
+        on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         self.keys.extend(keys)
         self.sizes.append(len(prompts))

@@ -12,7 +12,7 @@ import torch
 import grpo_cli
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.errors import UserError
-from grpo_cli.policy.logprobs import token_logprobs
+from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.train.metrics import read_metrics
 from grpo_cli.train.run import deterministic_kernels
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -129,10 +129,11 @@ def test_the_gradient_is_the_same_bytes_however_threads_run() -> None:
     tokens = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     group = Group(tokens[:30], [tokens[30 + 20 * i : 50 + 20 * i] for i in range(8)], range(8))
     (pack,) = pack_groups([group], 4096)
+    policy = PackedModel(model)
 
     def gradient() -> list[torch.Tensor]:
         model.zero_grad()
-        token_logprobs(model, pack, 1.0)[0].square().sum().backward()
+        policy.token_logprobs(pack, 1.0)[0].square().sum().backward()
         return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
     threads = torch.get_num_threads()

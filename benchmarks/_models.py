@@ -1,0 +1,130 @@
+"""Models, tokenizers and prompts of the benchmarks. Nothing is downloaded.
+
+torch and transformers are imported where they are used: the process that hands out the work has no use for them.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
+"""What `make model` fetches."""
+
+RANDOM_MODELS: dict[str, dict[str, int]] = {
+    "random-tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+    },
+    "random-qwen2.5-0.5b": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+    "random-qwen2.5-1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+}
+"""Qwen2 shapes with random weights, and a tokenizer with a word for every token."""
+
+_WORD = re.compile(r"Ġ[a-z]+|w\d+")
+"""Tokens that stand for a whole word, so that text made of them is cut into the same tokens again."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Tokens of a prompt and of each completion."""
+
+    prompt: int
+    completion: int
+
+    def __str__(self) -> str:
+        return f"{self.prompt}→{self.completion}"
+
+
+def parse_shapes(text: str) -> list[Shape]:
+    """`300x32,100x100` as shapes."""
+    return [Shape(*(int(part) for part in shape.split("x"))) for shape in text.split(",")]
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Weights that take part in matrix products."""
+
+    body: int
+    """Of all linear layers but the output head."""
+    head: int
+    """Vocabulary times width."""
+
+    @classmethod
+    def of(cls, model: Any) -> ModelSize:
+        import torch
+
+        head = model.get_output_embeddings()
+        linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear) and part is not head]
+        return cls(sum(part.weight.numel() for part in linear), head.weight.numel())
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """The float32 model and the tokenizer `name`, on the CPU: one of RANDOM_MODELS, or as a recipe names them."""
+    import torch
+    import transformers
+
+    from grpo_cli.policy.model import load_policy, load_tokenizer
+    from grpo_cli.recipe.schema import ModelConfig
+
+    transformers.utils.logging.disable_progress_bar()
+    if name not in RANDOM_MODELS:
+        config = ModelConfig(name=name)
+        return load_policy(config), load_tokenizer(config)
+    torch.manual_seed(0)
+    shape = transformers.Qwen2Config(
+        **RANDOM_MODELS[name], tie_word_embeddings=True, max_position_embeddings=32768
+    )
+    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+    return model, _word_tokenizer(shape.vocab_size)
+
+
+def _word_tokenizer(vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{index}": index for index in range(vocab_size - 2)}
+    words |= {"<unknown>": vocab_size - 2, "<end>": vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unknown>", eos_token="<end>", pad_token="<end>"
+    )
+
+
+def random_prompts(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
+    """Different texts of words drawn at random that are exactly `length` tokens each.
+
+    Raises:
+        ValueError: the tokenizer has no words to make such texts of.
+    """
+    words = sorted(index for token, index in tokenizer.get_vocab().items() if _WORD.fullmatch(token))
+    source = random.Random(seed)
+    texts: list[str] = []
+    for _ in range(20 * count):
+        text = tokenizer.decode(source.choices(words, k=length))
+        if len(tokenizer(text)["input_ids"]) == length:
+            texts.append(text)
+        if len(texts) == count:
+            return texts
+    raise ValueError(f"no texts of exactly {length} tokens could be made with this tokenizer")

@@ -1,0 +1,321 @@
+"""Attention over shared-prompt rows: each completion sees its prompt and itself, and nothing else is computed.
+
+transformers calls `shared_prompt_attention` in every layer, once `install` has named it as the model's kernel. The
+row's structure comes as the keyword argument LAYOUT, which models hand through to their kernel; without it the
+kernel is plain SDPA.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from grpo_cli.algorithm.packing import BranchedGroup, Branches
+
+KERNEL = "shared_prompt"
+LAYOUT = "token_layout"
+"""Keyword argument of a model's forward that says how its tokens see each other."""
+
+SMALLEST_BUCKET = 512
+"""FlexAttention sees rows of this length times powers of two, so that it is compiled a few times, not for each."""
+
+
+class TokenLayout(Protocol):
+    """Computes a layer's attention; `seen_windows` tells which layers asked for a sliding window."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Attend with (R, H, L, D) queries and (R, K, L, D) keys and values of this pass; return (R, H, L, D)."""
+        ...
+
+
+def install(model: Any) -> None:
+    """Make `shared_prompt_attention` the kernel of a transformers model."""
+    model.set_attn_implementation(KERNEL)
+
+
+def shared_prompt_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The kernel as transformers calls it: (R, H, L, D) queries to (R, L, H, D) outputs.
+
+    Raises:
+        ValueError: the model asks for something that the shared-prompt kernel does not compute.
+    """
+    layout: TokenLayout | None = kwargs.pop(LAYOUT, None)
+    if layout is None:
+        arguments = kwargs | {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
+    extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if extra or dropout:
+        raise ValueError(f"shared-prompt attention has no {', '.join(extra) or 'dropout'}")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As autocast does for SDPA: rotary embeddings leave queries and keys in float32, values in bfloat16.
+        query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
+    attended = layout.attend(module.layer_idx, query, key, value, scale, sliding_window)
+    return attended.transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(KERNEL, shared_prompt_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
+
+
+class RowLayout:
+    """One row of groups, each a prompt and its branches.
+
+    Args:
+        branches: on the device of the row.
+    """
+
+    def __init__(self, branches: Branches) -> None:
+        self.branches = branches
+        self.windows: dict[int, int] = {}
+        """Sliding windows by layer, as the layers asked for them."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `TokenLayout.attend`; the row is the only one."""
+        if window is not None:
+            self.windows[layer] = window
+        if query.device.type == "cpu":
+            attended: torch.Tensor = _BranchedAttention.apply(
+                query, key, value, self.branches.groups, scale, window
+            )
+            return attended
+        return self._flex(query, key, value, scale, window)
+
+    def _flex(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
+        length = query.shape[2]
+        padding = (0, 0, 0, bucket(length) - length)
+        query, key, value = (torch.nn.functional.pad(part, padding) for part in (query, key, value))
+        attended: torch.Tensor = _compiled_flex_attention()(
+            query, key, value, block_mask=self._block_mask(window), scale=scale, enable_gqa=True
+        )
+        return attended[:, :, :length]
+
+    @functools.cache  # noqa: B019 - the layout lives no longer than its forward and backward pass
+    def _block_mask(self, window: int | None) -> BlockMask:
+        return block_mask(self.branches, window)
+
+
+def bucket(length: int) -> int:
+    """The least of SMALLEST_BUCKET times a power of two that holds `length`."""
+    return SMALLEST_BUCKET * 2 ** max(0, math.ceil(math.log2(length / SMALLEST_BUCKET)))
+
+
+def block_mask(branches: Branches, window: int | None) -> BlockMask:
+    """What `Branches.sees` says, for a row that is padded to its bucket; padding sees padding."""
+    length = bucket(len(branches.positions))
+    padding = (0, length - len(branches.positions))
+    padded = Branches(
+        branches.groups,
+        torch.nn.functional.pad(branches.group_ids, padding, value=-1),
+        torch.nn.functional.pad(branches.branch_ids, padding),
+        torch.nn.functional.pad(branches.positions, padding),
+    )
+
+    def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return padded.sees(query, key, window)
+
+    return create_block_mask(visible, None, None, length, length, device=str(branches.positions.device))
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+class _BranchedAttention(torch.autograd.Function):
+    """CPU attention of a row by parts: prompts over themselves, branches over their prompt and themselves.
+
+    A branch's two parts are merged by their log-sum-exps (FlashAttention, arXiv:2205.14135, section 3.1). Given
+    the merged output and log-sum-exp, the backward kernel of each part computes that part's exact gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        groups: tuple[BranchedGroup, ...],
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        _, heads, length, head_dim = query.shape
+        out = query.new_empty(1, length, heads, head_dim).transpose(1, 2)  # (1, H, L, D)
+        lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        lse = torch.empty(1, heads, length, dtype=lse_dtype)
+        for group in groups:
+            masks = _Masks(group, window, query.dtype)
+            prompt = slice(group.start, group.branches_start)
+            inputs = [part[:, :, prompt] for part in (query, key, value)]
+            out[:, :, prompt], lse[:, :, prompt] = _flash(*inputs, is_causal=True, mask=masks.prompt, scale=scale)
+            if not group.branch_lengths:
+                continue
+            branches = slice(group.branches_start, group.end)
+            inputs = [query[:, :, branches], key[:, :, prompt], value[:, :, prompt]]
+            out_prompt, lse_prompt = _flash(*inputs, is_causal=False, mask=masks.branches, scale=scale)
+            lse_prompt.masked_fill_(masks.blind_branches, -math.inf)
+            shape = _Padding(group.branch_lengths)
+            inputs = [shape.pad(part[:, :, branches]) for part in (query, key, value)]
+            out_own, lse_own = map(shape.unpad, _flash(*inputs, is_causal=True, mask=masks.own, scale=scale))
+            merged = torch.logaddexp(lse_prompt, lse_own)  # (1, H, M)
+            lse[:, :, branches] = merged
+            out_prompt *= (lse_prompt - merged).exp_()[..., None]
+            out_own *= (lse_own - merged).exp_()[..., None]
+            torch.add(out_prompt, out_own, out=out[:, :, branches])
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.arguments = groups, scale, window
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = (grads[0], *ctx.saved_tensors)
+        query, key, value = saved[1:4]
+        groups, scale, window = ctx.arguments
+        # Laid out as the projections' outputs are, so that no copy follows.
+        grad_query, grad_key, grad_value = (
+            torch.empty_like(part.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+            for part in (query, key, value)
+        )
+        for group in groups:
+            masks = _Masks(group, window, query.dtype)
+            prompt = slice(group.start, group.branches_start)
+            parts = (part[:, :, prompt] for part in saved)
+            flash = _flash_backward(*parts, is_causal=True, mask=masks.prompt, scale=scale)
+            grad_query[:, :, prompt], grad_key[:, :, prompt], grad_value[:, :, prompt] = flash
+            if not group.branch_lengths:
+                continue
+            branches = slice(group.branches_start, group.end)
+            grad_out, branch_query, branch_key, branch_value, out, lse = (part[:, :, branches] for part in saved)
+            inputs = [grad_out, branch_query, key[:, :, prompt], value[:, :, prompt], out, lse]
+            flash = _flash_backward(*inputs, is_causal=False, mask=masks.branches, scale=scale)
+            grad_query[:, :, branches] = flash[0]
+            grad_key[:, :, prompt] += flash[1]
+            grad_value[:, :, prompt] += flash[2]
+            shape = _Padding(group.branch_lengths)
+            inputs = [shape.pad(part) for part in (grad_out, branch_query, branch_key, branch_value, out)]
+            # With an infinite log-sum-exp, padding gets no weight and so no gradient.
+            flash = _flash_backward(*inputs, shape.pad(lse, math.inf), is_causal=True, mask=masks.own, scale=scale)
+            own_query, own_key, own_value = map(shape.unpad, flash)
+            grad_query[:, :, branches] += own_query
+            grad_key[:, :, branches] = own_key
+            grad_value[:, :, branches] = own_value
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool,
+    mask: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R, H, L, D) outputs and (R, H, L) log-sum-exps; a mask holds causality too."""
+    outputs: tuple[torch.Tensor, torch.Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, is_causal and mask is None, attn_mask=mask, scale=scale
+    )
+    return outputs
+
+
+def _flash_backward(
+    *tensors: torch.Tensor, is_causal: bool, mask: torch.Tensor | None, scale: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value from grad_out, query, key, value, out and log-sum-exp."""
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *tensors, 0.0, is_causal and mask is None, attn_mask=mask, scale=scale
+    )
+    return grads
+
+
+class _Padding:
+    """Branches side by side in a row to one batch of rows, padded to the longest, and back."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.shape = len(lengths), max(lengths)  # B, T
+        self.places = self.mask = None
+        if min(lengths) < max(lengths):
+            steps = torch.arange(max(lengths))
+            self.mask = steps < torch.tensor(lengths)[:, None]  # (B, T)
+            starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+            self.places = (starts[:, None] + steps).clamp(max=sum(lengths) - 1)  # (B, T)
+
+    def pad(self, row: torch.Tensor, filler: float | None = None) -> torch.Tensor:
+        """(1, H, M, …) to (B, H, T, …); padding repeats other tokens unless there is a filler."""
+        if self.places is None or self.mask is None:
+            return row[0].unflatten(1, self.shape).transpose(0, 1)
+        rows = row[0][:, self.places]  # (H, B, T, …)
+        if filler is not None:
+            rows.masked_fill_(~self.mask, filler)
+        return rows.transpose(0, 1)
+
+    def unpad(self, rows: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, …) to (1, H, M, …)."""
+        rows = rows.transpose(0, 1)
+        return (rows.flatten(1, 2) if self.mask is None else rows[:, self.mask])[None]
+
+
+class _Masks:
+    """Additive masks of a group's three parts; None where causality says it all, as it does without a window."""
+
+    def __init__(self, group: BranchedGroup, window: int | None, dtype: torch.dtype) -> None:
+        self.prompt = self.branches = self.own = None
+        self.blind_branches = torch.tensor(False)  # (M,): which tokens see nothing of their prompt
+        longest = max(group.branch_lengths, default=0)
+        if window is None or group.prompt_length + longest <= window:
+            return
+        steps = torch.arange(max(group.prompt_length, longest))
+        ages = steps[:, None] - steps
+        hidden = (ages < 0) | (ages >= window)
+        self.prompt = _additive(hidden[: group.prompt_length, : group.prompt_length], dtype)
+        if longest:
+            self.own = _additive(hidden[:longest, :longest], dtype)
+            positions = torch.cat([torch.arange(length) for length in group.branch_lengths])  # (M,)
+            too_old = positions[:, None] + group.prompt_length - steps[: group.prompt_length] >= window  # (M, P)
+            self.branches = _additive(too_old, dtype)
+            self.blind_branches = too_old.all(1)
+
+
+def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(1, 1, *hidden.shape, dtype=dtype).masked_fill_(hidden, -math.inf)

@@ -1,0 +1,128 @@
+"""Where the keys and values of the rows that are being generated are kept.
+
+R rows, one for each unfinished completion, in an order that the engine and its memory keep alike: `prefill` adds
+the rows of new groups at the end, `keep` lets finished ones go.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from grpo_cli.errors import UserError
+from grpo_cli.policy.model import base_model
+
+CACHE_TOKENS = 65_536
+"""Tokens of keys and values that are kept at once; further groups wait until others are finished."""
+
+
+class Memory(Protocol):
+    """Runs the model over new tokens beside the keys and values of old ones."""
+
+    def room(self, waiting: Sequence[Sequence[int]]) -> int:
+        """How many of the waiting prompts' groups can be added now; at least one when no row is left."""
+        ...
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Add the rows of these groups, each prompt computed once; return their (R_new, V) next logits."""
+        ...
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Add the (R,) tokens, one to each row; return (R, V) logits of the next."""
+        ...
+
+    def keep(self, places: torch.Tensor) -> None:
+        """Let row i be what row places[i] was; the others go."""
+        ...
+
+
+class RowMemory:
+    """transformers' own cache, a padded row for each completion: for models that cannot share prompts.
+
+    Such a cache takes no new rows beside old ones, so a set of groups is finished before the next is begun.
+    """
+
+    def __init__(self, model: Any, num_generations: int, max_completion_tokens: int) -> None:
+        self.model = model
+        self.num_generations = num_generations
+        self.max_completion_tokens = max_completion_tokens
+        self.cache_name = cache_name(model)
+        self.cache: Any = None
+        self.attention_mask = torch.empty(0, 0)  # (R, W + t)
+        self.positions = torch.empty(0)  # (R,) of the next token
+
+    def room(self, waiting: Sequence[Sequence[int]]) -> int:
+        """See `Memory.room`."""
+        if len(self.positions):
+            return 0
+        longest, count = 0, 0
+        for prompt in waiting:
+            longest = max(longest, len(prompt))
+            rows = (count + 1) * self.num_generations
+            if count and rows * (longest + self.max_completion_tokens) > CACHE_TOKENS:
+                break
+            count += 1
+        return count
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Memory.prefill`.
+
+        Raises:
+            UserError: the model keeps its state in a way of its own.
+        """
+        device, width = self.model.device, max(len(prompt) for prompt in prompts)
+        padded = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+        visible = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        mask = torch.tensor(visible, device=device)  # (P, W)
+        output = self.model(
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            use_cache=True,
+            logits_to_keep=1,
+            **{self.cache_name: DynamicCache(config=self.model.config)},
+        )
+        self.cache = getattr(output, self.cache_name, None)
+        if self.cache is None:
+            raise UserError(
+                f"generation.engine: transformers cannot generate with {type(self.model).__name__}, which does "
+                "not hand out its cache; use another model"
+            )
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(self.num_generations)
+        self.cache.reorder_cache(rows)
+        self.attention_mask = mask[rows]
+        self.positions = mask.sum(-1)[rows]
+        logits: torch.Tensor = output.logits[rows, -1]
+        return logits
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Memory.decode`."""
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(tokens), 1)], 1)
+        output = self.model(
+            input_ids=tokens[:, None],
+            # Padding is no part of a state, and a mask over it would be taken for one over this token.
+            attention_mask=self.attention_mask if self.cache_name == "past_key_values" else None,
+            position_ids=self.positions[:, None],
+            use_cache=True,
+            **{self.cache_name: self.cache},
+        )
+        self.positions = self.positions + 1
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def keep(self, places: torch.Tensor) -> None:
+        """See `Memory.keep`."""
+        self.attention_mask = self.attention_mask[places]
+        self.positions = self.positions[places]
+        if len(places):
+            self.cache.reorder_cache(places)
+
+
+def cache_name(model: Any) -> str:
+    """The argument in which the model takes its cache and the output in which it gives it back."""
+    takes_state = "cache_params" in inspect.signature(base_model(model).forward).parameters  # state-space models
+    return "cache_params" if takes_state else "past_key_values"

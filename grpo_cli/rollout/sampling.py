@@ -1,0 +1,57 @@
+"""Draws tokens from logits. One uniform number decides one token, so a draw is a function of its row alone."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from grpo_cli.recipe.schema import GenerationConfig
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    uniforms: torch.Tensor,
+    temperature: float,
+    processors: LogitsProcessorList,
+    history: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token for each row by inverting its cumulative distribution.
+
+    Args:
+        logits: (R, V).
+        uniforms: (R,) in [0, 1), float64.
+        temperature: divides the logits.
+        processors: applied to the divided logits (penalty, top-k, top-p, min-p).
+        history: (R, L) tokens so far, for the penalty.
+
+    Returns:
+        (R,) tokens and (R,) their log-probabilities under softmax(logits / temperature), before processing.
+    """
+    scaled = logits.float() / temperature  # (R, V)
+    processed = processors(history, scaled) if processors else scaled
+    peak = processed.amax(-1, keepdim=True)
+    cumulative = (processed - peak).exp_().cumsum(-1, dtype=torch.float64)  # (R, V), up to a factor for each row
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp_(max=logits.shape[1] - 1)
+    log_total = scaled.logsumexp(-1, keepdim=True) if processors else peak + total.log().float()
+    return tokens.squeeze(1), (scaled.gather(1, tokens) - log_total).squeeze(1)
+
+
+def logits_processors(config: GenerationConfig) -> LogitsProcessorList:
+    """The processors that the recipe asks for, in transformers' order."""
+    processors = LogitsProcessorList()
+    if config.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.top_k:
+        processors.append(TopKLogitsWarper(config.top_k))
+    if config.top_p < 1:
+        processors.append(TopPLogitsWarper(config.top_p))
+    if config.min_p:
+        processors.append(MinPLogitsWarper(config.min_p))
+    return processors
