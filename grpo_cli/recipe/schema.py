@@ -93,7 +93,7 @@ class ModelConfig(Section):
     gguf_file: str | None = None
     """Name of the GGUF file inside `name`; it is dequantised to `dtype` when loaded."""
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "auto"
-    """Attention kernel: `auto` is the model's own default. Shared-prompt packs need `sdpa` or `eager`."""
+    """Attention kernel: `auto` is the model's own default. Prompts are shared under `auto` and `sdpa` only."""
     trust_remote_code: bool = False
     """Allow a Hub model to run its own Python code."""
     gradient_checkpointing: bool = False

@@ -102,6 +102,21 @@ def test_the_block_mask_of_flex_attention_says_the_same(window: int | None) -> N
     torch.testing.assert_close(actual[:, :, : query.shape[2]], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 70])
+def test_flex_attention_on_a_gpu_attends_as_the_dense_mask_says(window: int | None) -> None:
+    branches = branches_of([300, 90], [[40, 32, 1], [64] * 4])
+    parts = inputs(len(branches.positions), 2, torch.float32)
+    on_gpu = [part.detach().cuda().requires_grad_() for part in parts]
+    actual = RowLayout(branches.to(torch.device("cuda"))).attend(0, *on_gpu, SCALE, window)
+    expected = dense(branches, parts, window)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-2, atol=1e-2)
+    grads = torch.autograd.grad(actual.square().sum(), on_gpu)
+    for grad, part in zip(grads, torch.autograd.grad(expected.square().sum(), parts), strict=True):
+        torch.testing.assert_close(grad.cpu(), part, rtol=2e-2, atol=2e-2)
+
+
 def test_few_lengths_are_compiled() -> None:
     buckets = {bucket(length) for length in range(1, 20_000, 7)}
     assert buckets == {512, 1024, 2048, 4096, 8192, 16384, 32768}

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     JambaConfig,
+    LlamaConfig,
     LogitsProcessorList,
     MambaConfig,
     MinPLogitsWarper,
@@ -147,6 +148,27 @@ def test_returned_logprobs_are_those_that_training_computes(name: str, temperatu
     for row, sample in enumerate(pack.samples.tolist()):
         expected = groups[sample // 3][sample % 3].logprobs
         torch.testing.assert_close(logprobs[row, : len(expected)], torch.tensor(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_returns_the_logprobs_that_training_on_it_computes() -> None:
+    config = LlamaConfig(**(HEADS | {"hidden_size": 128}))  # FlexAttention needs heads of 16 at least
+    model = build(config).cuda()
+    policy = PackedModel(model)
+    assert policy.shares_prompts
+    engine = TransformersEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=12), nullcontext)
+    groups = engine.generate(PROMPTS, KEYS, 3)
+    rollout = [
+        Group(prompt, [completion.token_ids for completion in group], range(3 * i, 3 * i + 3))
+        for i, (prompt, group) in enumerate(zip(PROMPTS, groups, strict=True))
+    ]
+    (pack,) = pack_groups(rollout, 10_000)
+    logprobs, _ = policy.token_logprobs(pack.to(model.device), 1.0)
+    logprobs.sum().backward()
+    for row, sample in enumerate(pack.samples.tolist()):
+        expected = torch.tensor(groups[sample // 3][sample % 3].logprobs)
+        torch.testing.assert_close(logprobs[row, : len(expected)].detach().cpu(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_every_token_is_drawn_as_transformers_own_processors_say() -> None:
