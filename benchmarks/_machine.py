@@ -1,9 +1,10 @@
-"""What the machine can do at best: float arithmetic and reading memory, measured in a process of its own."""
+"""What the machine can do: float arithmetic and reading memory, measured in a process of its own."""
 
 from __future__ import annotations
 
 import os
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from benchmarks._workers import Channel, Message, Worker
 
 @dataclass(frozen=True)
 class Machine:
-    """The best rates that were seen in this run."""
+    """The median rates of this run."""
 
     name: str
     cores: int
@@ -61,18 +62,16 @@ class Machine:
 
 
 class MachineProbe:
-    """Measures now and then in the course of a run; the best of all counts, since others may use the machine."""
+    """Measures between the steps of a run; the median counts, as it does for the steps."""
 
     def __init__(self, device: str, threads: int) -> None:
         self._worker = Worker("benchmarks._machine", {"device": device}, threads)
         self._threads = threads
-        self._flops = self._read_bytes = 0.0
+        self._answers: list[Message] = []
         self.measure()
 
     def measure(self) -> None:
-        answer = self._worker.ask()
-        self._flops = max(self._flops, answer["flops"])
-        self._read_bytes = max(self._read_bytes, answer["read_bytes"])
+        self._answers.append(self._worker.ask())
 
     @property
     def machine(self) -> Machine:
@@ -83,8 +82,8 @@ class MachineProbe:
             self._threads,
             about["torch"],
             about["dtype"],
-            self._flops,
-            self._read_bytes,
+            statistics.median(answer["flops"] for answer in self._answers),
+            statistics.median(answer["read_bytes"] for answer in self._answers),
         )
 
     def close(self) -> None:
@@ -103,7 +102,7 @@ def _device_name(device: str) -> str:
 
 
 def _rates(device: str) -> Message:
-    """The best of several tries at a matrix product and at reading a tensor that no cache can hold."""
+    """The median of several tries at a matrix product and at reading a tensor that no cache can hold."""
     import torch
 
     on_cuda = device == "cuda"
@@ -111,19 +110,19 @@ def _rates(device: str) -> Message:
     matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16 if on_cuda else torch.float32)
     large = torch.ones((1024 if on_cuda else 256) * 2**20, device=device)
 
-    def best(work: Callable[[], object]) -> float:
+    def typical(work: Callable[[], object]) -> float:
         seconds = []
-        for _ in range(8):
+        for _ in range(12):
             start = time.perf_counter()
             work()
             if on_cuda:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
-        return min(seconds)
+        return statistics.median(seconds)
 
     with torch.inference_mode():
-        flops = 2 * side**3 / best(lambda: matrix @ matrix)
-        read_bytes = large.numel() * large.element_size() / best(large.sum)
+        flops = 2 * side**3 / typical(lambda: matrix @ matrix)
+        read_bytes = large.numel() * large.element_size() / typical(large.sum)
     return {"flops": flops, "read_bytes": read_bytes}
 
 

@@ -50,7 +50,9 @@ class Result:
         return cls(median("step"), median("generate"), median("train"), max(step["peak"] for step in steps))
 
 
-def measure(options: argparse.Namespace, model: str, shape: Shape) -> tuple[ModelSize, dict[str, Result]]:
+def measure(
+    options: argparse.Namespace, model: str, shape: Shape, probe: MachineProbe
+) -> tuple[ModelSize, dict[str, Result]]:
     """Steps of both systems in turns, after one step each that is not counted."""
     steps: dict[str, list[Message]] = {system: [] for system in SYSTEMS}
     workers: dict[str, Worker] = {}
@@ -74,6 +76,7 @@ def measure(options: argparse.Namespace, model: str, shape: Shape) -> tuple[Mode
                 if repeat > 0:
                     steps[system].append(answer)
                     print(f"{shape} {system}: {answer['step']:.1f} s", file=sys.stderr)
+            probe.measure()
     finally:
         for worker in workers.values():
             worker.close()
@@ -180,11 +183,10 @@ def main() -> None:
             measured = []
             for shape in options.shapes:
                 try:
-                    measured.append((shape, *measure(options, model, shape)))
+                    measured.append((shape, *measure(options, model, shape, probe)))
                 except WorkerError as error:
                     report.lines(f"{model} {shape} failed: {error}")
                     bars.append(Bar(f"{model} {shape} ran", 0, 1))
-                probe.measure()
             places = [(options, probe.machine, size, shape, results) for shape, size, results in measured]
             title = f"{model}: {options.prompts} prompts × {options.num_generations} completions a step, medians"
             report.table(title, COLUMNS, [row for place in places for row in rows_of(*place)])

@@ -29,7 +29,7 @@ SMALLEST_BUCKET = 512
 
 
 class TokenLayout(Protocol):
-    """Computes a layer's attention; `seen_windows` tells which layers asked for a sliding window."""
+    """What computes the attention of a forward pass, layer by layer."""
 
     def attend(
         self,
@@ -97,6 +97,7 @@ class RowLayout:
         self.branches = branches
         self.windows: dict[int, int] = {}
         """Sliding windows by layer, as the layers asked for them."""
+        self._block_masks: dict[int | None, BlockMask] = {}
 
     def attend(
         self,
@@ -122,16 +123,14 @@ class RowLayout:
     ) -> torch.Tensor:
         """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
         length = query.shape[2]
+        if window not in self._block_masks:
+            self._block_masks[window] = block_mask(self.branches, window)
         padding = (0, 0, 0, bucket(length) - length)
         query, key, value = (torch.nn.functional.pad(part, padding) for part in (query, key, value))
         attended: torch.Tensor = _compiled_flex_attention()(
-            query, key, value, block_mask=self._block_mask(window), scale=scale, enable_gqa=True
+            query, key, value, block_mask=self._block_masks[window], scale=scale, enable_gqa=True
         )
         return attended[:, :, :length]
-
-    @functools.cache  # noqa: B019 - the layout lives no longer than its forward and backward pass
-    def _block_mask(self, window: int | None) -> BlockMask:
-        return block_mask(self.branches, window)
 
 
 def bucket(length: int) -> int:

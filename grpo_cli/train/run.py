@@ -182,9 +182,10 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
     accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(recipe.train.seed)
     model = load_policy(recipe.model, model=objects.model)
-    policy = PackedModel(model.to(accelerator.device))
-    reference = Reference(policy, recipe.model) if with_reference and recipe.loss.beta > 0 else None
     autocast = autocast_for(recipe.model, accelerator.device)
+    with autocast():  # the self-check sees the precision that training will have
+        policy = PackedModel(model.to(accelerator.device))
+        reference = Reference(policy, recipe.model) if with_reference and recipe.loss.beta > 0 else None
     engine = TransformersEngine(policy, tokenizer, recipe.generation, autocast)
     run = Run(
         recipe=recipe,
