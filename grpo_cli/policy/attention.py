@@ -27,6 +27,9 @@ LAYOUT = "token_layout"
 SMALLEST_BUCKET = 512
 """FlexAttention sees rows of this length times powers of two, so that it is compiled a few times, not for each."""
 
+COMPILED_VARIANTS = 64
+"""Shapes and modes that FlexAttention may be compiled for."""
+
 
 class TokenLayout(Protocol):
     """What computes the attention of a forward pass, layer by layer."""
@@ -73,6 +76,8 @@ def shared_prompt_attention(
     extra = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if extra or dropout:
         raise ValueError(f"shared-prompt attention has no {', '.join(extra) or 'dropout'}")
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError("shared-prompt attention needs keys and values of one size")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -126,7 +131,7 @@ class RowLayout:
         if window not in self._block_masks:
             self._block_masks[window] = block_mask(self.branches, window)
         padding = (0, 0, 0, bucket(length) - length)
-        query, key, value = (torch.nn.functional.pad(part, padding) for part in (query, key, value))
+        query, key, value = (torch.nn.functional.pad(part, padding).contiguous() for part in (query, key, value))
         attended: torch.Tensor = _compiled_flex_attention()(
             query, key, value, block_mask=self._block_masks[window], scale=scale, enable_gqa=True
         )
@@ -157,6 +162,9 @@ def block_mask(branches: Branches, window: int | None) -> BlockMask:
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
+    # Past this limit torch falls back to whole score matrices with no more than a warning. Each bucket compiles
+    # anew for generation, scoring and training, with and without a window.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from grpo_cli.algorithm.packing import Group, Pack, pack_groups
 from grpo_cli.policy import attention
 from grpo_cli.policy.model import base_model, evaluating
 from grpo_cli.policy.output_head import OutputHead, chosen_logprobs
+
+logger = logging.getLogger("grpo_cli")
 
 SELF_CHECK_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
 """Largest difference in log-probability that rounding may cause between two ways to compute it."""
@@ -77,6 +80,8 @@ class PackedModel:
         columns, places = torch.unique(pack.predictors % width, return_inverse=True)
         output = self.model(**_inputs(pack, layout), logits_to_keep=columns)
         logits: torch.Tensor = output.logits
+        if logits.shape[1] == width:  # a model that takes no notice of `logits_to_keep`
+            logits = logits[:, columns]
         return logits[pack.predictors // width, places]
 
     def _check_head(self) -> None:
@@ -102,8 +107,8 @@ class PackedModel:
         attention.install(base_model(self.model))
         try:
             self.shares_prompts = self._computes_shared_prompts()
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):
-            self.shares_prompts = False
+        except Exception as error:  # of any kind: the model's code, its hooks and a GPU's compiler run in there
+            logger.debug(f"prompts are not shared: {type(error).__name__}: {error}")
         if not self.shares_prompts:
             base_model(self.model).set_attn_implementation("sdpa")
 
@@ -121,7 +126,8 @@ class PackedModel:
         # Where one completion's tokens move another's log-probabilities, however little, something leaks.
         moved = (packed - logprobs(changed, True)).abs()
         leak, effect = moved[1:].max().item(), moved[0].max().item()
-        return difference < self._tolerance and leak < 1e-3 * effect and self._windows_arrive(groups)
+        same = difference < self._tolerance and leak < 1e-3 * effect and self._windows_arrive(groups)
+        return same and self._has_gradient(groups)
 
     def _windows_arrive(self, groups: list[Group]) -> bool:
         """Whether every layer with a sliding window tells the kernel so; these rows are too short to show it."""
@@ -138,6 +144,17 @@ class PackedModel:
         sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
         return layout.windows == dict.fromkeys(sliding, window)
 
+    def _has_gradient(self, groups: list[Group]) -> bool:
+        """Whether the kernel's backward pass runs, rather than fail after a whole rollout."""
+        trained = next((p for p in self.model.parameters() if p.requires_grad), None)
+        if trained is None:
+            return True
+        (pack,) = pack_groups(groups, 64)
+        with torch.enable_grad():
+            logprobs, _ = self.token_logprobs(pack.to(self._device), 1.0)
+            (gradient,) = torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)
+        return gradient is None or bool(gradient.isfinite().all())
+
     @property
     def _config(self) -> Any:
         return self.model.config.get_text_config()
@@ -149,7 +166,7 @@ class PackedModel:
 
     @property
     def _tolerance(self) -> float:
-        return SELF_CHECK_TOLERANCE[forward_dtype(self.model)]
+        return SELF_CHECK_TOLERANCE.get(forward_dtype(self.model), 0.15)
 
 
 def logprobs_of_logits(
@@ -172,6 +189,25 @@ def forward_dtype(model: Any) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     dtype: torch.dtype = next(model.parameters()).dtype
     return dtype
+
+
+def steady_positions(model: Any) -> int | None:
+    """Positions below which rotary embeddings do not depend on the longest sequence of a forward pass.
+
+    `longrope` and `dynamic` scaling choose their frequencies by it, so beyond this a completion's
+    log-probabilities would depend on what is computed beside it. None where there is no such limit.
+    """
+    config = model.config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
+    limits = [
+        part.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or config.max_position_embeddings
+        for part in kinds
+        if part.get("rope_type") in ("longrope", "dynamic")
+    ]
+    return min(limits, default=None)
 
 
 def _inputs(pack: Pack, layout: attention.RowLayout | None) -> dict[str, Any]:

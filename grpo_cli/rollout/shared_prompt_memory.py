@@ -188,6 +188,7 @@ class _DecodeLayout:
     def __init__(self, owner: SharedPromptMemory) -> None:
         self.owner = owner
         self.num_groups = len(owner.prompt_lengths)
+        self.prompt_width = int(owner.prompt_lengths.max())
         lengths, device = owner.lengths, owner.lengths.device
         shortest, longest = int(lengths.min()), int(lengths.max())
         self.length = longest + 1
@@ -218,7 +219,9 @@ class _DecodeLayout:
         own_keys, own_values = (
             self._stored(buffer, part) for buffer, part in zip(memory_of_layer.rows, (key, value), strict=True)
         )  # (R, K, t, D)
-        prompt_keys, prompt_values = (buffer[: self.num_groups] for buffer in memory_of_layer.prompts)
+        prompt_keys, prompt_values = (
+            buffer[: self.num_groups, :, : self.prompt_width] for buffer in memory_of_layer.prompts
+        )  # (A, K, W, D)
         queries = (query * scale).reshape(num_rows, key.shape[1], -1, head_dim)  # (R, K, H/K, D)
         prompt_scores = self._to_rows(self._to_grid(queries) @ prompt_keys.mT)  # (R, K, H/K, W)
         scores = torch.cat([prompt_scores, queries @ own_keys.mT], -1).float()
@@ -254,7 +257,7 @@ class _DecodeLayout:
             owner = self.owner
             prompt_lengths = owner.prompt_lengths[owner.group_of][:, None]  # (R, 1)
             lengths = owner.lengths[:, None]
-            prompt_places = torch.arange(owner.prompt_width, device=lengths.device)
+            prompt_places = torch.arange(self.prompt_width, device=lengths.device)
             own_places = torch.arange(self.length, device=lengths.device)
             hidden = torch.cat([prompt_places >= prompt_lengths, own_places > lengths], 1)  # (R, W + t)
             if window is not None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.errors import UserError
+from grpo_cli.policy.logprobs import PackedModel, steady_positions
 from grpo_cli.policy.model import evaluating
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, sample_uniforms
@@ -53,7 +54,12 @@ class TransformersEngine:
         *,
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`."""
+        """See `RolloutEngine.generate`.
+
+        Raises:
+            UserError: a sequence may become longer than the model's rotary embeddings are the same for.
+        """
+        self._check_lengths(prompts)
         with evaluating(self.policy.model), self.autocast():
             batch = _Batch(self, prompts, keys, num_generations)
             memory = self._memory(prompts, num_generations)
@@ -69,6 +75,16 @@ class TransformersEngine:
                     batch.append(memory.decode(batch.last_tokens()), batch.rows)
                 batch.retire(memory, on_group)
         return batch.groups
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        limit, longest = steady_positions(self.policy.model), max(map(len, prompts), default=0)
+        if limit is not None and longest + self.config.max_completion_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and generation.max_completion_tokens "
+                f"({self.config.max_completion_tokens}) exceed {limit}, beyond which this model's rotary "
+                "embeddings depend on what is computed beside a completion; lower data.max_prompt_tokens or "
+                "generation.max_completion_tokens"
+            )
 
     def _memory(self, prompts: Sequence[Sequence[int]], num_generations: int) -> Memory:
         limit = self.config.max_completion_tokens

@@ -131,6 +131,13 @@ def test_what_the_kernel_does_not_compute_is_refused(arguments: dict[str, Any]) 
         shared_prompt_attention(SimpleNamespace(layer_idx=0), *inputs(5, 2), None, **arguments, **layout)
 
 
+def test_values_of_another_size_than_keys_are_refused() -> None:
+    query, key, value = inputs(5, 2)
+    layout = {attention.LAYOUT: RowLayout(branches_of([3], [[2]]))}
+    with pytest.raises(ValueError, match="one size"):
+        shared_prompt_attention(SimpleNamespace(layer_idx=0), query, key, value[..., :4], None, **layout)
+
+
 def test_without_a_layout_the_kernel_is_plain_sdpa() -> None:
     query, key, value = inputs(5, 6)
     module = SimpleNamespace(is_causal=True)

@@ -270,6 +270,21 @@ def test_a_head_that_gives_other_values_than_the_model_is_not_used(monkeypatch: 
     assert PackedModel(model).head is None
 
 
+def test_a_model_that_gives_all_logits_when_asked_for_some_is_read_rightly() -> None:
+    model = build(SHARING["llama"]())
+    expected = one_by_one(model, ragged())
+    policy = PackedModel(model)
+    policy.head = None
+    forward = model.forward
+
+    def all_logits(*, logits_to_keep: torch.Tensor, **arguments: Any) -> Any:
+        return forward(**arguments)
+
+    model.forward = all_logits
+    for shared_prompt in (True, False):
+        assert_same(outputs(policy, ragged(), 1000, shared_prompt=shared_prompt), expected)
+
+
 def test_entropies_carry_a_gradient_only_when_asked_to() -> None:
     policy = PackedModel(tiny_llama())
     (pack,) = pack_groups([Group([1, 2], [[3, 4]], [0])], 100)

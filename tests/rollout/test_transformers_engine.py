@@ -22,6 +22,7 @@ from transformers import (
     MambaConfig,
     MinPLogitsWarper,
     MistralConfig,
+    Phi3Config,
     RecurrentGemmaConfig,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -349,6 +350,15 @@ def test_what_on_group_raises_ends_the_generation() -> None:
     ended = len(shapes)
     engine.generate(PROMPTS, KEYS, 2)
     assert ended < len(shapes) - ended
+
+
+def test_lengths_at_which_rotary_embeddings_change_are_refused() -> None:
+    scaling = {"rope_type": "longrope", "long_factor": [4.0] * 4, "short_factor": [1.0] * 4, "rope_theta": 1e4}
+    config = Phi3Config(**HEADS, original_max_position_embeddings=16, rope_parameters=scaling)
+    engine = engine_of(build(config), max_completion_tokens=12)
+    engine.generate(PROMPTS[:2], KEYS[:2], 2)
+    with pytest.raises(UserError, match=r"a prompt of 7 tokens .* \(12\) exceed 16"):
+        engine.generate(PROMPTS[:3], KEYS[:3], 2)
 
 
 def test_no_prompts_give_no_groups() -> None:
