@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -31,19 +32,24 @@ COMPILED_VARIANTS = 64
 """Shapes and modes that FlexAttention may be compiled for."""
 
 
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a layer asks its kernel to attend with."""
+
+    layer: int
+    query: torch.Tensor  # (R, H, L, D)
+    key: torch.Tensor  # (R, K, L, D)
+    value: torch.Tensor  # (R, K, L, D)
+    scale: float
+    window: int | None
+    """Positions that a query sees, its own included; None for all."""
+
+
 class TokenLayout(Protocol):
     """What computes the attention of a forward pass, layer by layer."""
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
-        """Attend with (R, H, L, D) queries and (R, K, L, D) keys and values of this pass; return (R, H, L, D)."""
+    def attend(self, inputs: LayerInputs) -> torch.Tensor:
+        """(R, H, L, D), what each query attends to."""
         ...
 
 
@@ -83,7 +89,7 @@ def shared_prompt_attention(
     if torch.is_autocast_enabled(device):
         # As autocast does for SDPA: rotary embeddings leave queries and keys in float32, values in bfloat16.
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
-    attended = layout.attend(module.layer_idx, query, key, value, scale, sliding_window)
+    attended = layout.attend(LayerInputs(module.layer_idx, query, key, value, scale, sliding_window))
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -104,36 +110,29 @@ class RowLayout:
         """Sliding windows by layer, as the layers asked for them."""
         self._block_masks: dict[int | None, BlockMask] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`; the row is the only one."""
-        if window is not None:
-            self.windows[layer] = window
-        if query.device.type == "cpu":
-            attended: torch.Tensor = _BranchedAttention.apply(
-                query, key, value, self.branches.groups, scale, window
-            )
-            return attended
-        return self._flex(query, key, value, scale, window)
+        if inputs.window is not None:
+            self.windows[inputs.layer] = inputs.window
+        if inputs.query.device.type != "cpu":
+            return self._flex(inputs)
+        attended: torch.Tensor = _BranchedAttention.apply(
+            inputs.query, inputs.key, inputs.value, self.branches.groups, inputs.scale, inputs.window
+        )
+        return attended
 
-    def _flex(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
-    ) -> torch.Tensor:
+    def _flex(self, inputs: LayerInputs) -> torch.Tensor:
         """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
-        length = query.shape[2]
+        length, window = inputs.query.shape[2], inputs.window
         if window not in self._block_masks:
             self._block_masks[window] = block_mask(self.branches, window)
         padding = (0, 0, 0, bucket(length) - length)
-        query, key, value = (torch.nn.functional.pad(part, padding).contiguous() for part in (query, key, value))
+        query, key, value = (
+            torch.nn.functional.pad(part, padding).contiguous()
+            for part in (inputs.query, inputs.key, inputs.value)
+        )
         attended: torch.Tensor = _compiled_flex_attention()(
-            query, key, value, block_mask=self._block_masks[window], scale=scale, enable_gqa=True
+            query, key, value, block_mask=self._block_masks[window], scale=inputs.scale, enable_gqa=True
         )
         return attended[:, :, :length]
 

@@ -16,11 +16,9 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
-from itertools import islice
-from numbers import Complex, Real
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ import numpy as np
 
 from grpo_cli.errors import RunError, StoppedBySignal, UserError
 from grpo_cli.reward.registry import RewardFunction, is_async
+from grpo_cli.reward.values import Unusable, checked_values, shortened
 
 logger = logging.getLogger("grpo_cli")
 
@@ -35,8 +34,6 @@ PACKAGE = Path(__file__).parents[1]
 
 PASSED_ON = (KeyboardInterrupt, StoppedBySignal)
 """What ends the run wherever it is raised, and so is no error of the function that was running."""
-
-SAMPLE_CHARACTERS = 200
 
 GRACE_S = 1.0
 """How long the event loop may be late in ending a call; after that it is taken to be blocked."""
@@ -165,7 +162,7 @@ class Scorer:
             if inspect.isawaitable(result):
                 coroutine = _await_outcome(lambda: result, len(batch.completions), None)
                 return _Call(self._loop.submit(coroutine), None, on_loop=True)
-            return _Outcome(_checked(result, len(batch.completions)))
+            return _Outcome(checked_values(result, len(batch.completions)))
         except BaseException as error:  # SystemExit too: a completion that is run may call exit()
             return _Outcome(error=error)
 
@@ -199,14 +196,6 @@ class _Call:
             return _Outcome(timed_out=True, ended=False)
         except CancelledError as error:  # the function cancelled the task that it ran in
             return _Outcome(error=error)
-
-
-class _Unusable(Exception):
-    """What a function returned is not one number or None per completion."""
-
-    def __init__(self, message: str, index: int = 0) -> None:
-        super().__init__(message)
-        self.index = index
 
 
 class _LoopThread:
@@ -262,7 +251,7 @@ async def _await_outcome(start: Callable[[], Any], count: int, timeout_s: float 
             result = start()
             if inspect.isawaitable(result):
                 result = await result
-            values = _checked(result, count)
+            values = checked_values(result, count)
     except BaseException as error:
         return _Outcome(error=error, timed_out=scope.expired())
     return _Outcome(values, timed_out=scope.expired() or time.monotonic() - began > (timeout_s or math.inf))
@@ -276,7 +265,7 @@ def _outcome_in_thread(start: Callable[[], Any], count: int, timeout_s: float, l
         if inspect.isawaitable(result):
             left_s = max(0.0, began + timeout_s - time.monotonic())
             return loop.submit(_await_outcome(lambda: result, count, left_s)).result()
-        values = _checked(result, count)
+        values = checked_values(result, count)
     except BaseException as error:
         return _Outcome(error=error)
     return _Outcome(values, timed_out=time.monotonic() - began > timeout_s)
@@ -307,56 +296,6 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _checked(result: Any, count: int) -> list[float]:
-    """One float per completion, NaN for None.
-
-    Raises:
-        _Unusable: it is something else.
-    """
-    wanted = "a list with one number or None per completion"
-    if result is None or isinstance(result, str | bytes | bytearray | Mapping | Set):
-        kind = "None" if result is None else f"a {type(result).__name__}"
-        raise _Unusable(f"returned {kind} instead of {wanted}")
-    # One copy for a whole tensor, where reading entry by entry would wait for the GPU each time.
-    values = result.tolist() if hasattr(result, "tolist") else result
-    try:
-        entries: Iterator[Any] = iter(values)
-    except TypeError:
-        raise _Unusable(f"returned a {type(result).__name__} instead of {wanted}") from None
-    listed = list(islice(entries, count + 1))
-    if len(listed) != count:
-        number = len(values) if hasattr(values, "__len__") else len(listed)
-        more = " or more" if number == len(listed) > count and not hasattr(values, "__len__") else ""
-        raise _Unusable(f"returned {number}{more} values for {count} completions")
-    return [math.nan if value is None else _number(value, index) for index, value in enumerate(listed)]
-
-
-def _number(value: Any, index: int) -> float:
-    """A finite real number as a float.
-
-    Raises:
-        _Unusable: it is not one.
-    """
-    shape = tuple(getattr(value, "shape", ()))
-    scalar = not isinstance(value, str | bytes) and hasattr(value, "__float__") and not shape
-    if isinstance(value, Complex) and not isinstance(value, Real):
-        scalar = False
-    if isinstance(value, np.generic) and value.dtype.kind not in "biuf":
-        scalar = False
-    if not scalar:
-        kind = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
-        raise _Unusable(f"value {index} is {kind}, not a number: {_short(value)}", index)
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise _Unusable(f"value {index} is not a number: {error}", index) from error
-    if math.isnan(number):
-        raise _Unusable(f"value {index} is nan; return None for 'does not apply'", index)
-    if math.isinf(number):
-        raise _Unusable(f"value {index} is {number}, not a finite number", index)
-    return number
-
-
 def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, step: int) -> list[float]:
     """The function's column; on a failure NaN with a warning, or an error, as `on_error` says.
 
@@ -371,14 +310,14 @@ def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, st
     index = 0
     if outcome.timed_out:
         what = f"took longer than {function.timeout_s:g} seconds (timeout_s)"
-    elif isinstance(error, _Unusable):
+    elif isinstance(error, Unusable):
         what, index = str(error), error.index
     else:
         what = f"raised {_described(error)}"
     message = (
         f"reward {function.name}, step {step}: {what}\n"
-        f"  prompt {index}: {_short(batch.prompts[index])}\n"
-        f"  completion {index}: {_short(batch.completions[index])}"
+        f"  prompt {index}: {shortened(batch.prompts[index])}\n"
+        f"  completion {index}: {shortened(batch.completions[index])}"
     )
     if function.on_error == "raise":
         raise RewardError(message) from error
@@ -392,12 +331,3 @@ def _described(error: BaseException | None) -> str:
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     outside = [frame for frame in frames if not Path(frame.filename).is_relative_to(PACKAGE)]
     return f"{text} at {outside[-1].filename}:{outside[-1].lineno}" if outside else text
-
-
-def _short(value: Any) -> str:
-    """`repr`, with the middle left out where it is long."""
-    text = repr(value)
-    if len(text) <= SAMPLE_CHARACTERS:
-        return text
-    half = SAMPLE_CHARACTERS // 2 - 2
-    return f"{text[:half]} … {text[-half:]}"

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from grpo_cli.algorithm.packing import branches_of
-from grpo_cli.policy.attention import LAYOUT, RowLayout
+from grpo_cli.policy.attention import LAYOUT, LayerInputs, RowLayout
 from grpo_cli.rollout import memory
 
 PREFILL_TOKENS = 8_192
@@ -128,14 +129,12 @@ class SharedPromptMemory:
         return self.layers[index]
 
 
+@dataclass(frozen=True)
 class _LayerMemory:
     """Keys and values of one layer."""
 
-    def __init__(
-        self, prompts: tuple[torch.Tensor, torch.Tensor], rows: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
-        self.prompts = prompts  # two (S, K, W, D)
-        self.rows = rows  # two (S·G, K, T, D)
+    prompts: tuple[torch.Tensor, torch.Tensor]  # two (S, K, W, D)
+    rows: tuple[torch.Tensor, torch.Tensor]  # two (S·G, K, T, D)
 
 
 def filled_holes(is_alive: torch.Tensor) -> torch.Tensor:
@@ -162,20 +161,13 @@ class _PrefillLayout(RowLayout):
         self.owner = owner
         self.first = first
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`."""
-        for part, buffer in zip((key, value), self.owner.layer(layer, key).prompts, strict=True):
+        buffers = self.owner.layer(inputs.layer, inputs.key).prompts
+        for part, buffer in zip((inputs.key, inputs.value), buffers, strict=True):
             for slot, group in enumerate(self.branches.groups, start=self.first):
                 buffer[slot, :, : group.prompt_length] = part[0, :, group.start : group.end]
-        return super().attend(layer, query, key, value, scale, window)
+        return super().attend(inputs)
 
 
 class _DecodeLayout:
@@ -204,29 +196,22 @@ class _DecodeLayout:
         self.grid = None if torch.equal(grid, torch.arange(self.num_groups * self.widest, device=device)) else grid
         self.biases: dict[int | None, torch.Tensor | None] = {}
 
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        window: int | None,
-    ) -> torch.Tensor:
+    def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`; L is 1."""
-        memory_of_layer = self.owner.layer(layer, key)
-        num_rows, heads, _, head_dim = query.shape
+        memory_of_layer = self.owner.layer(inputs.layer, inputs.key)
+        new = (inputs.key, inputs.value)
+        num_rows, heads, _, head_dim = inputs.query.shape
         own_keys, own_values = (
-            self._stored(buffer, part) for buffer, part in zip(memory_of_layer.rows, (key, value), strict=True)
+            self._stored(buffer, part) for buffer, part in zip(memory_of_layer.rows, new, strict=True)
         )  # (R, K, t, D)
         prompt_keys, prompt_values = (
             buffer[: self.num_groups, :, : self.prompt_width] for buffer in memory_of_layer.prompts
         )  # (A, K, W, D)
-        queries = (query * scale).reshape(num_rows, key.shape[1], -1, head_dim)  # (R, K, H/K, D)
+        queries = (inputs.query * inputs.scale).unflatten(1, (own_keys.shape[1], -1)).squeeze(3)  # (R, K, H/K, D)
         prompt_scores = self._to_rows(self._to_grid(queries) @ prompt_keys.mT)  # (R, K, H/K, W)
         scores = torch.cat([prompt_scores, queries @ own_keys.mT], -1).float()
-        bias = self._bias(window)
-        weights = (scores if bias is None else scores + bias).softmax(-1).to(value.dtype)
+        bias = self._bias(inputs.window)
+        weights = (scores if bias is None else scores + bias).softmax(-1).to(inputs.value.dtype)
         prompt_weights, own_weights = weights.split([prompt_scores.shape[-1], self.length], -1)
         attended = self._to_rows(self._to_grid(prompt_weights) @ prompt_values) + own_weights @ own_values
         return attended.reshape(num_rows, heads, 1, head_dim)

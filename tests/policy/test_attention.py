@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grpo_cli.algorithm.packing import Branches, branches_of
 from grpo_cli.policy import attention
-from grpo_cli.policy.attention import RowLayout, block_mask, bucket, shared_prompt_attention
+from grpo_cli.policy.attention import LayerInputs, RowLayout, block_mask, bucket, shared_prompt_attention
 
 HEADS, HEAD_DIM, SCALE = 6, 8, 0.3
 
@@ -47,7 +47,7 @@ def dense(branches: Branches, parts: list[torch.Tensor], window: int | None) -> 
 
 def assert_equals_dense(branches: Branches, kv_heads: int, window: int | None) -> None:
     parts = inputs(len(branches.positions), kv_heads)
-    actual = RowLayout(branches).attend(0, *parts, SCALE, window)
+    actual = RowLayout(branches).attend(LayerInputs(0, *parts, SCALE, window))
     expected = dense(branches, parts, window)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
     grad = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -84,7 +84,7 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
     branches = branches_of([70], [[33, 20, 1]])
     parts = inputs(len(branches.positions), 2)
     expected = dense(branches, parts, None)
-    actual = RowLayout(branches).attend(0, *(part.to(dtype) for part in parts), SCALE, None)
+    actual = RowLayout(branches).attend(LayerInputs(0, *(part.to(dtype) for part in parts), SCALE, None))
     assert actual.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
@@ -109,7 +109,7 @@ def test_flex_attention_on_a_gpu_attends_as_the_dense_mask_says(window: int | No
     branches = branches_of([300, 90], [[40, 32, 1], [64] * 4])
     parts = inputs(len(branches.positions), 2, torch.float32)
     on_gpu = [part.detach().cuda().requires_grad_() for part in parts]
-    actual = RowLayout(branches.to(torch.device("cuda"))).attend(0, *on_gpu, SCALE, window)
+    actual = RowLayout(branches.to(torch.device("cuda"))).attend(LayerInputs(0, *on_gpu, SCALE, window))
     expected = dense(branches, parts, window)
     torch.testing.assert_close(actual.cpu(), expected, rtol=1e-2, atol=1e-2)
     grads = torch.autograd.grad(actual.square().sum(), on_gpu)
