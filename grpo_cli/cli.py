@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from grpo_cli.errors import RunError, StoppedBySignal, UserError
+from grpo_cli.errors import RunError, StoppedEarly, UserError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REQUEUE = 1, 2, 75
 
@@ -42,6 +42,48 @@ def train(
     from grpo_cli.train.api import train as run_training
 
     run_training(loaded, resume=resume)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Option("--model", help="Hub id or folder.")],
+    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share the model.")] = 1,
+    dp: Annotated[int, typer.Option("--dp", min=1, help="Copies of the model.")] = 1,
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="File with the key; made, for you alone, if it is not there.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision; the model's own, float32 on a CPU.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt and completion.")] = None,
+    gpu_memory_utilization: Annotated[float | None, typer.Option(help="Share of the GPU's memory.")] = None,
+    stop_with_stdin: Annotated[bool, typer.Option("--stop-with-stdin", hidden=True)] = False,
+) -> None:
+    """Serve rollouts with vLLM. Options that are not listed here go to vLLM as they are."""
+    from grpo_cli.serve.environment import restart_if_needed
+
+    restart_if_needed()
+
+    from grpo_cli.serve.server import ServeOptions
+    from grpo_cli.serve.server import serve as run_server
+
+    options = ServeOptions(
+        model=model,
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        tp=tp,
+        dp=dp,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        stop_with_stdin=stop_with_stdin,
+        extra=context.args,
+    )
+    run_server(options)
 
 
 @app.command()
@@ -125,7 +167,7 @@ def main() -> None:
         _fail(error, EXIT_USAGE)
     except RunError as error:
         _fail(error, EXIT_FAILED)
-    except StoppedBySignal as stop:
+    except StoppedEarly as stop:
         _fail(stop, EXIT_REQUEUE)
 
 

@@ -11,5 +11,9 @@ class RunError(Exception):
     """The run failed for a reason that a message explains better than a traceback. Exit code 1."""
 
 
-class StoppedBySignal(Exception):
-    """A signal ended the run after its checkpoint was written. Exit code 75, so a scheduler requeues it."""
+class ServerLost(Exception):
+    """A rollout server stays away: the run ends with a checkpoint, as `StoppedEarly`."""
+
+
+class StoppedEarly(Exception):
+    """The run ended before its last step with a checkpoint, so a scheduler may requeue it. Exit code 75."""

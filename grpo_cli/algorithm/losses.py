@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from grpo_cli.algorithm.kl import token_kl
+from grpo_cli.algorithm.sampler_correction import sampler_metrics
 
 if TYPE_CHECKING:
     from grpo_cli.recipe.schema import LossConfig
@@ -31,7 +32,7 @@ class LossOutput:
     loss: torch.Tensor
     """Scalar, already divided by the step's normaliser: add up over micro-batches."""
     metrics: dict[str, float]
-    """Means over this micro-batch's tokens or completions, or extremes (names ending in _min, _max)."""
+    """Means over this micro-batch's tokens or completions, or extremes (names ending in min, max)."""
     weights: dict[str, float]
     """For each mean, the number of tokens or completions behind it: its weight over micro-batches."""
 
@@ -70,9 +71,9 @@ def policy_loss(
         config: the recipe's `loss` section.
         normalizer: sum of `loss_normalizer` over the micro-batches and ranks of the optimizer step.
         ref_logprobs: (B, T) under the reference; needed when `beta` is above 0.
-        sampling_logprobs: (B, T) under what sampled the tokens; `old_logprobs` if not given.
+        sampling_logprobs: (B, T) under what sampled the tokens, NaN where not known; `old_logprobs` if not given.
         entropies: (B, T) of the policy's distributions; needed for `entropy_coef`, `top_entropy_quantile`.
-        importance_ratio: (B, T) or (B, 1), policy over sampler, 1 on padding; multiplies the policy term.
+        importance_ratio: (B, T) or (B, 1) from `sampler_ratio`, 1 on padding; multiplies the policy term.
         entropy_threshold: least entropy of a token that is trained on, from `high_entropy_threshold` over the
             whole optimizer step; taken from this micro-batch if not given.
 
@@ -113,6 +114,9 @@ def policy_loss(
 
     loss = _weighted_token_sum(token_loss, mask, config) / max(normalizer, 1.0)
     metrics, weights = _summarise(indicators, mask)
+    if sampling_logprobs is not None:
+        of_sampler = sampler_metrics(old_logprobs, sampling_logprobs, mask, importance_ratio)
+        metrics, weights = metrics | of_sampler[0], weights | of_sampler[1]
     return LossOutput(loss, metrics, weights)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def load_policy(config: ModelConfig, *, model: Any = None, adapters: bool = True
     if config.lora is not None and adapters:
         model = _with_adapters(model, config.lora)
     if config.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model.train()  # without it neither gradient checkpointing nor an adapter's dropout does anything
     return model
@@ -222,24 +223,39 @@ def save_standalone(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-@torch.no_grad()
 def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     """The base model's state dict with each adapter's product added to its weight."""
-    merged: dict[str, torch.Tensor] = {}
-    for name, module in model.get_base_model().named_modules():
+    getters = standalone_tensors(model).items()
+    # What is merged goes to the CPU at once: there need not be room for a second model on the device.
+    return {name: get().cpu() if isinstance(get, partial) else get() for name, get in getters}
+
+
+def standalone_tensors(model: Any) -> dict[str, Callable[[], torch.Tensor]]:
+    """For each name of the state dict of a model without adapters, a function that gives the tensor as it is now.
+
+    A weight with an adapter is merged when it is asked for, so that one of them at a time takes memory.
+    """
+    base = base_model(model)
+    tensors: dict[str, Callable[[], torch.Tensor]] = {}
+    for name, module in base.named_modules():
         if isinstance(module, LoraLayer):
-            layer = module.get_base_layer()
-            for adapter in module.active_adapters:
-                delta = module.get_delta_weight(adapter)
-                # To the CPU one by one: there need not be room for a second model on the device.
-                merged[f"{name}.weight"] = (layer.weight + delta.to(layer.weight.dtype)).cpu()
-            if getattr(layer, "bias", None) is not None:
-                merged[f"{name}.bias"] = layer.bias
+            tensors[f"{name}.weight"] = partial(_merged_weight, module)
+            bias = getattr(module.get_base_layer(), "bias", None)
+            if bias is not None:
+                tensors[f"{name}.bias"] = bias.detach
         elif isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[module.active_adapters[0]]
-            merged |= {f"{name}.{key}": value for key, value in trained.state_dict().items()}
+            tensors |= {f"{name}.{key}": value.detach for key, value in trained.state_dict(keep_vars=True).items()}
     adapter_parts = (".lora_", ".base_layer.", ".modules_to_save.", ".original_module.")
-    for key, value in model.get_base_model().state_dict().items():
+    for key, value in base.state_dict(keep_vars=True).items():
         if not any(part in key for part in adapter_parts):
-            merged.setdefault(key, value)
-    return merged
+            tensors.setdefault(key, value.detach)
+    return tensors
+
+
+@torch.no_grad()
+def _merged_weight(module: Any) -> torch.Tensor:
+    weight: torch.Tensor = module.get_base_layer().weight
+    for adapter in module.active_adapters:
+        weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
+    return weight

@@ -33,7 +33,7 @@ class Reference:
             return
         else:
             model = copy.deepcopy(policy.model)
-            model.activation_checkpointing_disable()
+            model.gradient_checkpointing_disable()
         self._own = PackedModel(model.requires_grad_(False).eval().to(policy.model.device))
 
     @property

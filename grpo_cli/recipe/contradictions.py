@@ -6,11 +6,13 @@ this module only sees values that are valid one by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from grpo_cli.recipe.schema import (
     DATA_FILE_SUFFIXES,
     RATIO_CLIPPING_LOSSES,
+    GenerationConfig,
     LossConfig,
     OptimConfig,
     Recipe,
@@ -27,6 +29,8 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _model_contradictions(recipe)
     yield from _reward_contradictions(recipe)
     yield from _loss_contradictions(recipe.loss)
+    yield from _sampler_contradictions(recipe)
+    yield from _engine_contradictions(recipe.generation)
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
     for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
@@ -113,6 +117,69 @@ def _loss_contradictions(loss: LossConfig) -> Iterator[Finding]:
         for key in ("bias_corrected_kl", "kl_estimator"):
             if _is_set(loss, key):
                 yield f"loss.{key}", "needs loss.beta above 0; set loss.beta, or remove it"
+
+
+def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    loss, correction = recipe.loss, recipe.loss.sampler_correction
+    if correction is not None:
+        key = "loss.sampler_correction"
+        if loss.type == "vespo" and correction.mode.startswith("sequence"):
+            mode = correction.mode.replace("sequence", "token")
+            yield f"{key}.mode", f"weighs whole completions, as type vespo does by itself; write {mode}"
+        low, high = correction.clip_min or 0.0, correction.clip_max or math.inf
+        if correction.clip_min is None and correction.clip_max is None:
+            yield f"{key}.clip_max", "is empty, as clip_min is, so nothing bounds the weights; write 3.0"
+        elif low >= high:
+            yield f"{key}.clip_min", f"must lie below clip_max = {high:g}; lower it, or raise clip_max"
+        elif not low <= 1 <= high:
+            yield (
+                key,
+                f"bounds weights to {low:g}..{high:g}, but where nothing is to correct they are 1; include it",
+            )
+    users = " and ".join(
+        f"loss.{key}" for key in ("sampler_correction", "off_policy_threshold") if getattr(loss, key) is not None
+    )
+    if users and recipe.generation.engine != "transformers":
+        for key in ("top_p", "top_k", "min_p", "repetition_penalty"):
+            if _is_set(recipe.generation, key):
+                yield (
+                    f"generation.{key}",
+                    f"changes the distribution whose log-probabilities {recipe.generation.engine} reports, and "
+                    f"{users} would compare it with the policy's unchanged one; remove {key}, or {users}",
+                )
+
+
+RESERVED_VLLM_ARGUMENTS = {
+    "model": "model.name",
+    "tensor_parallel_size": "generation.server.tensor_parallel_size",
+    "api_key": "generation.server.api_key_file",
+    "port": "generation.server.port",
+}
+"""Engine arguments that have a key of their own, which says it better."""
+
+
+def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
+    server, engine = generation.server, generation.engine
+    if engine != "vllm_server" and server is not None:
+        yield "generation.server", f"is for engine: vllm_server (it is {engine}); remove it, or change the engine"
+    elif engine == "vllm_server" and (server is None or bool(server.urls) == server.spawn):
+        yield (
+            "generation.server",
+            "needs exactly one of urls (servers that run) and spawn: true (one that this run starts)",
+        )
+    elif server is not None and server.urls:
+        for key in ("port", "tensor_parallel_size"):
+            if _is_set(server, key):
+                yield f"generation.server.{key}", "is for spawn: true; the servers in urls have their own"
+        if len(set(server.urls)) < len(server.urls):
+            yield "generation.server.urls", "names a server twice; remove one"
+    elif server is not None and server.api_key_file is not None:
+        yield "generation.server.api_key_file", "is for urls; a spawned server has a key of its own"
+    if generation.vllm and (engine == "transformers" or (server is not None and not server.spawn)):
+        yield "generation.vllm", "has no server or engine to go to; pass the options to grpo serve, or remove it"
+    for name in generation.vllm:
+        if name.replace("-", "_") in RESERVED_VLLM_ARGUMENTS:
+            yield f"generation.vllm.{name}", f"has a key of its own: {RESERVED_VLLM_ARGUMENTS[name]}"
 
 
 def _optim_contradictions(optim: OptimConfig) -> Iterator[Finding]:

@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from grpo_cli.recipe.addresses import server_url
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -168,9 +170,27 @@ def reward_from_string(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
+class ServerConfig(Section):
+    _paths = field_validator("api_key_file")(possible_path)
+
+    urls: list[Annotated[str, AfterValidator(server_url)]] = []
+    """Servers that run already: `HOST[:PORT]` or URL. All get the weights, and share the prompts by load."""
+    spawn: bool = False
+    """Start a server on this machine, and stop it at the end."""
+    port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the spawned server; a free one if empty."""
+    tensor_parallel_size: int = Field(default=1, ge=1)
+    """GPUs of the spawned server."""
+    api_key_file: str | None = None
+    """File with the key of the servers in `urls`, the same as their `--api-key-file`."""
+    timeout_s: float = Field(default=600, gt=0)
+    """Longest time that a server may be silent or away; then the run ends with a checkpoint."""
+
+
 class GenerationConfig(Section):
-    engine: Literal["transformers"] = "transformers"
-    """What generates completions: `transformers` runs in the training process, on the policy itself."""
+    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
+    """What generates completions: `transformers` the policy itself, `vllm` vLLM in the training process,
+    `vllm_server` one or several `grpo serve`."""
     num_generations: int = Field(default=8, ge=2)
     """Completions per prompt: the size of a group."""
     max_completion_tokens: int = Field(default=512, ge=1)
@@ -187,6 +207,25 @@ class GenerationConfig(Section):
     """Above 1, tokens of the prompt and the completion so far become less likely."""
     stop: list[Annotated[str, Field(min_length=1)]] = []
     """Strings that end a completion; the text handed to rewards ends before them."""
+    server: ServerConfig | None = None
+    """The servers of `engine: vllm_server`."""
+    vllm: dict[str, Any] = {}
+    """vLLM's engine arguments, such as `max_model_len: 4096`, for `engine: vllm` and for a spawned server."""
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether tokens are drawn from another distribution than softmax(logits / temperature)."""
+        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
+
+
+class SamplerCorrectionConfig(Section):
+    mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    """Weigh each token, or each completion as a whole; a weight outside the bounds is moved to the bound
+    (truncate) or becomes 0 (mask)."""
+    clip_min: float | None = Field(default=None, gt=0)
+    """Lower bound of the weight, policy over sampler; none if empty."""
+    clip_max: float | None = Field(default=3.0, gt=0)
+    """Upper bound of the weight; none if empty."""
 
 
 class LossConfig(Section):
@@ -214,6 +253,8 @@ class LossConfig(Section):
     """Leave completions that hit `generation.max_completion_tokens` out of the loss."""
     off_policy_threshold: float | None = Field(default=None, gt=0)
     """Drop completions with a negative advantage that drifted further than this mean log-ratio."""
+    sampler_correction: SamplerCorrectionConfig | None = None
+    """Weigh the policy loss by policy over sampler, where another engine samples; `{}` takes the defaults."""
     top_entropy_quantile: float = Field(default=1.0, gt=0, le=1)
     """Train only on this fraction of tokens, those of highest entropy."""
     entropy_coef: float = Field(default=0.0, ge=0)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_cli.errors import RunError, StoppedBySignal, UserError
+from grpo_cli.errors import RunError, StoppedEarly, UserError
 from grpo_cli.reward.registry import RewardFunction, is_async
 from grpo_cli.reward.values import Unusable, checked_values, shortened
 
@@ -32,7 +32,7 @@ logger = logging.getLogger("grpo_cli")
 
 PACKAGE = Path(__file__).parents[1]
 
-PASSED_ON = (KeyboardInterrupt, StoppedBySignal)
+PASSED_ON = (KeyboardInterrupt, StoppedEarly)
 """What ends the run wherever it is raised, and so is no error of the function that was running."""
 
 GRACE_S = 1.0

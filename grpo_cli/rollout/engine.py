@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -17,7 +17,8 @@ class Completion:
     token_ids: list[int]
     """Sampled tokens, the end-of-sequence token included."""
     logprobs: list[float]
-    """Log-probability of each token under softmax(logits / temperature) when it was sampled."""
+    """Log-probability of each token under softmax(logits / temperature) when it was sampled; NaN where the engine
+    knows only that of a filtered distribution."""
     finish_reason: Literal["stop", "length"]
     """`length` when the completion was cut off at `max_completion_tokens`."""
     text: str
@@ -30,6 +31,21 @@ OnGroup = Callable[[int, list[Completion]], None]
 
 class RolloutEngine(Protocol):
     """Generates groups of completions."""
+
+    def update_weights(self, version: int) -> int:
+        """Generate with the policy's present weights from now on. It comes before what follows the policy's
+        last update, and after `release_memory`.
+
+        Args:
+            version: of the weights: the training steps that they have seen.
+
+        Returns:
+            Bytes that were moved; 0 where the engine computes with the policy itself.
+
+        Raises:
+            ServerLost: a server stayed away.
+        """
+        ...
 
     def generate(
         self,
@@ -53,6 +69,21 @@ class RolloutEngine(Protocol):
             One list of completions for each prompt.
         """
         ...
+
+    def release_memory(self) -> None:
+        """Generation is over for now: leave the device to training."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what the engine has started."""
+        ...
+
+
+def decoded(tokenizer: Any, token_ids: Sequence[int], stop: Sequence[str]) -> str:
+    """Text of a completion without special tokens, up to the first stop string in it."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
+    ends = [text.find(string) for string in stop if string in text]
+    return text[: min(ends)] if ends else text
 
 
 def sample_uniforms(key: SampleKey, sample: int, length: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel, steady_positions
 from grpo_cli.policy.model import evaluating
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, sample_uniforms
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded, sample_uniforms
 from grpo_cli.rollout.memory import Memory, RowMemory
 from grpo_cli.rollout.sampling import logits_processors, sample_tokens
 from grpo_cli.rollout.shared_prompt_memory import SharedPromptMemory, filled_holes
@@ -44,6 +44,16 @@ class TransformersEngine:
         self.config = config
         self.autocast = autocast
         self.eos_token_ids = eos_token_ids(policy.model, tokenizer)
+
+    def update_weights(self, version: int) -> int:
+        """Nothing to do: the policy's own weights generate."""
+        return 0
+
+    def release_memory(self) -> None:
+        """Nothing: what a call takes, it gives back when it ends."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
 
     @torch.inference_mode()
     def generate(
@@ -94,9 +104,7 @@ class TransformersEngine:
 
     def completion(self, token_ids: list[int], logprobs: list[float], stopped: bool) -> Completion:
         """A finished row's tokens, and their text up to a stop string."""
-        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
-        ends = [text.find(stop) for stop in self.config.stop if stop in text]
-        text = text[: min(ends)] if ends else text
+        text = decoded(self.tokenizer, token_ids, self.config.stop)
         return Completion(token_ids, logprobs, "stop" if stopped else "length", text)
 
     def hits_stop_string(self, token_ids: list[int]) -> bool:

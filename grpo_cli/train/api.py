@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 
-from grpo_cli.errors import UserError
+from grpo_cli.errors import ServerLost, StoppedEarly, UserError
 from grpo_cli.recipe.load import apply_override, read_recipe, validate
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
@@ -78,7 +80,7 @@ def train(
     Raises:
         UserError: the recipe or something that it names is wrong; nothing was trained.
         RunError: the run failed; its checkpoints are kept.
-        StoppedBySignal: SIGINT, SIGTERM or SIGUSR1 came; a checkpoint was written.
+        StoppedEarly: SIGINT, SIGTERM or SIGUSR1 came, or a rollout server stays away; a checkpoint was written.
     """
     if optimizer is not None and model is None:
         raise UserError("optimizer: an optimizer object needs the model object whose parameters it holds")
@@ -89,13 +91,20 @@ def train(
     check_trackers(loaded.logging.trackers)
     check_run_folder(loaded, resume=resume)
     with explained_failures(loaded), deterministic_kernels():
-        run = build_run(loaded, objects)
-        with StopRequest() as stop_request, Display(console, run.max_steps, loaded.logging.every) as display:
-            session = Session(run, objects, stop_request, display)
+        run = build_run(loaded, objects, note=lambda text: console.print(escape(text), soft_wrap=True))
+        with (
+            closing(run.engine),
+            StopRequest() as stop_request,
+            Display(console, run.max_steps, loaded.logging.every) as display,
+            closing(Session(run, objects, stop_request, display)) as session,
+        ):
             try:
                 return _train(run, session)
-            finally:
-                session.close()
+            except ServerLost as lost:
+                session.save_checkpoint()
+                raise StoppedEarly(
+                    f"{lost}\nstopped after step {session.position.step}; continue with --resume"
+                ) from lost
 
 
 def _train(run: Run, session: Session) -> TrainResult:
@@ -104,12 +113,12 @@ def _train(run: Run, session: Session) -> TrainResult:
         run.notes.append(f"resuming from {session.resumed_from}")
     for note in run.notes:
         display.note(note)
-    before = _showcase(run) if session.position.step == 0 else None
+    before = _showcase(run, 0) if session.position.step == 0 else None
     session.start()
     train_loop(run, session)
     notify(session.callbacks, "on_train_end", session.state)
     final = save_final(run.model, run.tokenizer, folder)
-    for title, rollout in (("before training", before), ("after training", _showcase(run))):
+    for title, rollout in (("before training", before), ("after training", _showcase(run, session.position.step))):
         if rollout is not None:
             scores = torch.from_numpy(run.scorer.score(rollout.scoring_batch(), step=session.position.step))
             display.completions(title, rollout, run.scorer.names, scores)
@@ -123,8 +132,9 @@ def _train(run: Run, session: Session) -> TrainResult:
     return TrainResult(folder, history, run.model, run.tokenizer)
 
 
-def _showcase(run: Run) -> Rollout | None:
+def _showcase(run: Run, step: int) -> Rollout | None:
     """One completion for each of three prompts, the same ones whenever it is called."""
+    run.engine.update_weights(step)
     if not run.recipe.logging.print_completions:
         return None
     data = run.eval_dataset or run.dataset

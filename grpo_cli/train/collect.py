@@ -39,6 +39,13 @@ def collect_groups(run: Run, scorer: BackgroundScorer, step: int, clock: StepClo
     Raises:
         RewardError: a reward function failed.
     """
+    try:
+        return _collect(run, scorer, step, clock)
+    finally:
+        run.engine.release_memory()
+
+
+def _collect(run: Run, scorer: BackgroundScorer, step: int, clock: StepClock) -> Collected:
     drop, wanted = run.recipe.loss.drop_zero_variance_groups, run.recipe.train.prompts_per_step
     rollout, scores = _generate(run, scorer, step, clock, run.sampler.at(step), first=0)
     if not drop:

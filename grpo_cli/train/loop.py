@@ -26,7 +26,8 @@ def train_loop(run: Run, session: Session) -> None:
     Raises:
         RewardError: a reward function failed.
         RunError: a gradient was not finite, or a checkpoint could not be written.
-        StoppedBySignal: after the checkpoint that a signal asked for.
+        StoppedEarly: after the checkpoint that a signal asked for.
+        ServerLost: a rollout server stays away; the session's position and the policy go together.
     """
     config, loss_config = run.recipe.train, run.recipe.loss
     group_size, width = run.recipe.generation.num_generations, run.recipe.generation.max_completion_tokens
@@ -37,6 +38,8 @@ def train_loop(run: Run, session: Session) -> None:
         run.seed_step(step)
         clock = StepClock()
 
+        with clock("sync"):
+            sync_bytes = run.engine.update_weights(step)
         collected = collect_groups(run, scorer, step, clock)  # and scored, in part while others generate
         rollout, kept = collected.rollout, collected.kept
         with clock("train"):
@@ -69,6 +72,7 @@ def train_loop(run: Run, session: Session) -> None:
                         normalizer=normalizer,
                         ref_logprobs=tensors.ref_logprobs_of(pack),
                         sampling_logprobs=tensors.sampling_logprobs_of(pack),
+                        importance_ratio=tensors.sampler_ratio_of(pack, logprobs, loss_config.sampler_correction),
                         entropies=entropies,
                         entropy_threshold=update.entropy_threshold,
                     )
@@ -79,6 +83,7 @@ def train_loop(run: Run, session: Session) -> None:
         session.position = session.position.advance(rollout.num_tokens())
         metrics = means.result() | collected.metrics | completion_metrics(rollout.completions)
         metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(groups)
+        metrics["sync/bytes"] = sync_bytes
         metrics |= reward_metrics(rewards, run.scorer.names, run.scorer.weights, group_size)
         session.finish_step(metrics, clock, rollout, rewards, advantages)
         if session.state.stop:

@@ -23,7 +23,7 @@ Metrics = dict[str, float]
 
 
 class MetricMeans:
-    """Combines the metrics of micro-batches: means by their weights, `_min` and `_max` by extremes."""
+    """Combines the metrics of micro-batches: means by their weights, the others by extremes."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
@@ -35,7 +35,7 @@ class MetricMeans:
             if name in output.weights:
                 self.add_value(name, value, output.weights[name])
             else:
-                pick = min if name.endswith("_min") else max
+                pick = min if name.endswith(("_min", "/min")) else max
                 self._extremes[name] = pick(self._extremes.get(name, value), value)
 
     def add_value(self, name: str, value: float, weight: float = 1.0) -> None:

@@ -30,7 +30,7 @@ from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.engine import RolloutEngine
-from grpo_cli.rollout.transformers_engine import TransformersEngine
+from grpo_cli.train.engines import build_engine
 
 TRAIN_STREAM = 0
 """Rollouts draw from this stream of random numbers; evaluations have their own."""
@@ -166,8 +166,10 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
     return Scorer(functions)
 
 
-def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) -> Run:
-    """Load data, rewards and model.
+def build_run(
+    recipe: Recipe, objects: Objects, *, with_reference: bool = True, note: Callable[[str], None] = print
+) -> Run:
+    """Load data, rewards and model; `note` is told what takes long. The caller closes the run's engine.
 
     Raises:
         UserError: something that the recipe names cannot be used.
@@ -186,7 +188,7 @@ def build_run(recipe: Recipe, objects: Objects, *, with_reference: bool = True) 
     with autocast():  # the self-check sees the precision that training will have
         policy = PackedModel(model.to(accelerator.device))
         reference = Reference(policy, recipe.model) if with_reference and recipe.loss.beta > 0 else None
-    engine = TransformersEngine(policy, tokenizer, recipe.generation, autocast)
+    engine = build_engine(recipe, policy, tokenizer, autocast, note)
     run = Run(
         recipe=recipe,
         folder=Path(recipe.train.output_dir).expanduser(),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grpo_cli.errors import StoppedBySignal
+from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
 from grpo_cli.train.checkpoint import Position, load_checkpoint, open_run_folder, save_checkpoint
@@ -71,7 +71,8 @@ class Session:
         """Evaluate, log, checkpoint, and stop if asked to, in this order.
 
         Raises:
-            StoppedBySignal: after its checkpoint was written.
+            StoppedEarly: after its checkpoint was written.
+            ServerLost: a rollout server stays away; the step is logged, without its evaluation.
             RunError: a checkpoint could not be written.
         """
         run, step = self.run, self.position.step
@@ -81,26 +82,33 @@ class Session:
         save_completions(run.folder, step, rollout, run.scorer.names, rewards, advantages)
         notify(self.callbacks, "on_step_end", self.state)
         is_last = step == run.max_steps or self.state.stop
+        lost: ServerLost | None = None
         if run.eval_dataset is not None and (is_last or _is_due(step, run.recipe.train.eval_every)):
-            self.state.metrics |= self._evaluate(step)
-            notify(self.callbacks, "on_evaluate", self.state)
+            try:
+                self.state.metrics |= self._evaluate(step)
+                notify(self.callbacks, "on_evaluate", self.state)
+            except ServerLost as error:
+                lost = error
         self.metrics_file.append(self.state.metrics)
         self.trackers.log(self.state.metrics, step)
         self.display.step(self.state.metrics)
         if _is_due(step, run.recipe.logging.print_completions):
             self.display.completions(f"step {step}", rollout, run.scorer.names, rewards)
+        if lost is not None:
+            raise lost
         stop = self.stop_request.name
         save_every = run.recipe.train.save_every
         if stop or _is_due(step, save_every) or (save_every and is_last):
-            self._save_checkpoint()
+            self.save_checkpoint()
         if stop and step < run.max_steps:
-            raise StoppedBySignal(f"{stop}: stopped after step {step}; continue with --resume")
+            raise StoppedEarly(f"{stop}: stopped after step {step}; continue with --resume")
 
     def _evaluate(self, step: int) -> Metrics:
         run = self.run
         assert run.eval_dataset is not None
         clock = StepClock()
         with clock("eval"):
+            run.engine.update_weights(step)
             metrics = evaluate(
                 run.engine,
                 run.scorer,
@@ -110,9 +118,15 @@ class Session:
                 num_generations=run.recipe.generation.num_generations,
                 prompts_per_batch=run.recipe.train.prompts_per_step,
             )
+            run.engine.release_memory()
         return metrics | {"time/eval": clock.seconds["eval"]}
 
-    def _save_checkpoint(self) -> None:
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the position between two steps.
+
+        Raises:
+            RunError: the disk refused; earlier checkpoints are as they were.
+        """
         path = save_checkpoint(
             self.run.folder,
             self.position,

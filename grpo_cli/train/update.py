@@ -11,9 +11,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo_cli.algorithm.losses import LossOutput, groups_to_forward, high_entropy_threshold
 from grpo_cli.algorithm.packing import Group, Pack, pack_groups
+from grpo_cli.algorithm.sampler_correction import sampler_ratio
 from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import evaluating
+from grpo_cli.recipe.schema import SamplerCorrectionConfig
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
 from grpo_cli.train.run import Run, automatic_microbatch_tokens
@@ -34,7 +36,7 @@ class StepTensors:
 
     trained: torch.Tensor  # (N,) False for completions that stay out of the loss
     mask: torch.Tensor  # (N, T) 1 on tokens that are trained on
-    sampling_logprobs: torch.Tensor  # (N, T)
+    sampling_logprobs: torch.Tensor  # (N, T) NaN where the engine did not report one
     ref_logprobs: torch.Tensor | None  # (N, T)
     old_logprobs: torch.Tensor  # (N, T) under the policy that sampled, where `has_old` says so
     has_old: torch.Tensor  # (N,)
@@ -91,6 +93,15 @@ class StepTensors:
         self.old_logprobs[samples, : pack.mask.shape[1]] = logprobs.detach().cpu()
         self.has_old[samples] = True
         return logprobs.detach()
+
+    def sampler_ratio_of(
+        self, pack: Pack, logprobs: torch.Tensor, config: SamplerCorrectionConfig | None
+    ) -> torch.Tensor | None:
+        """(B, T) or (B, 1), old policy over sampler; None without a correction."""
+        if config is None:
+            return None
+        old = self.old_logprobs_of(pack, logprobs)
+        return sampler_ratio(old, self.sampling_logprobs_of(pack), self.mask_of(pack), config)
 
     def ref_logprobs_of(self, pack: Pack) -> torch.Tensor | None:
         """(B, T)"""

@@ -212,7 +212,7 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     model = build(SHARING[name]())
     without_dropout(model)
     expected = one_by_one(model, ragged())
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     assert_same(outputs(PackedModel(model), ragged(), 1000, shared_prompt=True), expected)
 

@@ -26,6 +26,34 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"model": {"dtype": "bfloat16", "compute_dtype": "float32"}}, "model.compute_dtype", "write dtype: float32"),
     ({"data": {"name": "rows.csv", "split": "test"}}, "data.split", "is a file and has no splits; remove it"),
     ({"model": {"name": "m.gguf", "gguf_file": "n.gguf"}}, "model.gguf_file", "keep one of them"),
+    ({"generation": {"server": {"spawn": True}}}, "generation.server", "remove it, or change the engine"),
+    ({"generation": {"engine": "vllm_server"}}, "generation.server", "needs exactly one of urls"),
+    (
+        {"generation": {"engine": "vllm_server", "server": {"spawn": True, "urls": ["a"]}}},
+        "generation.server",
+        "needs exactly one of urls",
+    ),
+    (
+        {"generation": {"engine": "vllm_server", "server": {"urls": ["a"], "port": 8001}}},
+        "generation.server.port",
+        "is for spawn: true",
+    ),
+    (
+        {"generation": {"engine": "vllm_server", "server": {"urls": ["a", "http://a:8000/"]}}},
+        "generation.server.urls",
+        "names a server twice",
+    ),
+    (
+        {"generation": {"engine": "vllm_server", "server": {"spawn": True, "api_key_file": "k"}}},
+        "generation.server.api_key_file",
+        "a spawned server has a key of its own",
+    ),
+    ({"generation": {"vllm": {"max_model_len": 9}}}, "generation.vllm", "has no server or engine to go to"),
+    (
+        {"generation": {"engine": "vllm", "vllm": {"model": "m"}}},
+        "generation.vllm.model",
+        "has a key of its own: model.name",
+    ),
     ({"rewards": [{}]}, "rewards.0", "needs exactly one of path (module:function) and model"),
     ({"rewards": ["a:b", {"path": "a:c", "model": "m"}]}, "rewards.1", "needs exactly one of path"),
     ({"rewards": ["a:b", "c:b"]}, "rewards.1.name", "as for rewards.0; give one of them another name"),
@@ -60,6 +88,32 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "remove one of them",
     ),
     ({"loss": {"bias_corrected_kl": True}}, "loss.bias_corrected_kl", "needs loss.beta above 0"),
+    (
+        {"loss": {"type": "vespo", "sampler_correction": {"mode": "sequence_mask"}}},
+        "loss.sampler_correction.mode",
+        "write token_mask",
+    ),
+    (
+        {"loss": {"sampler_correction": {"mode": "token_mask", "clip_max": None}}},
+        "loss.sampler_correction.clip_max",
+        "nothing bounds the weights; write 3.0",
+    ),
+    (
+        {"loss": {"sampler_correction": {"clip_min": 2.0, "clip_max": 1.5}}},
+        "loss.sampler_correction.clip_min",
+        "must lie below clip_max = 1.5; lower it, or raise clip_max",
+    ),
+    ({"loss": {"sampler_correction": {"clip_max": 0.2}}}, "loss.sampler_correction", "weights to 0..0.2, but"),
+    (
+        {"loss": {"sampler_correction": {}}, "generation": {"engine": "vllm", "top_p": 0.9}},
+        "generation.top_p",
+        "remove top_p, or loss.sampler_correction",
+    ),
+    (
+        {"loss": {"sampler_correction": {"clip_min": 1.5, "clip_max": None}}},
+        "loss.sampler_correction",
+        "bounds weights to 1.5..inf, but where nothing is to correct they are 1; include it",
+    ),
     ({"loss": {"kl_estimator": "k1"}}, "loss.kl_estimator", "set loss.beta, or remove it"),
     ({"optim": {"params": {"a": 1}}}, "optim.params", "is for a factory; adamw takes betas and weight_decay"),
     ({"optim": {"name": "sgd"}}, "optim.name", "must be adamw or module:factory, not 'sgd'"),
@@ -99,6 +153,10 @@ FINE: list[dict[str, Any]] = [
     {"loss": {"drop_zero_variance_groups": "resample", "scale_rewards": "batch", "beta": 0.1}},
     {"loss": {"aggregation": "normalize_then_sum", "scale_rewards": "group"}},
     {"loss": {"beta": 0.1, "kl_estimator": "k1", "bias_corrected_kl": True}},
+    {"loss": {"sampler_correction": {}}, "generation": {"top_p": 0.9, "top_k": 5}},
+    {"loss": {"off_policy_threshold": 0.5}, "generation": {"min_p": 0.1, "repetition_penalty": 1.1}},
+    {"loss": {"type": "vespo", "sampler_correction": {"mode": "token_mask", "clip_min": 0.5}}},
+    {"loss": {"sampler_correction": {"mode": "sequence_truncate", "clip_min": 0.5, "clip_max": None}}},
     {"optim": {"name": "a:b", "params": {"x": 1}}},
     {"optim": {"name": "a:b", "betas": [0.9, 0.999]}},
     {"optim": {"scheduler": "constant_with_warmup", "warmup_ratio": 0.1}},
@@ -133,6 +191,31 @@ def test_a_contradiction_is_found_once_and_says_what_to_write(
 @pytest.mark.parametrize("changes", FINE, ids=str)
 def test_settings_that_fit_together_are_left_alone(changes: dict[str, Any]) -> None:
     assert list(contradictions(load_recipe(with_changes(changes)))) == []
+
+
+FILTERED: dict[str, dict[str, Any]] = {
+    "top_p": {"generation": {"top_p": 0.9}, "loss": {"sampler_correction": {}}},
+    "top_k": {"generation": {"top_k": 5}, "loss": {"off_policy_threshold": 0.5}},
+    "min_p": {"generation": {"min_p": 0.1}, "loss": {"sampler_correction": {}, "off_policy_threshold": 0.5}},
+    "repetition_penalty": {"generation": {"repetition_penalty": 1.1}, "loss": {"sampler_correction": {}}},
+}
+"""Settings that an engine outside of the training process cannot be compared with the policy under."""
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+@pytest.mark.parametrize("key", FILTERED)
+def test_log_probabilities_of_a_filtered_distribution_are_not_compared(engine: str, key: str) -> None:
+    def findings_of(loss: dict[str, Any], generation: dict[str, Any]) -> dict[str, str]:
+        changes = {"loss": loss, "generation": {"engine": engine} | generation}
+        return dict(contradictions(Recipe.model_validate(with_changes(changes))))
+
+    loss, generation = FILTERED[key]["loss"], FILTERED[key]["generation"]
+    findings = findings_of(loss, generation)
+    users = " and ".join(f"loss.{name}" for name in loss)
+    assert f"whose log-probabilities {engine} reports" in findings[f"generation.{key}"]
+    assert findings[f"generation.{key}"].endswith(f"remove {key}, or {users}")
+    for fine in (findings_of({}, generation), findings_of(loss, {})):
+        assert f"generation.{key}" not in fine
 
 
 def test_contradictions_of_different_sections_come_together() -> None:

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "loss.aggregation": "sum_then_normalize",
     "loss.mask_truncated": False,
     "loss.off_policy_threshold": None,
+    "loss.sampler_correction": None,
     "loss.top_entropy_quantile": 1.0,
     "loss.entropy_coef": 0.0,
     "optim.name": "adamw",

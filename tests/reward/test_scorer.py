@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_cli.errors import StoppedBySignal, UserError
+from grpo_cli.errors import StoppedEarly, UserError
 from grpo_cli.reward import scorer as scorer_module
 from grpo_cli.reward.registry import RewardFunction, reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
@@ -514,7 +514,7 @@ def test_a_cancelled_task_is_an_error_of_the_function() -> None:
 
 
 @pytest.mark.parametrize("kind", ["plain", "timed", "async"])
-@pytest.mark.parametrize("signal", [KeyboardInterrupt, StoppedBySignal])
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, StoppedEarly])
 def test_an_interrupt_is_never_swallowed(kind: str, signal: type[BaseException]) -> None:
     def interrupted(**_: Any) -> list[float]:
         raise signal

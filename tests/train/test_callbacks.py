@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_cli.errors import RunError, StoppedBySignal, UserError
+from grpo_cli.errors import RunError, StoppedEarly, UserError
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.train.callbacks import EVENTS, Callback, TrainState, check_callback, load_callbacks, notify
 
@@ -123,7 +123,7 @@ def test_a_callback_that_fails_ends_the_run_with_its_name_and_line(state: TrainS
         notify([Fails()], "on_evaluate", state)
 
 
-@pytest.mark.parametrize("error", [UserError("x"), RunError("y"), StoppedBySignal("z"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [UserError("x"), RunError("y"), StoppedEarly("z"), KeyboardInterrupt()])
 def test_errors_that_are_meant_for_the_user_pass_through(state: TrainState, error: BaseException) -> None:
     def fail(_: TrainState) -> None:
         raise error

@@ -1,0 +1,278 @@
+"""One `grpo serve` as the trainer sees it: every call has a timeout, and an error that names the server."""
+
+from __future__ import annotations
+
+import random
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+import torch
+from pydantic import ValidationError
+
+from grpo_cli.errors import RunError, UserError
+from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.serve import protocol, wire
+from grpo_cli.serve.protocol import (
+    BeginWeights,
+    Body,
+    Committed,
+    CommitWeights,
+    GenerateRequest,
+    GenerateResponse,
+    Rendezvous,
+    ServerInfo,
+    Staging,
+    Weights,
+)
+
+CONNECT_TIMEOUT_S = 10.0
+LONGEST_PAUSE_S = 5.0
+"""Between two attempts to reach a server that is away."""
+
+Answer = TypeVar("Answer", bound=Body)
+
+
+class ServerAway(Exception):
+    """The server cannot be reached, broke off, or says that it is not well: it may come back."""
+
+
+class WrongWeights(Exception):
+    """The server has other weights than the ones that are wanted, or none that are whole."""
+
+
+class RolloutServer:
+    """Speaks to one server.
+
+    Args:
+        url: base URL.
+        key: sent with every request.
+        timeout_s: longest silence of the server before it counts as away, and longest wait for it to come back.
+        limit: most connections at a time.
+    """
+
+    def __init__(self, url: str, key: str | None, timeout_s: float, limit: int = 512) -> None:
+        self.url = url
+        self.timeout_s = timeout_s
+        self.lock = threading.Lock()
+        """Held while the server is sent weights or waited for."""
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        timeout = httpx2.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None)
+        limits = httpx2.Limits(max_connections=limit, max_keepalive_connections=limit)
+        # No proxy from the environment: weights and key are for this server alone.
+        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._group: _Group | None = None
+
+    def info(self) -> ServerInfo:
+        """What the server says of itself.
+
+        Raises:
+            ServerAway, UserError, RunError: see `_call`.
+        """
+        return self._call(ServerInfo, "GET", protocol.INFO)
+
+    def wait_until_ready(self, still_there: Callable[[], None] = lambda: None) -> ServerInfo:
+        """Ask until the server answers.
+
+        Args:
+            still_there: called before each attempt; raises if there is no point in waiting.
+
+        Raises:
+            ServerAway: it did not within `timeout_s`.
+        """
+        deadline, pause = time.monotonic() + self.timeout_s, 0.1
+        while True:
+            still_there()
+            try:
+                return self.info()
+            except ServerAway as error:
+                if time.monotonic() + pause > deadline:
+                    raise ServerAway(f"{error}, and for {self.timeout_s:g} s before") from error
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def generate(self, request: GenerateRequest) -> GenerateResponse:
+        """Generate one group.
+
+        Raises:
+            WrongWeights: the server does not have `request.weights`.
+            ServerAway: it broke off, or was interrupted.
+            UserError, RunError: see `_call`.
+        """
+        response = self._call(GenerateResponse, "POST", protocol.GENERATE, request)
+        if response.interrupted is not None:
+            raise ServerAway(f"{self.url}: {response.interrupted}")
+        if response.weights != request.weights and request.weights is not None:
+            raise WrongWeights(f"{self.url} generated with {response.weights}")
+        return response
+
+    def send_weights(self, weights: Weights, policy: PolicyWeights) -> int:
+        """Give the server the policy's weights under the name `weights`; return the bytes that were moved.
+
+        Raises:
+            ServerAway: it broke off; it generates nothing before it has got a whole set.
+            RunError: what the server got is not what was sent.
+        """
+        info = self.info()
+        specs = policy.specs(info.dtype)
+        buckets = wire.plan_buckets(specs)
+        begin = BeginWeights(weights=weights, tensors=specs)
+        if self._shares_memory(info) and not self._can_use_nccl(info, policy):
+            staging = self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, begin)
+            assert staging.path is not None
+            digest = _fill_memory(staging.path, buckets, policy)
+            commit = CommitWeights(weights=weights, digest=digest)
+            committed = self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit)
+        else:
+            committed, digest = self._broadcast(begin, info, buckets, policy)
+        if committed.digest != digest or committed.weights != weights:
+            raise RunError(
+                f"{self.url} has got {committed.weights} with digest {committed.digest}, sent was {weights} "
+                f"with {digest}"
+            )
+        return wire.total_bytes(buckets)
+
+    def _shares_memory(self, info: ServerInfo) -> bool:
+        try:
+            return Path(info.memory_probe).read_text() == info.instance
+        except OSError:
+            return False
+
+    def _can_use_nccl(self, info: ServerInfo, policy: PolicyWeights) -> bool:
+        """Whether both sides compute on GPUs, and not on the same one, which NCCL refuses."""
+        if info.device != "cuda" or policy.device.type != "cuda":
+            return False
+        return not self._shares_memory(info) or torch.cuda.device_count() > info.world_size
+
+    def _broadcast(
+        self, begin: BeginWeights, info: ServerInfo, buckets: list[wire.Bucket], policy: PolicyWeights
+    ) -> tuple[Committed, str]:
+        backend = "nccl" if self._can_use_nccl(info, policy) else "gloo"
+        if self._group is None or self._group.instance != info.instance:
+            self._group = _Group(self.url, backend, info, self.timeout_s)
+        group, digest = self._group, wire.Digest()
+        device = policy.device if backend == "nccl" else torch.device("cpu")
+        self._call(
+            Staging, "POST", protocol.BEGIN_WEIGHTS, begin.model_copy(update={"rendezvous": group.rendezvous})
+        )
+        sender = threading.Thread(target=group.send, args=(buckets, policy, device, digest), daemon=True)
+        sender.start()
+        try:
+            committed = self._call(
+                Committed, "POST", protocol.COMMIT_WEIGHTS, CommitWeights(weights=begin.weights)
+            )
+        except Exception:
+            self._group = None  # the workers have left it
+            raise
+        sender.join()
+        return committed, digest.hexdigest()
+
+    def _call(self, answer: type[Answer], method: str, path: str, body: Body | None = None) -> Answer:
+        """Send a request and read its answer.
+
+        Raises:
+            ServerAway: no connection, silence, or a status from 500.
+            WrongWeights: status 409.
+            UserError: the server wants a key, or another one.
+            RunError: the server refuses the request, or is no `grpo serve` of this version.
+        """
+        content = None if body is None else body.model_dump_json()
+        headers = {"Content-Type": "application/json"}
+        try:
+            response = self._http.request(method, path, content=content, headers=headers)
+        except (httpx2.TransportError, httpx2.DecodingError) as error:
+            raise ServerAway(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
+        if response.status_code == 401:
+            raise UserError(
+                f"{self.url} wants the key of its --api-key-file; set generation.server.api_key_file to that file"
+            )
+        if response.status_code == 409:
+            raise WrongWeights(f"{self.url}: {_detail(response)}")
+        if response.status_code >= 500 and response.status_code != 507:
+            raise ServerAway(f"{self.url}: {_detail(response)}")
+        if response.status_code != 200:
+            raise RunError(f"{self.url}{path} answers {response.status_code}: {_detail(response)}")
+        try:
+            return answer.model_validate_json(response.content)
+        except ValidationError as error:
+            raise RunError(
+                f"{self.url} is no grpo serve of this version: {path} gives {_detail(response)}"
+            ) from error
+
+    def close(self) -> None:
+        self._http.close()
+
+
+class _Group:
+    """A process group with the workers of one server, in which this process is rank 0."""
+
+    def __init__(self, url: str, backend: Any, info: ServerInfo, timeout_s: float) -> None:
+        self.instance = info.instance
+        self._timeout_s = timeout_s
+        self._world_size = 1 + info.world_size
+        self._host = _address_towards(url)
+        # Bound to the one address that leads to the server, not to all of this machine's.
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.create_server((self._host, 0), family=family)
+        port = listener.getsockname()[1]
+        self._store = wire.TCPStore(
+            self._host, port, self._world_size, is_master=True, wait_for_workers=False,
+            timeout=timedelta(seconds=timeout_s), master_listen_fd=listener.detach(),
+        )  # fmt: skip
+        self._group: Any = None
+        self.rendezvous = Rendezvous(backend=backend, host=self._host, port=port, group=secrets.token_hex(8))
+
+    def send(
+        self, buckets: list[wire.Bucket], policy: PolicyWeights, device: torch.device, digest: wire.Digest
+    ) -> None:
+        """Join the group if this is its first set, and send all buckets and their digest."""
+        if self._group is None:
+            self._group = wire.join_group(
+                self.rendezvous.backend, self._store, 0, self._world_size, self._host, self._timeout_s
+            )
+        for bucket in buckets:
+            flat = torch.zeros(bucket.size, dtype=torch.uint8, device=device)
+            wire.fill(bucket, flat, policy.tensor)
+            digest.add(bucket, flat)
+            wire.broadcast(self._group, flat)
+        message = torch.tensor(list(digest.hexdigest().encode()), dtype=torch.uint8, device=device)
+        wire.broadcast(self._group, message)
+
+
+def _fill_memory(path: str, buckets: list[wire.Bucket], policy: PolicyWeights) -> str:
+    """Write the whole set into the server's staging file; return its digest."""
+    digest = wire.Digest()
+    flat = torch.from_file(path, shared=True, size=wire.total_bytes(buckets), dtype=torch.uint8)
+    for bucket in buckets:
+        part = flat[bucket.start : bucket.start + bucket.size]
+        wire.fill(bucket, part, policy.tensor)
+        digest.add(bucket, part)
+    return digest.hexdigest()
+
+
+def _address_towards(url: str) -> str:
+    """This machine's address on the interface that leads to a server."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else protocol.DEFAULT_PORT)
+    with socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S) as probe:
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _detail(response: httpx2.Response) -> str:
+    """The reason in an error's body, in whichever of vLLM's and FastAPI's shapes it comes."""
+    try:
+        body = response.json()
+    except ValueError:
+        return response.text[:300]
+    for name in ("detail", "error", "message"):
+        while isinstance(body, dict) and name in body:
+            body = body[name]
+    return str(body)[:500]

@@ -1,0 +1,142 @@
+"""A `grpo serve` that the trainer starts for itself and stops when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_cli.errors import RunError
+from grpo_cli.policy.model import base_model
+from grpo_cli.recipe.schema import ServerConfig
+from grpo_cli.serve.environment import prepare
+from grpo_cli.serve.lock import make_key_file
+
+MAX_STARTS = 3
+"""A server that ends this often ends for a reason."""
+
+STOP_TIMEOUT_S = 20.0
+
+
+class SpawnedServer:
+    """Starts a server on this machine, without weights: it gets the policy's.
+
+    Args:
+        model: its configuration is what is served.
+        tokenizer: saved beside it.
+        config: the recipe's `generation.server`.
+        arguments: vLLM's engine arguments, as in `generation.vllm`.
+        log: file for the server's output.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, config: ServerConfig, arguments: Mapping[str, Any], log: Path
+    ) -> None:
+        self.port = config.port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self._folder = Path(tempfile.mkdtemp(prefix="grpo-train-"))  # mode 0700
+        self.key_file = self._folder / "key"
+        self.key = make_key_file(self.key_file)
+        base_model(model).config.save_pretrained(self._folder / "model")
+        tokenizer.save_pretrained(self._folder / "model")
+        self._command = [
+            sys.executable, "-m", "grpo_cli.cli", "serve",
+            "--model", str(self._folder / "model"), "--load-format", "dummy",
+            "--port", str(self.port), "--api-key-file", str(self.key_file),
+            "--tp", str(config.tensor_parallel_size), "--stop-with-stdin",
+            *as_options(arguments),
+        ]  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
+        self._starts = 0
+
+    def ensure_running(self) -> None:
+        """Start the server, again if it has ended.
+
+        Raises:
+            RunError: it was started several times already.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._starts == MAX_STARTS:
+            raise RunError(
+                f"the rollout server ended {MAX_STARTS} times; its log is {self.log}\n{self._last_lines()}"
+            )
+        self._kill_group()
+        self._starts += 1
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        environment = dict(os.environ)
+        prepare(environment)
+        with self.log.open("ab") as log:
+            # Its standard input closes when this process ends, in whatever way, and so it ends too.
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def check(self) -> None:
+        """Raise RunError if the server has ended."""
+        if self._process is not None and self._process.poll() is not None:
+            raise RunError(
+                f"the rollout server ended with code {self._process.returncode}; its log is {self.log}\n"
+                f"{self._last_lines()}"
+            )
+
+    def _last_lines(self) -> str:
+        with contextlib.suppress(OSError):
+            lines = self.log.read_text(errors="replace").splitlines()
+            telling = [line for line in lines if "grpo serve:" in line or "Error" in line]
+            return "\n".join((telling or lines)[-5:])
+        return ""
+
+    def stop(self) -> None:
+        """Ask the server to end, make it end, and remove what was made for it."""
+        if self._process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                assert self._process.stdin is not None
+                self._process.stdin.close()
+            if self._process.poll() is None:
+                self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOP_TIMEOUT_S)
+            self._kill_group()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _kill_group(self) -> None:
+        """What is left of the server, its engine above all."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def as_options(arguments: Mapping[str, Any]) -> list[str]:
+    """`{max_model_len: 4096, enforce_eager: true}` as a command line."""
+    options: list[str] = []
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool):
+            options.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            options += [flag, _as_text(value)]
+    return options
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,133 @@
+"""What trainer and server say to each other: the routes of `/v1/grpo` and the bodies that they take and give.
+
+Neither torch nor vLLM is imported here, since both sides need it and each lacks one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PREFIX = "/v1/grpo"
+INFO, GENERATE = f"{PREFIX}/info", f"{PREFIX}/generate"
+BEGIN_WEIGHTS, COMMIT_WEIGHTS = f"{PREFIX}/weights/begin", f"{PREFIX}/weights/commit"
+
+HEARTBEAT_S = 5.0
+"""While a completion is generated, the server sends a blank this often if its engine still answers."""
+
+DEFAULT_PORT = 8000
+
+Count = Annotated[int, Field(ge=0)]
+Dtype = Literal["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Weights(Body):
+    """Names a whole set of weights: two trainers that both count from 0 are told apart by `run`."""
+
+    run: str = Field(min_length=1, max_length=64)
+    version: Count
+
+    def __str__(self) -> str:
+        return f"version {self.version} of run {self.run}"
+
+
+class GenerateRequest(Body):
+    """One prompt and the group of completions that it shall get."""
+
+    token_ids: list[Count] = Field(min_length=1)
+    n: int = Field(ge=1)
+    max_tokens: int = Field(ge=1)
+    seed: Count | None = None
+    """Completion i is drawn with seed + i."""
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: Count = 0
+    min_p: float = Field(default=0.0, ge=0, le=1)
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    stop: list[Annotated[str, Field(min_length=1)]] = []
+    stop_token_ids: list[Count] = []
+    """Tokens that end a completion and stay in it; the model's own end-of-sequence token is not added."""
+    weights: Weights | None = None
+    """The weights that must generate; whatever is loaded if empty."""
+
+
+class ServedCompletion(Body):
+    token_ids: list[int]
+    logprobs: list[float]
+    """Under the distribution that the token was drawn from: temperature, penalty and filters applied."""
+    finish_reason: Literal["stop", "length"]
+
+
+class GenerateResponse(Body):
+    weights: Weights | None
+    """What generated; none for the weights that the server started with."""
+    completions: list[ServedCompletion] = []
+    interrupted: str | None = None
+    """Why there are no completions: the request is to be sent again."""
+
+
+class TensorSpec(Body):
+    name: str = Field(min_length=1)
+    dtype: Dtype
+    shape: list[Count]
+
+
+class Rendezvous(Body):
+    """Where the trainer waits for the server's workers to join a process group: the trainer is rank 0."""
+
+    backend: Literal["gloo", "nccl"]
+    host: str
+    port: int = Field(ge=1, le=65535)
+    group: str
+    """Names the group; one that the workers are in already is used again."""
+
+
+class BeginWeights(Body):
+    weights: Weights
+    tensors: list[TensorSpec] = Field(min_length=1)
+    rendezvous: Rendezvous | None = None
+    """Empty where the weights come through memory that both sides can see."""
+
+
+class Staging(Body):
+    """The answer to `BeginWeights`."""
+
+    path: str | None
+    """File to be filled with the tensors, for a transfer through memory."""
+
+
+class CommitWeights(Body):
+    weights: Weights
+    digest: str | None = None
+    """What the trainer counts in the staging file; over a process group it comes as the last message."""
+
+
+class Committed(Body):
+    weights: Weights
+    digest: str
+    """Of the bytes that arrived, as `wire.Digest` counts them."""
+    seconds: float
+
+
+class ServerInfo(Body):
+    instance: str
+    """Changes whenever the server starts."""
+    model: str
+    weights: Weights | None
+    """None for the weights that the server started with."""
+    refusing: str | None
+    """Why the server does not generate."""
+    dtype: str
+    """Of the server's parameters, and so of the weights on the wire."""
+    max_model_len: int
+    max_num_seqs: int
+    world_size: int
+    """Workers over all replicas."""
+    device: Literal["cpu", "cuda"]
+    memory_probe: str
+    """A file that holds `instance`: whoever can read it can hand over weights in memory."""

@@ -1,0 +1,139 @@
+"""The routes of `/v1/grpo`, beside those of vLLM's own server."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from fastapi import APIRouter, HTTPException
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from vllm.utils import random_uuid
+
+from grpo_cli.serve import protocol
+from grpo_cli.serve.protocol import (
+    BeginWeights,
+    Committed,
+    CommitWeights,
+    GenerateRequest,
+    GenerateResponse,
+    ServerInfo,
+    Staging,
+    Weights,
+)
+from grpo_cli.serve.sampling import sampling_params, served_completions
+from grpo_cli.serve.weights import WeightStore, label
+
+
+def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
+    """Routes that generate from token ids and take weights."""
+    router = APIRouter()
+
+    @router.get(protocol.INFO)
+    async def info() -> ServerInfo:
+        model, config = engine.model_config, engine.vllm_config
+        return ServerInfo(
+            instance=store.instance,
+            model=model.model,
+            weights=store.weights,
+            refusing=store.refusing,
+            dtype=str(model.dtype).removeprefix("torch."),
+            max_model_len=model.max_model_len,
+            max_num_seqs=config.scheduler_config.max_num_seqs,
+            world_size=config.parallel_config.world_size_across_dp,
+            device="cuda" if config.device_config.device_type == "cuda" else "cpu",
+            memory_probe=str(store.probe),
+        )
+
+    @router.post(protocol.GENERATE)
+    async def generate(request: GenerateRequest) -> Response:
+        check_request(request, engine.model_config)
+        check_weights(request.weights, store)
+        answer = asyncio.create_task(_generate(engine, store, request))
+        done, _ = await asyncio.wait({answer}, timeout=protocol.HEARTBEAT_S)
+        if done:  # what is wrong with the request shows at once, while there can be a status for it
+            return Response(answer.result().model_dump_json(), media_type="application/json")
+        return StreamingResponse(_with_heartbeat(answer, engine.is_paused), media_type="application/json")
+
+    @router.post(protocol.BEGIN_WEIGHTS)
+    async def begin(request: BeginWeights) -> Staging:
+        return await store.begin(request)
+
+    @router.post(protocol.COMMIT_WEIGHTS)
+    async def commit(request: CommitWeights) -> Committed:
+        return await store.commit(request)
+
+    return router
+
+
+def check_request(request: GenerateRequest, model_config: Any) -> None:
+    """Raise HTTPException 400 for a prompt that the model cannot take."""
+    length, limit = len(request.token_ids), model_config.max_model_len
+    if length + request.max_tokens > limit:
+        raise HTTPException(
+            400,
+            f"a prompt of {length} tokens and max_tokens {request.max_tokens} exceed the server's "
+            f"--max-model-len {limit}",
+        )
+    vocabulary = model_config.get_vocab_size()
+    for field, tokens in (("token_ids", request.token_ids), ("stop_token_ids", request.stop_token_ids)):
+        if tokens and max(tokens) >= vocabulary:
+            raise HTTPException(400, f"{field}: {max(tokens)} is not in the vocabulary of {vocabulary}")
+
+
+def check_weights(wanted: Weights | None, store: WeightStore) -> None:
+    """Raise HTTPException 409 unless the weights that shall generate are there and whole."""
+    if store.refusing is not None:
+        raise HTTPException(409, store.refusing)
+    if wanted is not None and wanted != store.weights:
+        loaded = store.weights or "what the server was started with"
+        raise HTTPException(409, f"the server has {loaded}, not {wanted}")
+
+
+async def _generate(engine: Any, store: WeightStore, request: GenerateRequest) -> GenerateResponse:
+    weights = store.weights
+    outputs = engine.generate({"prompt_token_ids": request.token_ids}, sampling_params(request), random_uuid())
+    *_, output = [output async for output in outputs]  # one, since only the final one was asked for
+    versions = {span.version for part in output.outputs for span in part.weight_versions or []}
+    if weights is not None and versions != {label(weights)}:
+        return GenerateResponse(weights=weights, interrupted="the weights changed while it was generated")
+    try:
+        return GenerateResponse(weights=weights, completions=served_completions(output))
+    except InterruptedError as error:
+        return GenerateResponse(weights=weights, interrupted=str(error))
+
+
+async def _with_heartbeat(
+    answer: asyncio.Task[GenerateResponse], engine_answers: Callable[[], Awaitable[Any]]
+) -> AsyncIterator[bytes]:
+    """A JSON document after a blank for each time that the engine was asked and answered.
+
+    So the client can tell a long generation from a server that hangs. An error ends the connection without a
+    document, as the death of the server does.
+    """
+    try:
+        while not answer.done():
+            await engine_answers()
+            yield b" "
+            await asyncio.wait({answer}, timeout=protocol.HEARTBEAT_S)
+        yield answer.result().model_dump_json().encode()
+    finally:
+        answer.cancel()  # the client has gone
+
+
+class Gate:
+    """ASGI middleware: vLLM's own routes do not generate either while the weights are not whole."""
+
+    def __init__(self, app: Any, store: WeightStore) -> None:
+        self.app = app
+        self.store = store
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        is_foreign = scope["type"] != "lifespan" and not scope["path"].startswith(protocol.PREFIX)
+        if self.store.refusing is not None and is_foreign and scope.get("method") not in ("GET", "HEAD"):
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1013})
+                return
+            await JSONResponse({"detail": self.store.refusing}, 503)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)

@@ -1,0 +1,235 @@
+"""`grpo serve`: vLLM's engine and HTTP app, with the routes, the weights and the lock that online RL needs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from grpo_cli.errors import RunError, UserError
+from grpo_cli.serve.environment import is_cpu_build
+from grpo_cli.serve.lock import Lock, is_loopback, make_key_file
+
+KEY_FILE = Path("~/.config/grpo/server-key")
+"""Where a key is generated when the server must have one and none was given."""
+
+OWN_OPTIONS = {
+    "--api-key": "the key would be seen in the list of processes; write it to a file and use --api-key-file",
+    "--worker-extension-cls": "grpo serve sets it",
+    "--weight-transfer-config": "grpo serve sets it",
+    "--logprobs-mode": "grpo serve sets it",
+    "--uds": "a server for training listens on --host and --port",
+    "--headless": "it runs an engine without a server",
+    "--api-server-count": "grpo serve has one, which knows the state of the weights",
+}
+"""Options of vLLM that may not be passed through, and why."""
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the command line says; None leaves it to vLLM."""
+
+    model: str
+    host: str
+    port: int
+    api_key_file: Path | None
+    tp: int = 1
+    dp: int = 1
+    dtype: str | None = None
+    max_model_len: int | None = None
+    gpu_memory_utilization: float | None = None
+    stop_with_stdin: bool = False
+    extra: Sequence[str] = field(default_factory=list)
+    """Options of vLLM as they were written."""
+
+
+@dataclass(frozen=True)
+class Key:
+    text: str | None
+    path: Path | None
+
+
+def find_key(options: ServeOptions) -> Key:
+    """The key that requests must carry; none is needed on this machine's own address.
+
+    Raises:
+        UserError: the key file cannot be used.
+    """
+    if options.api_key_file is not None:
+        path = options.api_key_file.expanduser()
+        return Key(make_key_file(path), path)
+    if is_loopback(options.host):
+        return Key(None, None)
+    path = KEY_FILE.expanduser()
+    return Key(make_key_file(path), path)
+
+
+def vllm_arguments(options: ServeOptions) -> list[str]:
+    """The command line in vLLM's words.
+
+    Raises:
+        UserError: an option is not for the user to set.
+    """
+    for argument in options.extra:
+        name = argument.partition("=")[0].replace("_", "-")
+        if name in OWN_OPTIONS:
+            raise UserError(f"grpo serve {name}: {OWN_OPTIONS[name]}")
+    arguments = [
+        "--model", options.model,
+        "--host", options.host,
+        "--port", str(options.port),
+        "--tensor-parallel-size", str(options.tp),
+        "--data-parallel-size", str(options.dp),
+    ]  # fmt: skip
+    dtype = options.dtype or ("float32" if is_cpu_build() else None)
+    for name, value in (
+        ("--dtype", dtype),
+        ("--max-model-len", options.max_model_len),
+        ("--gpu-memory-utilization", options.gpu_memory_utilization),
+    ):
+        if value is not None:
+            arguments += [name, str(value)]
+    if is_cpu_build():
+        # Compiling takes minutes and gains little here; with blocks of 128 a short prompt would not be shared.
+        arguments += ["--enforce-eager", "--block-size", "32"]
+    return [*arguments, *options.extra]
+
+
+def parse(options: ServeOptions) -> Namespace:
+    """vLLM's own reading of the options.
+
+    Raises:
+        UserError: it does not know one, or a value is wrong.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UserError(f"grpo serve: {message}")
+
+    arguments = make_arg_parser(Parser(prog="grpo serve", allow_abbrev=False)).parse_args(vllm_arguments(options))
+    try:
+        validate_parsed_serve_args(arguments)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"grpo serve: {error}") from error
+    arguments.worker_extension_cls = "grpo_cli.serve.worker.WeightReceiver"
+    arguments.weight_transfer_config = {"backend": "grpo"}
+    arguments.logprobs_mode = "processed_logprobs"
+    if "--allowed-origins" not in " ".join(options.extra).replace("_", "-"):
+        arguments.allowed_origins = []  # no web page needs this server
+    return arguments
+
+
+def serve(options: ServeOptions) -> None:
+    """Run until a signal or the engine's death.
+
+    Raises:
+        UserError: an option, the key file or the model is wrong.
+        RunError: the engine did not start, or died.
+    """
+    if os.environ.pop("VLLM_API_KEY", None):
+        raise UserError("VLLM_API_KEY is set, but grpo serve reads its key from --api-key-file; unset it")
+    key = find_key(options)
+    try:
+        import uvloop
+    except ImportError as error:
+        raise UserError(
+            "grpo serve needs vLLM: pip install 'grpo-cli[vllm]' on a machine with a GPU, make vllm without one"
+        ) from error
+    arguments = parse(options)
+    if options.stop_with_stdin:
+        _stop_with_stdin()
+    uvloop.run(_run(arguments, key))
+
+
+async def _run(arguments: Namespace, key: Key) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client_from_engine_args
+    from vllm.entrypoints.launchers.launcher import serve_http, setup_server
+
+    from grpo_cli.serve.weights import WeightStore
+
+    try:
+        address, listener = setup_server(arguments, reuse_port=False)
+    except OSError as error:
+        raise UserError(
+            f"grpo serve: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}"
+        ) from error
+    engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
+    try:
+        engine_arguments.create_engine_config()
+    except (ValueError, OSError, TypeError) as error:
+        raise UserError(f"grpo serve: {_reason(error)}") from error
+    try:
+        async with build_async_engine_client_from_engine_args(engine_arguments) as engine:
+            await engine.collective_rpc("stop_with_server", args=(os.getpid(),))
+            dummy = "it was started without weights (--load-format dummy)" if _is_dummy(arguments) else None
+            store = WeightStore(engine, refusing=dummy)
+            try:
+                app = await build_app(engine, store, arguments, key.text)
+                ready = asyncio.create_task(_announce(app, address, arguments.model, store, key))
+                stopping = await serve_http(
+                    app, sock=listener, host=arguments.host, port=arguments.port,
+                    log_level="warning", access_log=False,
+                )  # fmt: skip
+                ready.cancel()
+                died = engine.errored
+            finally:
+                store.close()
+        await stopping
+    except RuntimeError as error:
+        raise RunError(f"grpo serve: vLLM failed, its log above says why ({_reason(error)})") from error
+    finally:
+        listener.close()
+    if died:
+        raise RunError("grpo serve: the engine died, its log above says why; the trainer waits for a new server")
+
+
+async def build_app(engine: Any, store: Any, arguments: Namespace, key: str | None) -> Any:
+    """vLLM's app with our routes, behind the lock."""
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.app import build_app as build_vllm_app
+
+    from grpo_cli.serve.routes import Gate, grpo_routes
+
+    tasks = await engine.get_supported_tasks()
+    app = build_vllm_app(arguments, tasks, engine.model_config)
+    await init_app_state(engine, app.state, arguments, tasks)
+    app.include_router(grpo_routes(engine, store))
+    # Outside of everything, error handlers included: nothing is answered without the key.
+    app.middleware_stack = Lock(Gate(app.build_middleware_stack(), store), key)
+    return app
+
+
+async def _announce(app: Any, address: str, model: str, store: Any, key: Key) -> None:
+    while not (hasattr(app.state, "server") and app.state.server.started):
+        await asyncio.sleep(0.05)
+    lock = f"key file {key.path}" if key.path else "no key: this machine only"
+    state = "waiting for weights" if store.refusing else "weights version 0, as loaded"
+    print(f"ready: {address}  model {model}  {state}  {lock}", flush=True)
+
+
+def _is_dummy(arguments: Namespace) -> bool:
+    return str(arguments.load_format) == "dummy"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:1000] or type(error).__name__
+
+
+def _stop_with_stdin() -> None:
+    """Stop when the other end of standard input closes, which it does however a parent process ends."""
+
+    def watch() -> None:
+        sys.stdin.buffer.read()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,154 @@
+"""How weights lie in a buffer on their way to the server: the same arithmetic on both sides. No vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+
+from grpo_cli.serve.protocol import TensorSpec
+
+dist: Any = torch.distributed  # its types leave out what this module is built on
+TCPStore = dist.TCPStore
+
+ALIGNMENT = 64
+"""Bytes; a tensor may be viewed in any dtype where it starts, and be summed up in words of eight."""
+
+BUCKET_BYTES = 64 * 2**20
+"""Of a buffer that travels at once; a single larger tensor is a bucket of its own."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor's place in its bucket."""
+
+    spec: TensorSpec
+    start: int
+    """Byte within the bucket."""
+    size: int
+    """Bytes, without the padding up to the next tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.spec.dtype)
+        return dtype
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        """The tensor within its bucket's bytes."""
+        return flat[self.start : self.start + self.size].view(self.dtype).view(self.spec.shape)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    slots: list[Slot]
+    start: int
+    """Byte within the whole set."""
+    size: int
+    """Bytes, padding included."""
+
+
+def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
+    """Lay tensors out one after the other, in buckets of about `bucket_bytes`."""
+    buckets: list[Bucket] = []
+    slots: list[Slot] = []
+    start = size = 0
+    for spec in specs:
+        num_bytes = math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize
+        padded = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        if slots and size + padded > bucket_bytes:
+            buckets.append(Bucket(slots, start, size))
+            slots, start, size = [], start + size, 0
+        slots.append(Slot(spec, size, num_bytes))
+        size += padded
+    return [*buckets, Bucket(slots, start, size)] if slots else buckets
+
+
+def total_bytes(buckets: Sequence[Bucket]) -> int:
+    """Bytes of a whole set, padding included."""
+    return sum(bucket.size for bucket in buckets)
+
+
+@torch.no_grad()
+def fill(bucket: Bucket, flat: torch.Tensor, tensor_of: Callable[[str], torch.Tensor]) -> None:
+    """Write a bucket's tensors into its (size,) bytes, in the dtype of the wire."""
+    for slot in bucket.slots:
+        tensor = tensor_of(slot.spec.name)
+        if list(tensor.shape) != slot.spec.shape:
+            raise ValueError(
+                f"{slot.spec.name} has shape {list(tensor.shape)}, not {slot.spec.shape} as announced"
+            )
+        slot.view(flat).copy_(tensor)
+        flat[slot.start + slot.size : -(-(slot.start + slot.size) // ALIGNMENT) * ALIGNMENT].zero_()
+
+
+def tensors_in(bucket: Bucket, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and view of each tensor of a bucket."""
+    for slot in bucket.slots:
+        yield slot.spec.name, slot.view(flat)
+
+
+class Digest:
+    """A fingerprint of a set of weights as it travels: names, dtypes, shapes, and each tensor's words summed up.
+
+    It finds what goes wrong in a transfer (bytes missing, stale or in the wrong place), at the speed of memory and
+    on the device where the bytes are. It is no defence against a forger: the key is.
+    """
+
+    def __init__(self) -> None:
+        self._names: list[str] = []
+        self._sums: list[torch.Tensor] = []
+
+    def add(self, bucket: Bucket, flat: torch.Tensor) -> None:
+        words = flat.view(torch.int64)
+        for slot in bucket.slots:
+            spec = slot.spec
+            self._names.append(f"{spec.name} {spec.dtype} {spec.shape}")
+            end = -(-(slot.start + slot.size) // ALIGNMENT) * ALIGNMENT
+            self._sums.append(words[slot.start // 8 : end // 8].sum())  # wraps around, which is fine
+
+    def hexdigest(self) -> str:
+        sums = torch.stack(self._sums).tolist() if self._sums else []
+        lines = "\n".join(f"{name} {total}" for name, total in zip(self._names, sums, strict=True))
+        return hashlib.sha256(lines.encode()).hexdigest()[:DIGEST_BYTES]
+
+
+DIGEST_BYTES = 32
+"""Characters of a hexadecimal digest, and bytes of the message that carries it."""
+
+
+def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
+    """A process group of its own, beside whatever default group this process is in.
+
+    Args:
+        backend: gloo or nccl.
+        store: where the ranks find each other.
+        rank: of this process; 0 sends.
+        world_size: the trainer and every worker.
+        host: address of the interface that gloo uses.
+        timeout_s: of the rendezvous and of each broadcast.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if backend == "nccl":
+        nccl = dist.ProcessGroupNCCL
+        options = nccl.Options()
+        options._timeout = timeout
+        return nccl(store, rank, world_size, options)
+    gloo = dist.ProcessGroupGloo
+    options = gloo._Options()
+    options._timeout = timeout
+    options._threads = 2
+    options._devices = [gloo.create_device(hostname=host)]
+    return gloo(store, rank, world_size, options)
+
+
+def broadcast(group: Any, flat: torch.Tensor) -> None:
+    """Send `flat` from rank 0 into everybody else's."""
+    options = dist.BroadcastOptions()
+    options.rootRank = options.rootTensor = 0
+    group.broadcast([flat], options).wait()

@@ -1,0 +1,231 @@
+"""What runs inside vLLM's worker processes: takes a whole set of weights and loads it.
+
+vLLM injects `WeightReceiver` into its worker class, which makes `load_weight_set` callable from the server.
+Importing this module also registers the transfer engine that vLLM's own update routine drives.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import psutil
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, is_deferred_attention_layer
+
+from grpo_cli.serve import wire
+from grpo_cli.serve.protocol import Rendezvous, TensorSpec
+
+BACKEND = "grpo"
+"""Name of the transfer engine in vLLM's registry."""
+
+Source = Callable[[wire.Bucket], torch.Tensor]
+"""Gives a bucket's (size,) bytes."""
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing: groups are joined when weights come through them."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """A whole set of weights and where to get it from; exactly one of the last three."""
+
+    tensors: list[dict[str, Any]]
+    digest: str | None = None
+    """What the bytes must add up to; a broadcast brings it as its last message."""
+    path: str | None = None
+    """File that holds the set."""
+    rendezvous: dict[str, Any] | None = None
+    """Process group that it is broadcast in."""
+    timeout_s: float = 300.0
+    get: Callable[[str], torch.Tensor] | None = None
+    """A function that gives each tensor, where trainer and worker share a process."""
+
+
+class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads whole sets only: a tensor that is missing is an error, not one that keeps its old value."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.digest = ""
+        self._group: Any = None
+        self._group_name = ""
+        self._store: Any = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Nothing to prepare."""
+
+    def start_weight_update(self) -> None:
+        for layer in self.model.modules():
+            # What a transfer that broke has left behind would count as loaded.
+            info = get_layerwise_info(layer)
+            if info.can_load():
+                info.loaded_weights.clear()
+                info.load_numel = 0
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """As the base class, which synchronises an accelerator even where there is none."""
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load every tensor.
+
+        Raises:
+            ValueError: the bytes are not those that were sent, or the set is not whole.
+        """
+        buckets = wire.plan_buckets([TensorSpec(**spec) for spec in update_info.tensors])
+        digest = wire.Digest()
+        if update_info.get is not None:
+            get = update_info.get
+            self.model.load_weights((spec["name"], get(spec["name"])) for spec in update_info.tensors)
+            self._check_whole()
+            return
+        if update_info.path is not None:
+            flat = torch.from_file(
+                update_info.path, shared=True, size=wire.total_bytes(buckets), dtype=torch.uint8
+            )
+            self.model.load_weights(
+                _received(buckets, lambda bucket: flat[bucket.start : bucket.start + bucket.size], digest)
+            )
+            expected = update_info.digest
+        else:
+            assert update_info.rendezvous is not None
+            group = self._join(Rendezvous(**update_info.rendezvous), update_info.timeout_s)
+            self.model.load_weights(_received(buckets, lambda bucket: self._receive(group, bucket.size), digest))
+            expected = bytes(self._receive(group, wire.DIGEST_BYTES).tolist()).decode()
+        self.digest = digest.hexdigest()
+        if self.digest != expected:
+            raise ValueError(f"what arrived has digest {self.digest}, what was sent {expected}")
+        self._check_whole()
+
+    def _receive(self, group: Any, size: int) -> torch.Tensor:
+        # A new buffer each time: layers are loaded only when all their tensors are there.
+        flat = torch.empty(size, dtype=torch.uint8, device=self.device)
+        wire.broadcast(group, flat)
+        return flat
+
+    def _join(self, rendezvous: Rendezvous, timeout_s: float) -> Any:
+        if self._group_name != rendezvous.group:
+            self.shutdown()
+            parallel = self.parallel_config
+            rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+            world_size = 1 + parallel.world_size_across_dp
+            self._store = wire.TCPStore(
+                rendezvous.host, rendezvous.port, is_master=False, timeout=timedelta(seconds=timeout_s)
+            )
+            host = _address_towards(rendezvous.host)
+            with _unpinned_nccl(rendezvous.backend):
+                self._group = wire.join_group(rendezvous.backend, self._store, rank, world_size, host, timeout_s)
+            self._group_name = rendezvous.group
+        return self._group
+
+    def _check_whole(self) -> None:
+        """Raise ValueError if a layer has not got all of its tensors.
+
+        vLLM itself would only warn and let such a layer keep its old weights. Layers that got everything have
+        left the loading state; embeddings may be padded, and a tied output head has nothing of its own.
+        """
+        missing = []
+        for name, layer in self.model.named_modules():
+            info = get_layerwise_info(layer)
+            if not info.can_load() or isinstance(layer, ParallelLMHead) or is_deferred_attention_layer(layer):
+                continue
+            if not dict(layer.named_parameters(recurse=False)):
+                continue
+            is_partial = isinstance(layer, LinearBase) and info.load_numel < info.load_numel_total
+            if not info.load_numel or is_partial:
+                missing.append(name)
+        if missing:
+            raise ValueError(
+                f"the set of weights is not whole: nothing or too little for {', '.join(missing[:5])}"
+            )
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        for layer in self.model.modules():
+            # On a CPU the output head keeps a packed copy of its own, also of a weight that it shares.
+            if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
+                layer.quant_method.process_weights_after_loading(layer)
+
+    def shutdown(self) -> None:
+        self._group = self._store = None
+        self._group_name = ""
+
+
+class WeightReceiver:
+    """Methods that the server calls on every worker through `collective_rpc`."""
+
+    def load_weight_set(self: Any, update: dict[str, Any]) -> str:
+        """Load a whole set in one call, so that the engine cannot take a step in between; return its digest."""
+        self.start_weight_update()
+        self.update_weights(update)
+        self.finish_weight_update()
+        digest: str = self.weight_transfer_engine.digest
+        return digest
+
+    def stop_with_server(self: Any, server: int) -> None:
+        """End this process and the engine above it when the server has gone, however it went."""
+        engine = os.getppid()
+
+        def watch() -> None:
+            while psutil.pid_exists(server) and os.getppid() == engine:
+                time.sleep(1)
+            if os.getppid() == engine and engine != server:
+                os.kill(engine, signal.SIGKILL)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
+def _received(buckets: Sequence[wire.Bucket], source: Source, digest: wire.Digest) -> Iterator[Any]:
+    """(name, tensor) for vLLM's loader, counted on the way."""
+    for bucket in buckets:
+        flat = source(bucket)
+        digest.add(bucket, flat)
+        yield from wire.tensors_in(bucket, flat)
+
+
+def _address_towards(host: str) -> str:
+    """This machine's address on the interface that leads to `host`."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def _unpinned_nccl(backend: str) -> Any:
+    from contextlib import nullcontext
+
+    if backend != "nccl":
+        return nullcontext()
+    from vllm.utils.nccl import unpinned_nccl_env
+
+    return unpinned_nccl_env()
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, WholeSetEngine)
