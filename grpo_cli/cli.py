@@ -33,11 +33,15 @@ def train(
     recipe: RecipePath,
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    server: Annotated[
+        list[str] | None,
+        typer.Option("--server", metavar="HOST[:PORT]", help="Generate on this grpo serve. Repeatable."),
+    ] = None,
 ) -> None:
     """Train the recipe's model."""
-    from grpo_cli.recipe.load import load_recipe
+    from grpo_cli.recipe.load import load_recipe, server_overrides
 
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = load_recipe(recipe, [*server_overrides(server or []), *(set_ or [])])
 
     from grpo_cli.train.api import train as run_training
 

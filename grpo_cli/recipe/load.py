@@ -178,6 +178,16 @@ def _key_lines(node: yaml.Node, prefix: KeyPath) -> Iterator[tuple[KeyPath, int]
             yield from _key_lines(item, (*prefix, index))
 
 
+def server_overrides(servers: Sequence[str]) -> list[str]:
+    """`--server HOST[:PORT]` as overrides: these servers, in place of one that the recipe would start."""
+    if not servers:
+        return []
+    urls = yaml.dump(list(servers), default_flow_style=True, width=2**31).strip()
+    return [
+        "generation.engine=vllm_server", "generation.server.spawn=false", f"generation.server.urls={urls}"
+    ]  # fmt: skip
+
+
 def apply_override(raw: RawRecipe, override: str) -> None:
     """Set one `key.path=value` in `raw`, creating sections on the way; an index may append to its list."""
     dotted, separator, text = override.partition("=")

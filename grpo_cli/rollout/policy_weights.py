@@ -30,7 +30,8 @@ class PolicyWeights:
                 "its checkpoints, and vLLM takes only the latter; use generation.engine: transformers"
             )
         self._tensors = standalone_tensors(model)
-        parameters = {name.replace(".base_layer.", ".") for name, _ in base.named_parameters()}
+        parts = (".base_layer.", ".original_module.")  # what an adapter wraps
+        parameters = {name.replace(parts[0], ".").replace(parts[1], ".") for name, _ in base.named_parameters()}
         ties = getattr(base, "all_tied_weights_keys", {})
         for name, source in ties.items():
             if name in self._tensors and source in self._tensors and not self._is_shared(name, source):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
 import socket
+import ssl
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -66,8 +69,16 @@ class RolloutServer:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         timeout = httpx2.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None)
         limits = httpx2.Limits(max_connections=limit, max_keepalive_connections=limit)
-        # No proxy from the environment: weights and key are for this server alone.
-        self._http = httpx2.Client(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        # No proxy from the environment: weights and key are for this server alone. Its certificate is checked
+        # against the authorities of the system, or of SSL_CERT_FILE.
+        self._http = httpx2.Client(
+            base_url=url,
+            headers=headers,
+            timeout=timeout,
+            limits=limits,
+            verify=ssl.create_default_context(),
+            trust_env=False,
+        )
         self._group: _Group | None = None
 
     def info(self) -> ServerInfo:
@@ -126,8 +137,12 @@ class RolloutServer:
         begin = BeginWeights(weights=weights, tensors=specs)
         if self._shares_memory(info) and not self._can_use_nccl(info, policy):
             staging = self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, begin)
-            assert staging.path is not None
-            digest = _fill_memory(staging.path, buckets, policy)
+            expected = str(Path(info.memory_probe).with_name(protocol.STAGING_FILE))
+            if staging.path != expected:
+                raise RunError(
+                    f"{self.url} asks for the weights in {staging.path}, not {expected}: it is not trusted"
+                )
+            digest = _fill_memory(expected, buckets, policy)
             commit = CommitWeights(weights=weights, digest=digest)
             committed = self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit)
         else:
@@ -140,16 +155,20 @@ class RolloutServer:
         return wire.total_bytes(buckets)
 
     def _shares_memory(self, info: ServerInfo) -> bool:
+        """Whether the server's folder is here, and nobody but this user can have made it or enter it."""
+        probe = Path(info.memory_probe)
         try:
-            return Path(info.memory_probe).read_text() == info.instance
-        except OSError:
+            status = probe.parent.lstat()
+            is_ours = status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode)
+            return is_ours and not status.st_mode & 0o077 and probe.read_text() == info.instance
+        except (OSError, ValueError):
             return False
 
     def _can_use_nccl(self, info: ServerInfo, policy: PolicyWeights) -> bool:
         """Whether both sides compute on GPUs, and not on the same one, which NCCL refuses."""
         if info.device != "cuda" or policy.device.type != "cuda":
             return False
-        return not self._shares_memory(info) or torch.cuda.device_count() > info.world_size
+        return str(torch.cuda.get_device_properties(policy.device).uuid) not in info.devices
 
     def _broadcast(
         self, begin: BeginWeights, info: ServerInfo, buckets: list[wire.Bucket], policy: PolicyWeights
@@ -227,7 +246,13 @@ class _Group:
             timeout=timedelta(seconds=timeout_s), master_listen_fd=listener.detach(),
         )  # fmt: skip
         self._group: Any = None
-        self.rendezvous = Rendezvous(backend=backend, host=self._host, port=port, group=secrets.token_hex(8))
+        self.rendezvous = Rendezvous(
+            backend=backend,
+            host=self._host,
+            port=port,
+            world_size=self._world_size,
+            group=secrets.token_hex(8),
+        )
 
     def send(
         self, buckets: list[wire.Bucket], policy: PolicyWeights, device: torch.device, digest: wire.Digest

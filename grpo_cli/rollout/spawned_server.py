@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grpo_cli.errors import RunError
 from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import ServerConfig
@@ -44,6 +46,7 @@ class SpawnedServer:
         self.port = config.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
+        self._num_gpus = config.tensor_parallel_size * int(arguments.get("data_parallel_size", 1))
         self._folder = Path(tempfile.mkdtemp(prefix="grpo-train-"))  # mode 0700
         self.key_file = self._folder / "key"
         self.key = make_key_file(self.key_file)
@@ -76,6 +79,11 @@ class SpawnedServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = dict(os.environ)
         prepare(environment)
+        devices = server_devices(
+            torch.cuda.device_count(), self._num_gpus, environment.get("CUDA_VISIBLE_DEVICES")
+        )
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = devices
         with self.log.open("ab") as log:
             # Its standard input closes when this process ends, in whatever way, and so it ends too.
             self._process = subprocess.Popen(
@@ -100,6 +108,7 @@ class SpawnedServer:
 
     def stop(self) -> None:
         """Ask the server to end, make it end, and remove what was made for it."""
+        self._starts = MAX_STARTS  # a thread that still waits for an answer must not start it again
         if self._process is not None:
             with contextlib.suppress(BrokenPipeError):
                 assert self._process.stdin is not None
@@ -117,6 +126,17 @@ class SpawnedServer:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def server_devices(count: int, wanted: int, visible: str | None) -> str | None:
+    """The last `wanted` of `count` GPUs, as CUDA_VISIBLE_DEVICES names them; the policy trains on the first.
+
+    None where there are not enough for both: then they share, and `gpu_memory_utilization` has to leave room.
+    """
+    if count <= wanted:
+        return None
+    names = visible.split(",") if visible else [str(index) for index in range(count)]
+    return ",".join(names[count - wanted : count])
 
 
 def as_options(arguments: Mapping[str, Any]) -> list[str]:

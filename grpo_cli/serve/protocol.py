@@ -18,6 +18,9 @@ HEARTBEAT_S = 5.0
 
 DEFAULT_PORT = 8000
 
+STAGING_FILE = "weights"
+"""Beside the memory probe, for weights that are handed over in memory."""
+
 Count = Annotated[int, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -42,7 +45,7 @@ class GenerateRequest(Body):
     token_ids: list[Count] = Field(min_length=1)
     n: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
-    seed: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Completion i is drawn with seed + i."""
     temperature: float = Field(default=1.0, ge=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -83,6 +86,8 @@ class Rendezvous(Body):
     backend: Literal["gloo", "nccl"]
     host: str
     port: int = Field(ge=1, le=65535)
+    world_size: int = Field(ge=2)
+    """The trainer and all workers of all replicas, which do not know of each other."""
     group: str
     """Names the group; one that the workers are in already is used again."""
 
@@ -128,6 +133,8 @@ class ServerInfo(Body):
     max_num_seqs: int
     world_size: int
     """Workers over all replicas."""
+    devices: list[str] = []
+    """What each of them computes on: the id of a GPU, or `cpu`."""
     device: Literal["cpu", "cuda"]
     memory_probe: str
     """A file that holds `instance`: whoever can read it can hand over weights in memory."""

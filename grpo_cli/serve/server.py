@@ -28,6 +28,9 @@ OWN_OPTIONS = {
     "--uds": "a server for training listens on --host and --port",
     "--headless": "it runs an engine without a server",
     "--api-server-count": "grpo serve has one, which knows the state of the weights",
+    "-asc": "grpo serve has one, which knows the state of the weights",
+    "--host": "after -- it would decide where to listen without deciding about the key; write it before",
+    "--config": "a file could set what may not be passed through",
 }
 """Options of vLLM that may not be passed through, and why."""
 
@@ -115,7 +118,10 @@ def parse(options: ServeOptions) -> Namespace:
         def error(self, message: str) -> NoReturn:
             raise UserError(f"grpo serve: {message}")
 
-    arguments = make_arg_parser(Parser(prog="grpo serve", allow_abbrev=False)).parse_args(vllm_arguments(options))
+    parser = make_arg_parser(Parser(prog="grpo serve", allow_abbrev=False))
+    # No web page needs this server, and a line for each request would bury what the engine says.
+    parser.set_defaults(allowed_origins=[], uvicorn_log_level="warning", disable_uvicorn_access_log=True)
+    arguments = parser.parse_args(vllm_arguments(options))
     try:
         validate_parsed_serve_args(arguments)
     except (TypeError, ValueError, KeyError) as error:
@@ -123,8 +129,6 @@ def parse(options: ServeOptions) -> Namespace:
     arguments.worker_extension_cls = "grpo_cli.serve.worker.WeightReceiver"
     arguments.weight_transfer_config = {"backend": "grpo"}
     arguments.logprobs_mode = "processed_logprobs"
-    if "--allowed-origins" not in " ".join(options.extra).replace("_", "-"):
-        arguments.allowed_origins = []  # no web page needs this server
     return arguments
 
 
@@ -163,8 +167,8 @@ async def _run(arguments: Namespace, key: Key) -> None:
         raise UserError(
             f"grpo serve: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}"
         ) from error
-    engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
     try:
+        engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
         engine_arguments.create_engine_config()
     except (ValueError, OSError, TypeError) as error:
         raise UserError(f"grpo serve: {_reason(error)}") from error
@@ -172,14 +176,11 @@ async def _run(arguments: Namespace, key: Key) -> None:
         async with build_async_engine_client_from_engine_args(engine_arguments) as engine:
             await engine.collective_rpc("stop_with_server", args=(os.getpid(),))
             dummy = "it was started without weights (--load-format dummy)" if _is_dummy(arguments) else None
-            store = WeightStore(engine, refusing=dummy)
+            store = WeightStore(engine, refusing=dummy, devices=await engine.collective_rpc("device_id"))
             try:
                 app = await build_app(engine, store, arguments, key.text)
                 ready = asyncio.create_task(_announce(app, address, arguments.model, store, key))
-                stopping = await serve_http(
-                    app, sock=listener, host=arguments.host, port=arguments.port,
-                    log_level="warning", access_log=False,
-                )  # fmt: skip
+                stopping = await serve_http(app, sock=listener, **http_options(arguments))
                 ready.cancel()
                 died = engine.errored
             finally:
@@ -191,6 +192,24 @@ async def _run(arguments: Namespace, key: Key) -> None:
         listener.close()
     if died:
         raise RunError("grpo serve: the engine died, its log above says why; the trainer waits for a new server")
+
+
+def http_options(arguments: Namespace) -> dict[str, Any]:
+    """What vLLM hands to its web server; TLS and limits are the user's to set."""
+    return {
+        "host": arguments.host,
+        "port": arguments.port,
+        "log_level": arguments.uvicorn_log_level,
+        "access_log": not arguments.disable_uvicorn_access_log,
+        "enable_ssl_refresh": arguments.enable_ssl_refresh,
+        "ssl_keyfile": arguments.ssl_keyfile,
+        "ssl_certfile": arguments.ssl_certfile,
+        "ssl_ca_certs": arguments.ssl_ca_certs,
+        "ssl_cert_reqs": arguments.ssl_cert_reqs,
+        "ssl_ciphers": arguments.ssl_ciphers,
+        "h11_max_incomplete_event_size": arguments.h11_max_incomplete_event_size,
+        "h11_max_header_count": arguments.h11_max_header_count,
+    }
 
 
 async def build_app(engine: Any, store: Any, arguments: Namespace, key: str | None) -> Any:

@@ -9,13 +9,14 @@ import secrets
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fastapi import HTTPException
 
 from grpo_cli.serve import wire
-from grpo_cli.serve.protocol import BeginWeights, Committed, CommitWeights, Staging, Weights
+from grpo_cli.serve.protocol import STAGING_FILE, BeginWeights, Committed, CommitWeights, Staging, Weights
 
 TRANSFER_TIMEOUT_S = 300.0
 """Longest wait of a worker for the trainer's next bucket."""
@@ -27,10 +28,12 @@ class WeightStore:
     Args:
         engine: vLLM's AsyncLLM.
         refusing: why the server cannot generate from what it started with, if it cannot.
+        devices: what each worker computes on.
     """
 
-    def __init__(self, engine: Any, refusing: str | None = None) -> None:
+    def __init__(self, engine: Any, refusing: str | None = None, devices: Sequence[str] = ()) -> None:
         self.engine = engine
+        self.devices = list(devices)
         self.weights: Weights | None = None
         self.refusing = refusing
         self.instance = secrets.token_hex(8)
@@ -53,7 +56,7 @@ class WeightStore:
             return Staging(path=path)
 
     def _make_room(self, size: int) -> str:
-        path = self._folder / "weights"
+        path = self._folder / STAGING_FILE
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -80,7 +83,7 @@ class WeightStore:
                 "timeout_s": TRANSFER_TIMEOUT_S,
             }
             if begun.rendezvous is None:
-                update["path"] = str(self._folder / "weights")
+                update["path"] = str(self._folder / STAGING_FILE)
             else:
                 update["rendezvous"] = begun.rendezvous.model_dump()
             start = time.perf_counter()

@@ -87,7 +87,11 @@ class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """As the base class, which synchronises an accelerator even where there is none."""
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self.shutdown()  # out of the group, in which the trainer may be waiting
+            raise
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
@@ -133,13 +137,14 @@ class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.shutdown()
             parallel = self.parallel_config
             rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-            world_size = 1 + parallel.world_size_across_dp
             self._store = wire.TCPStore(
                 rendezvous.host, rendezvous.port, is_master=False, timeout=timedelta(seconds=timeout_s)
             )
             host = _address_towards(rendezvous.host)
             with _unpinned_nccl(rendezvous.backend):
-                self._group = wire.join_group(rendezvous.backend, self._store, rank, world_size, host, timeout_s)
+                self._group = wire.join_group(
+                    rendezvous.backend, self._store, rank, rendezvous.world_size, host, timeout_s
+                )
             self._group_name = rendezvous.group
         return self._group
 
@@ -150,11 +155,12 @@ class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         left the loading state; embeddings may be padded, and a tied output head has nothing of its own.
         """
         missing = []
+        is_tied = self.model_config.hf_text_config.tie_word_embeddings
         for name, layer in self.model.named_modules():
             info = get_layerwise_info(layer)
-            if not info.can_load() or isinstance(layer, ParallelLMHead) or is_deferred_attention_layer(layer):
+            if not info.can_load() or is_deferred_attention_layer(layer):
                 continue
-            if not dict(layer.named_parameters(recurse=False)):
+            if not dict(layer.named_parameters(recurse=False)) or (is_tied and isinstance(layer, ParallelLMHead)):
                 continue
             is_partial = isinstance(layer, LinearBase) and info.load_numel < info.load_numel_total
             if not info.load_numel or is_partial:
@@ -186,6 +192,12 @@ class WeightReceiver:
         self.finish_weight_update()
         digest: str = self.weight_transfer_engine.digest
         return digest
+
+    def device_id(self: Any) -> str:
+        """The GPU that this worker computes on, as nothing else is called; `cpu` without one."""
+        if self.device.type != "cuda":
+            return "cpu"
+        return str(torch.cuda.get_device_properties(self.device).uuid)
 
     def stop_with_server(self: Any, server: int) -> None:
         """End this process and the engine above it when the server has gone, however it went."""

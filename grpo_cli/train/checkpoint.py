@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.max_tokens_per_microbatch",
     "model.gradient_checkpointing",
+    "generation.server",
     "logging",
 )
 """Settings that may change between a checkpoint and its resume; any other would make another run of it. The two

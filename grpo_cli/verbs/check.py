@@ -13,10 +13,11 @@ from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object
 from grpo_cli.policy.files import check_gguf, count_parameters, locate_gguf, read_chat_template
-from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.recipe.schema import GenerationConfig, ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
+from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
@@ -49,6 +50,9 @@ def check(recipe: Recipe, console: Console) -> None:
         load_object(recipe.optim.name, setting="optim.name")
     load_callbacks(recipe.train.callbacks)
     folder = check_model_files(recipe.model)
+    server = recipe.generation.server
+    if server is not None and server.api_key_file is not None:
+        read_key(Path(server.api_key_file).expanduser())
 
     for note in unused_settings(recipe, conversational=rows.conversational):
         console.print(escape(note), soft_wrap=True)
@@ -118,6 +122,7 @@ def plan(
             f"{train.prompts_per_step} prompts x {generation.num_generations} = {completions} completions of up "
             f"to {generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}",
         ),
+        ("engine", engine_plan(generation)),
         ("run", f"{steps} steps, {passes:.2g} passes over the prompts, 1 process, into {train.output_dir}"),
         (
             "tokens",
@@ -127,6 +132,16 @@ def plan(
         ("memory", memory_plan(recipe, parameters)),
     ]
     return lines
+
+
+def engine_plan(generation: GenerationConfig) -> str:
+    """Where completions are made."""
+    server = generation.server
+    if server is None:
+        return generation.engine
+    if server.spawn:
+        return f"{generation.engine}, started by the run, {server.tensor_parallel_size} GPU(s)"
+    return f"{generation.engine} at {', '.join(server.urls)}"
 
 
 def memory_plan(recipe: Recipe, parameters: int | None) -> str:

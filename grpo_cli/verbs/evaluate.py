@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.console import Console
@@ -69,17 +70,19 @@ def eval_model(
                 f"({type(error).__name__}: {reason})"
             ) from error
     assert run.eval_dataset is not None
-    metrics = evaluate(
-        run.engine,
-        run.scorer,
-        run.eval_dataset,
-        seed=recipe.train.seed,
-        step=0,
-        num_generations=size,
-        prompts_per_batch=recipe.train.prompts_per_step,
-        pass_at=pass_at,
-        pass_reward=pass_reward,
-    )
+    with closing(run.engine):
+        run.engine.update_weights(0)
+        metrics = evaluate(
+            run.engine,
+            run.scorer,
+            run.eval_dataset,
+            seed=recipe.train.seed,
+            step=0,
+            num_generations=size,
+            prompts_per_batch=recipe.train.prompts_per_step,
+            pass_at=pass_at,
+            pass_reward=pass_reward,
+        )
     if as_json:
         console.print_json(json.dumps(finite_or_none(metrics)))
         return metrics

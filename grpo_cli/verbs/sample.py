@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from itertools import chain, count, islice
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.table import Table
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import generate_rollout
 from grpo_cli.train.display import beginning, ending
-from grpo_cli.train.run import TRAIN_STREAM, Objects, build_run, explained_failures
+from grpo_cli.train.run import TRAIN_STREAM, Objects, Run, build_run, explained_failures
 
 
 def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
@@ -24,11 +25,18 @@ def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
     """
     with explained_failures(recipe):
         run = build_run(recipe, Objects(), with_reference=False)
+    with closing(run.engine):
+        _sample(run, num_prompts, console)
+
+
+def _sample(run: Run, num_prompts: int, console: Console) -> None:
+    recipe = run.recipe
     for note in run.notes:
         console.print(escape(note))
     order = chain.from_iterable(map(run.sampler.at, count()))
     prompts = [run.dataset[index] for index in islice(order, num_prompts)]
     size = recipe.generation.num_generations
+    run.engine.update_weights(0)
     rollout = generate_rollout(run.engine, prompts, (recipe.train.seed, TRAIN_STREAM, 0), size)
     scores = run.scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
     for index, prompt in enumerate(prompts):
