@@ -67,6 +67,15 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def vllm_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model_dir`, with the head size of 32 that vLLM's attention on a CPU needs."""
+    folder = tmp_path_factory.mktemp("vllm-llama")
+    tiny_llama(hidden_size=64, num_attention_heads=2, num_key_value_heads=1).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_recipe(tiny_model_dir: Path, tmp_path: Path) -> dict[str, Any]:
     """A whole recipe that trains the tiny model for three steps in about a second."""

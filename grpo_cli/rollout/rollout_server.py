@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import random
-import secrets
-import socket
 import ssl
-import stat
 import threading
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 import httpx2
 import torch
@@ -22,6 +16,7 @@ from pydantic import ValidationError
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.weight_transfer import CONNECT_TIMEOUT_S, SendingGroup, fill_memory, shares_memory
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import (
     BeginWeights,
@@ -30,13 +25,11 @@ from grpo_cli.serve.protocol import (
     CommitWeights,
     GenerateRequest,
     GenerateResponse,
-    Rendezvous,
     ServerInfo,
     Staging,
     Weights,
 )
 
-CONNECT_TIMEOUT_S = 10.0
 LONGEST_PAUSE_S = 5.0
 """Between two attempts to reach a server that is away."""
 
@@ -79,7 +72,7 @@ class RolloutServer:
             verify=ssl.create_default_context(),
             trust_env=False,
         )
-        self._group: _Group | None = None
+        self._group: SendingGroup | None = None
 
     def info(self) -> ServerInfo:
         """What the server says of itself.
@@ -135,14 +128,17 @@ class RolloutServer:
         specs = policy.specs(info.dtype)
         buckets = wire.plan_buckets(specs)
         begin = BeginWeights(weights=weights, tensors=specs)
-        if self._shares_memory(info) and not self._can_use_nccl(info, policy):
+        if shares_memory(info) and not self._can_use_nccl(info, policy):
             staging = self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, begin)
             expected = str(Path(info.memory_probe).with_name(protocol.STAGING_FILE))
             if staging.path != expected:
                 raise RunError(
                     f"{self.url} asks for the weights in {staging.path}, not {expected}: it is not trusted"
                 )
-            digest = _fill_memory(expected, buckets, policy)
+            try:
+                digest = fill_memory(expected, buckets, policy)
+            except RuntimeError as error:  # as torch reports a file that is not there
+                raise ServerAway(f"{self.url} has taken its memory away: {error}") from error
             commit = CommitWeights(weights=weights, digest=digest)
             committed = self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit)
         else:
@@ -154,16 +150,6 @@ class RolloutServer:
             )
         return wire.total_bytes(buckets)
 
-    def _shares_memory(self, info: ServerInfo) -> bool:
-        """Whether the server's folder is here, and nobody but this user can have made it or enter it."""
-        probe = Path(info.memory_probe)
-        try:
-            status = probe.parent.lstat()
-            is_ours = status.st_uid == os.geteuid() and stat.S_ISDIR(status.st_mode)
-            return is_ours and not status.st_mode & 0o077 and probe.read_text() == info.instance
-        except (OSError, ValueError):
-            return False
-
     def _can_use_nccl(self, info: ServerInfo, policy: PolicyWeights) -> bool:
         """Whether both sides compute on GPUs, and not on the same one, which NCCL refuses."""
         if info.device != "cuda" or policy.device.type != "cuda":
@@ -174,24 +160,24 @@ class RolloutServer:
         self, begin: BeginWeights, info: ServerInfo, buckets: list[wire.Bucket], policy: PolicyWeights
     ) -> tuple[Committed, str]:
         backend = "nccl" if self._can_use_nccl(info, policy) else "gloo"
-        if self._group is None or self._group.instance != info.instance:
-            self._group = _Group(self.url, backend, info, self.timeout_s)
-        group, digest = self._group, wire.Digest()
-        device = policy.device if backend == "nccl" else torch.device("cpu")
-        self._call(
-            Staging, "POST", protocol.BEGIN_WEIGHTS, begin.model_copy(update={"rendezvous": group.rendezvous})
-        )
-        sender = threading.Thread(target=group.send, args=(buckets, policy, device, digest), daemon=True)
-        sender.start()
         try:
-            committed = self._call(
-                Committed, "POST", protocol.COMMIT_WEIGHTS, CommitWeights(weights=begin.weights)
-            )
-        except Exception:
+            if self._group is None or self._group.instance != info.instance:
+                self._group = SendingGroup(self.url, backend, info, self.timeout_s)
+        except OSError as error:
+            raise ServerAway(f"{self.url} cannot be reached: {error}") from error
+        group = self._group
+        rendezvous = begin.model_copy(update={"rendezvous": group.rendezvous})
+        self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, rendezvous)
+        sending = group.start_sending(buckets, policy)
+        commit = CommitWeights(weights=begin.weights)
+        try:
+            committed = self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit)
+            return committed, sending.digest()
+        except Exception as error:
             self._group = None  # the workers have left it
+            if isinstance(error, ServerAway) and sending.error is not None:
+                raise ServerAway(f"{error}; the trainer: {sending.error}") from sending.error
             raise
-        sender.join()
-        return committed, digest.hexdigest()
 
     def _call(self, answer: type[Answer], method: str, path: str, body: Body | None = None) -> Answer:
         """Send a request and read its answer.
@@ -227,68 +213,6 @@ class RolloutServer:
 
     def close(self) -> None:
         self._http.close()
-
-
-class _Group:
-    """A process group with the workers of one server, in which this process is rank 0."""
-
-    def __init__(self, url: str, backend: Any, info: ServerInfo, timeout_s: float) -> None:
-        self.instance = info.instance
-        self._timeout_s = timeout_s
-        self._world_size = 1 + info.world_size
-        self._host = _address_towards(url)
-        # Bound to the one address that leads to the server, not to all of this machine's.
-        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
-        listener = socket.create_server((self._host, 0), family=family)
-        port = listener.getsockname()[1]
-        self._store = wire.TCPStore(
-            self._host, port, self._world_size, is_master=True, wait_for_workers=False,
-            timeout=timedelta(seconds=timeout_s), master_listen_fd=listener.detach(),
-        )  # fmt: skip
-        self._group: Any = None
-        self.rendezvous = Rendezvous(
-            backend=backend,
-            host=self._host,
-            port=port,
-            world_size=self._world_size,
-            group=secrets.token_hex(8),
-        )
-
-    def send(
-        self, buckets: list[wire.Bucket], policy: PolicyWeights, device: torch.device, digest: wire.Digest
-    ) -> None:
-        """Join the group if this is its first set, and send all buckets and their digest."""
-        if self._group is None:
-            self._group = wire.join_group(
-                self.rendezvous.backend, self._store, 0, self._world_size, self._host, self._timeout_s
-            )
-        for bucket in buckets:
-            flat = torch.zeros(bucket.size, dtype=torch.uint8, device=device)
-            wire.fill(bucket, flat, policy.tensor)
-            digest.add(bucket, flat)
-            wire.broadcast(self._group, flat)
-        message = torch.tensor(list(digest.hexdigest().encode()), dtype=torch.uint8, device=device)
-        wire.broadcast(self._group, message)
-
-
-def _fill_memory(path: str, buckets: list[wire.Bucket], policy: PolicyWeights) -> str:
-    """Write the whole set into the server's staging file; return its digest."""
-    digest = wire.Digest()
-    flat = torch.from_file(path, shared=True, size=wire.total_bytes(buckets), dtype=torch.uint8)
-    for bucket in buckets:
-        part = flat[bucket.start : bucket.start + bucket.size]
-        wire.fill(bucket, part, policy.tensor)
-        digest.add(bucket, part)
-    return digest.hexdigest()
-
-
-def _address_towards(url: str) -> str:
-    """This machine's address on the interface that leads to a server."""
-    parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else protocol.DEFAULT_PORT)
-    with socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S) as probe:
-        address: str = probe.getsockname()[0]
-        return address
 
 
 def _detail(response: httpx2.Response) -> str:

@@ -28,6 +28,9 @@ MAX_STARTS = 3
 
 STOP_TIMEOUT_S = 20.0
 
+SHARED_GPU_MEMORY = 0.3
+"""Share of a GPU's memory that vLLM takes where the policy trains on the same one."""
+
 
 class SpawnedServer:
     """Starts a server on this machine, without weights: it gets the policy's.
@@ -52,6 +55,8 @@ class SpawnedServer:
         self.key = make_key_file(self.key_file)
         base_model(model).config.save_pretrained(self._folder / "model")
         tokenizer.save_pretrained(self._folder / "model")
+        if torch.cuda.is_available() and torch.cuda.device_count() <= self._num_gpus:
+            arguments = {"gpu_memory_utilization": SHARED_GPU_MEMORY, **arguments}
         self._command = [
             sys.executable, "-m", "grpo_cli.cli", "serve",
             "--model", str(self._folder / "model"), "--load-format", "dummy",
@@ -131,7 +136,7 @@ class SpawnedServer:
 def server_devices(count: int, wanted: int, visible: str | None) -> str | None:
     """The last `wanted` of `count` GPUs, as CUDA_VISIBLE_DEVICES names them; the policy trains on the first.
 
-    None where there are not enough for both: then they share, and `gpu_memory_utilization` has to leave room.
+    None where there are not enough for both: then they share, within SHARED_GPU_MEMORY.
     """
     if count <= wanted:
         return None

@@ -92,7 +92,9 @@ class VllmClient:
         is_known = server.url in self._infos
         if self.spawned is not None:
             self.spawned.ensure_running()
-        check = self.spawned.check if self.spawned is not None else lambda: None
+        check = lambda: None
+        if self.spawned is not None:  # what has worked once may be about to end of what it was lost by
+            check = self.spawned.ensure_running if is_known else self.spawned.check
         try:
             if is_known or self.spawned is not None:
                 return server.wait_until_ready(check)

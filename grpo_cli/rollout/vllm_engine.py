@@ -16,6 +16,7 @@ from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.spawned_server import SHARED_GPU_MEMORY
 from grpo_cli.rollout.vllm_requests import completion, generate_request
 from grpo_cli.serve.environment import set_defaults
 
@@ -62,7 +63,9 @@ class VllmEngine:
             "enable_sleep_mode": self._sleeps,
             "disable_log_stats": True,
         }
-        if not self._sleeps:
+        if self._sleeps:
+            arguments["gpu_memory_utilization"] = SHARED_GPU_MEMORY
+        else:
             arguments |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
         with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:
             base_model(model).config.save_pretrained(Path(folder))

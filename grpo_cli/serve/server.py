@@ -122,6 +122,8 @@ def parse(options: ServeOptions) -> Namespace:
     # No web page needs this server, and a line for each request would bury what the engine says.
     parser.set_defaults(allowed_origins=[], uvicorn_log_level="warning", disable_uvicorn_access_log=True)
     arguments = parser.parse_args(vllm_arguments(options))
+    if arguments.model_tag is not None:
+        raise UserError(f"grpo serve: {arguments.model_tag} belongs to no option")
     try:
         validate_parsed_serve_args(arguments)
     except (TypeError, ValueError, KeyError) as error:
@@ -201,6 +203,7 @@ def http_options(arguments: Namespace) -> dict[str, Any]:
         "port": arguments.port,
         "log_level": arguments.uvicorn_log_level,
         "access_log": not arguments.disable_uvicorn_access_log,
+        "timeout_graceful_shutdown": 5,  # what waits for a dead engine waits for ever
         "enable_ssl_refresh": arguments.enable_ssl_refresh,
         "ssl_keyfile": arguments.ssl_keyfile,
         "ssl_certfile": arguments.ssl_certfile,
@@ -248,7 +251,8 @@ def _stop_with_stdin() -> None:
     """Stop when the other end of standard input closes, which it does however a parent process ends."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(sys.stdin.fileno(), 4096):  # a buffered read would hold a lock that the exit needs
+            pass
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -96,7 +96,7 @@ def tensors_in(bucket: Bucket, flat: torch.Tensor) -> Iterator[tuple[str, torch.
 class Digest:
     """A fingerprint of a set of weights as it travels: names, dtypes, shapes, and each tensor's words summed up.
 
-    It finds what goes wrong in a transfer (bytes missing, stale or in the wrong place), at the speed of memory and
+    It finds what goes wrong in a transfer (bytes missing, stale or another tensor's), at the speed of memory and
     on the device where the bytes are. It is no defence against a forger: the key is.
     """
 
@@ -138,7 +138,10 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
         nccl = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timeout
-        return nccl(store, rank, world_size, options)
+        group = nccl(store, rank, world_size, options)
+        # The ranks connect at the first message, which must come while the environment is right for it.
+        broadcast(group, torch.zeros(1, dtype=torch.uint8, device="cuda"))
+        return group
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
