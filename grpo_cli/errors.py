@@ -11,8 +11,12 @@ class RunError(Exception):
     """The run failed for a reason that a message explains better than a traceback. Exit code 1."""
 
 
-class ServerLost(Exception):
-    """A rollout server stays away: the run ends with a checkpoint, as `StoppedEarly`."""
+class ServerLost(RunError):
+    """A rollout server stays away: training ends with a checkpoint, as `StoppedEarly`."""
+
+
+class ServerNeverReached(ServerLost):
+    """A rollout server has not answered once."""
 
 
 class StoppedEarly(Exception):

@@ -150,12 +150,18 @@ def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
 
 
 RESERVED_VLLM_ARGUMENTS = {
-    "model": "model.name",
-    "tensor_parallel_size": "generation.server.tensor_parallel_size",
-    "api_key": "generation.server.api_key_file",
-    "port": "generation.server.port",
-}
-"""Engine arguments that have a key of their own, which says it better."""
+    "model": "has a key of its own: model.name",
+    "tokenizer": "has a key of its own: model.tokenizer",
+    "tensor_parallel_size": "has a key of its own: generation.server.tensor_parallel_size",
+    "api_key": "has a key of its own: generation.server.api_key_file",
+    "host": "a spawned server listens on this machine alone; remove it",
+    "port": "has a key of its own: generation.server.port",
+} | dict.fromkeys(
+    ("load_format", "logprobs_mode", "worker_extension_cls", "weight_transfer_config", "enable_sleep_mode",
+     "distributed_executor_backend"),
+    "training depends on what it is set to; remove it",
+)  # fmt: skip
+"""Engine arguments that are not the user's, and why."""
 
 
 def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
@@ -179,7 +185,7 @@ def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
         yield "generation.vllm", "has no server or engine to go to; pass the options to grpo serve, or remove it"
     for name in generation.vllm:
         if name.replace("-", "_") in RESERVED_VLLM_ARGUMENTS:
-            yield f"generation.vllm.{name}", f"has a key of its own: {RESERVED_VLLM_ARGUMENTS[name]}"
+            yield f"generation.vllm.{name}", RESERVED_VLLM_ARGUMENTS[name.replace("-", "_")]
 
 
 def _optim_contradictions(optim: OptimConfig) -> Iterator[Finding]:

@@ -183,9 +183,8 @@ def server_overrides(servers: Sequence[str]) -> list[str]:
     if not servers:
         return []
     urls = yaml.dump(list(servers), default_flow_style=True, width=2**31).strip()
-    return [
-        "generation.engine=vllm_server", "generation.server.spawn=false", f"generation.server.urls={urls}"
-    ]  # fmt: skip
+    own = ("spawn=false", "port=null", "tensor_parallel_size=1", f"urls={urls}")
+    return ["generation.engine=vllm_server", "generation.vllm={}", *(f"generation.server.{key}" for key in own)]
 
 
 def apply_override(raw: RawRecipe, override: str) -> None:

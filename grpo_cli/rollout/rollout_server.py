@@ -40,6 +40,10 @@ class ServerAway(Exception):
     """The server cannot be reached, broke off, or says that it is not well: it may come back."""
 
 
+class NoRoom(RunError):
+    """The server has no memory for weights that are handed over."""
+
+
 class WrongWeights(Exception):
     """The server has other weights than the ones that are wanted, or none that are whole."""
 
@@ -60,14 +64,12 @@ class RolloutServer:
         self.lock = threading.Lock()
         """Held while the server is sent weights or waited for."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        timeout = httpx2.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s), pool=None)
         limits = httpx2.Limits(max_connections=limit, max_keepalive_connections=limit)
         # No proxy from the environment: weights and key are for this server alone. Its certificate is checked
         # against the authorities of the system, or of SSL_CERT_FILE.
         self._http = httpx2.Client(
             base_url=url,
             headers=headers,
-            timeout=timeout,
             limits=limits,
             verify=ssl.create_default_context(),
             trust_env=False,
@@ -129,18 +131,7 @@ class RolloutServer:
         buckets = wire.plan_buckets(specs)
         begin = BeginWeights(weights=weights, tensors=specs)
         if shares_memory(info) and not self._can_use_nccl(info, policy):
-            staging = self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, begin)
-            expected = str(Path(info.memory_probe).with_name(protocol.STAGING_FILE))
-            if staging.path != expected:
-                raise RunError(
-                    f"{self.url} asks for the weights in {staging.path}, not {expected}: it is not trusted"
-                )
-            try:
-                digest = fill_memory(expected, buckets, policy)
-            except RuntimeError as error:  # as torch reports a file that is not there
-                raise ServerAway(f"{self.url} has taken its memory away: {error}") from error
-            commit = CommitWeights(weights=weights, digest=digest)
-            committed = self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit)
+            committed, digest = self._hand_over(begin, info, buckets, policy)
         else:
             committed, digest = self._broadcast(begin, info, buckets, policy)
         if committed.digest != digest or committed.weights != weights:
@@ -149,6 +140,26 @@ class RolloutServer:
                 f"with {digest}"
             )
         return wire.total_bytes(buckets)
+
+    def _hand_over(
+        self, begin: BeginWeights, info: ServerInfo, buckets: list[wire.Bucket], policy: PolicyWeights
+    ) -> tuple[Committed, str]:
+        """Through memory that both see; by broadcast where there is not enough of it."""
+        try:
+            staging = self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, begin)
+        except NoRoom:
+            return self._broadcast(begin, info, buckets, policy)
+        expected = str(Path(info.memory_probe).with_name(protocol.STAGING_FILE))
+        if staging.path != expected:
+            raise RunError(f"{self.url} asks for the weights in {staging.path}, not {expected}: it is not trusted")
+        try:
+            digest = fill_memory(expected, buckets, policy)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # as torch reports a file that is not there
+            raise ServerAway(f"{self.url} has taken its memory away: {error}") from error
+        commit = CommitWeights(weights=begin.weights, digest=digest)
+        return self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit), digest
 
     def _can_use_nccl(self, info: ServerInfo, policy: PolicyWeights) -> bool:
         """Whether both sides compute on GPUs, and not on the same one, which NCCL refuses."""
@@ -175,6 +186,8 @@ class RolloutServer:
             return committed, sending.digest()
         except Exception as error:
             self._group = None  # the workers have left it
+            if isinstance(sending.error, torch.OutOfMemoryError):
+                raise sending.error from error
             if isinstance(error, ServerAway) and sending.error is not None:
                 raise ServerAway(f"{error}; the trainer: {sending.error}") from sending.error
             raise
@@ -190,8 +203,12 @@ class RolloutServer:
         """
         content = None if body is None else body.model_dump_json()
         headers = {"Content-Type": "application/json"}
+        # A server says nothing while it loads weights; should its engine die of it, it answers.
+        is_transfer = path in (protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS)
+        silence = max(self.timeout_s, protocol.TRANSFER_TIMEOUT_S) if is_transfer else self.timeout_s
+        timeout = httpx2.Timeout(silence, connect=min(CONNECT_TIMEOUT_S, self.timeout_s), pool=None)
         try:
-            response = self._http.request(method, path, content=content, headers=headers)
+            response = self._http.request(method, path, content=content, headers=headers, timeout=timeout)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
             raise ServerAway(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
         if response.status_code == 401:
@@ -200,7 +217,9 @@ class RolloutServer:
             )
         if response.status_code == 409:
             raise WrongWeights(f"{self.url}: {_detail(response)}")
-        if response.status_code >= 500 and response.status_code != 507:
+        if response.status_code == 507:
+            raise NoRoom(f"{self.url}: {_detail(response)}")
+        if response.status_code >= 500:
             raise ServerAway(f"{self.url}: {_detail(response)}")
         if response.status_code != 200:
             raise RunError(f"{self.url}{path} answers {response.status_code}: {_detail(response)}")

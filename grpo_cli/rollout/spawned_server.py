@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ MAX_STARTS = 3
 """A server that ends this often ends for a reason."""
 
 STOP_TIMEOUT_S = 20.0
+
+LINGER_S = 5.0
+"""Time that an engine has to notice that its server is gone."""
 
 SHARED_GPU_MEMORY = 0.3
 """Share of a GPU's memory that vLLM takes where the policy trains on the same one."""
@@ -75,7 +79,7 @@ class SpawnedServer:
         """
         if self._process is not None and self._process.poll() is None:
             return
-        if self._starts == MAX_STARTS:
+        if self._starts >= MAX_STARTS:
             raise RunError(
                 f"the rollout server ended {MAX_STARTS} times; its log is {self.log}\n{self._last_lines()}"
             )
@@ -127,10 +131,16 @@ class SpawnedServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _kill_group(self) -> None:
-        """What is left of the server, its engine above all."""
-        if self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """End what is left of the server, after a moment in which it may end by itself and clean up."""
+        if self._process is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            deadline = time.monotonic() + LINGER_S
+            while time.monotonic() < deadline:
+                self._process.poll()
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.05)
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def server_devices(count: int, wanted: int, visible: str | None) -> str | None:

@@ -7,11 +7,11 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from grpo_cli.errors import RunError, ServerLost, UserError
+from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
@@ -65,11 +65,16 @@ class VllmClient:
         Raises:
             ServerLost: a server stayed away longer than `timeout_s`.
             RunError: it answers, but does not take the weights.
-            UserError: the first contact failed.
+            ServerNeverReached: it has not answered once.
         """
         self.weights = Weights(run=self.run, version=version)
-        with ThreadPoolExecutor(len(self.servers)) as pool:
-            return sum(pool.map(self._bring_up_to_date, self.servers))
+        moved: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for server in self.servers:
+            _daemon(partial(self._update_one, server, moved))
+        return sum(_result(moved.get()) for _ in self.servers)
+
+    def _update_one(self, server: RolloutServer, moved: queue.SimpleQueue[Any]) -> None:
+        moved.put(_outcome(self._bring_up_to_date, server))
 
     def _bring_up_to_date(self, server: RolloutServer) -> int:
         """Wait for a server if need be, and send the weights unless it has them; return the bytes moved."""
@@ -90,11 +95,11 @@ class VllmClient:
 
     def _wait(self, server: RolloutServer) -> ServerInfo:
         is_known = server.url in self._infos
-        if self.spawned is not None:
-            self.spawned.ensure_running()
-        check = lambda: None
-        if self.spawned is not None:  # what has worked once may be about to end of what it was lost by
-            check = self.spawned.ensure_running if is_known else self.spawned.check
+        own = self.spawned
+        if own is not None:
+            own.ensure_running()
+        # One that has worked once may just be ending of what it was lost by.
+        check = (own.ensure_running if is_known else own.check) if own is not None else lambda: None
         try:
             if is_known or self.spawned is not None:
                 return server.wait_until_ready(check)
@@ -106,7 +111,8 @@ class VllmClient:
         except ServerAway as error:
             if is_known:
                 raise ServerLost(str(error)) from error
-            raise UserError(f"generation.server: {error}; is grpo serve running there?") from error
+            hint = "is grpo serve running there?" if own is None else f"its log is {own.log}"
+            raise ServerNeverReached(f"generation.server: {error}; {hint}") from error
 
     def generate(
         self,
@@ -121,7 +127,7 @@ class VllmClient:
         Raises:
             UserError: a prompt is longer than the servers take.
             ServerLost: a server stayed away longer than `timeout_s`.
-            RunError: a prompt fails wherever it is sent.
+            RunError: a prompt fails every time.
         """
         assert self.weights is not None, "update_weights comes before generate"
         self._check_lengths(prompts)
@@ -135,8 +141,7 @@ class VllmClient:
         try:
             for _ in requests:
                 index, outcome = work.outcomes.get()
-                if isinstance(outcome, BaseException):
-                    raise outcome
+                _result(outcome)
                 groups[index] = [completion(part, self.config, self.tokenizer) for part in outcome.completions]
                 if on_group is not None:
                     on_group(index, groups[index])
@@ -150,8 +155,7 @@ class VllmClient:
         for server in self.servers:
             room = max(1, self._infos[server.url].max_num_seqs // num_generations)
             for _ in range(min(room, share)):
-                # Daemons: what waits for a hung server must not keep an ending process alive.
-                threading.Thread(target=self._take_work, args=(server, work), daemon=True).start()
+                _daemon(partial(self._take_work, server, work))
 
     def _take_work(self, server: RolloutServer, work: _Work) -> None:
         while not work.stopped.is_set():
@@ -159,10 +163,9 @@ class VllmClient:
                 index = work.waiting.get_nowait()
             except queue.Empty:
                 return
-            try:
-                work.outcomes.put((index, self._generate(server, work.requests[index])))
-            except Exception as error:  # raised again in the thread that called generate
-                work.outcomes.put((index, error))
+            outcome = _outcome(self._generate, server, work.requests[index])
+            work.outcomes.put((index, outcome))
+            if isinstance(outcome, Exception):
                 return
 
     def _generate(self, server: RolloutServer, request: GenerateRequest) -> GenerateResponse:
@@ -195,6 +198,25 @@ class VllmClient:
             server.close()
         if self.spawned is not None:
             self.spawned.stop()
+
+
+def _daemon(target: Callable[[], None]) -> None:
+    """Run in a thread that does not keep an ending process alive, as one that waits for a hung server would."""
+    threading.Thread(target=target, daemon=True).start()
+
+
+def _outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the call gives or raises, for another thread."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # raised again by `_result`
+        return error
+
+
+def _result(outcome: Any) -> Any:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 @dataclass

@@ -70,11 +70,15 @@ class VllmEngine:
         with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:
             base_model(model).config.save_pretrained(Path(folder))
             tokenizer.save_pretrained(Path(folder))
+            threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
             try:
                 self._llm: Any = vllm.LLM(model=folder, **(arguments | config.vllm))
             except (ValueError, TypeError) as error:
                 reason = " ".join(str(error).split())[:500]
                 raise UserError(f"generation.vllm: vLLM refuses the model or an argument: {reason}") from error
+        # vLLM sets the threads of this process for its own needs.
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
         self._is_asleep = False
         self.release_memory()
 
@@ -82,6 +86,7 @@ class VllmEngine:
         """See `RolloutEngine.update_weights`."""
         if self._version == version and not self._is_asleep:
             return 0
+        self._version = None
         if self._is_asleep:
             self._llm.wake_up(tags=["weights"])
         dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
@@ -125,18 +130,22 @@ class VllmEngine:
                 f"({self.config.max_completion_tokens}) exceed vLLM's limit of {limit}; raise "
                 "generation.vllm.max_model_len, or lower data.max_prompt_tokens or max_completion_tokens"
             )
-        for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-            request = generate_request(self.config, self.eos_token_ids, prompt, key, num_generations)
-            engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, sampling_params(request))
         groups: list[list[Completion]] = [[] for _ in prompts]
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.finished:
-                    index = int(output.request_id)
-                    parts = served_completions(output)
-                    groups[index] = [completion(part, self.config, self.tokenizer) for part in parts]
-                    if on_group is not None:
-                        on_group(index, groups[index])
+        try:
+            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+                request = generate_request(self.config, self.eos_token_ids, prompt, key, num_generations)
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, sampling_params(request))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        index = int(output.request_id)
+                        parts = served_completions(output)
+                        groups[index] = [completion(part, self.config, self.tokenizer) for part in parts]
+                        if on_group is not None:
+                            on_group(index, groups[index])
+        finally:
+            if engine.has_unfinished_requests():  # they would turn up among the next call's
+                engine.abort_request([str(index) for index in range(len(prompts))])
         return groups
 
     def close(self) -> None:

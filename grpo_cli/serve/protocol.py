@@ -18,6 +18,9 @@ HEARTBEAT_S = 5.0
 
 DEFAULT_PORT = 8000
 
+TRANSFER_TIMEOUT_S = 600.0
+"""Longest time that a server takes to empty itself or to load weights, and longest wait for the next bucket."""
+
 STAGING_FILE = "weights"
 """Beside the memory probe, for weights that are handed over in memory."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, HTTPException
@@ -22,7 +22,7 @@ from grpo_cli.serve.protocol import (
     Weights,
 )
 from grpo_cli.serve.sampling import sampling_params, served_completions
-from grpo_cli.serve.weights import WeightStore, label
+from grpo_cli.serve.weights import WeightStore, label, while_alive
 
 
 def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
@@ -31,6 +31,8 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
 
     @router.get(protocol.INFO)
     async def info() -> ServerInfo:
+        if engine.errored:  # the server ends within seconds, and until then all else looks well
+            raise HTTPException(503, "the engine died")
         model, config = engine.model_config, engine.vllm_config
         return ServerInfo(
             instance=store.instance,
@@ -54,7 +56,7 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
         done, _ = await asyncio.wait({answer}, timeout=protocol.HEARTBEAT_S)
         if done:  # what is wrong with the request shows at once, while there can be a status for it
             return Response(answer.result().model_dump_json(), media_type="application/json")
-        return StreamingResponse(_with_heartbeat(answer, engine.is_paused), media_type="application/json")
+        return StreamingResponse(_with_heartbeat(answer, engine, store), media_type="application/json")
 
     @router.post(protocol.BEGIN_WEIGHTS)
     async def begin(request: BeginWeights) -> Staging:
@@ -105,7 +107,7 @@ async def _generate(engine: Any, store: WeightStore, request: GenerateRequest) -
 
 
 async def _with_heartbeat(
-    answer: asyncio.Task[GenerateResponse], engine_answers: Callable[[], Awaitable[Any]]
+    answer: asyncio.Task[GenerateResponse], engine: Any, store: WeightStore
 ) -> AsyncIterator[bytes]:
     """A JSON document after a blank for each time that the engine was asked and answered.
 
@@ -114,9 +116,13 @@ async def _with_heartbeat(
     """
     try:
         while not answer.done():
-            await engine_answers()
+            await while_alive(engine, engine.is_paused())
             yield b" "
             await asyncio.wait({answer}, timeout=protocol.HEARTBEAT_S)
+            if store.is_drained and not answer.done():  # it came just too late, and is waiting for new weights
+                late = GenerateResponse(weights=store.weights, interrupted=store.refusing)
+                yield late.model_dump_json().encode()
+                return
         yield answer.result().model_dump_json().encode()
     finally:
         answer.cancel()  # the client has gone

@@ -169,6 +169,8 @@ async def _run(arguments: Namespace, key: Key) -> None:
         raise UserError(
             f"grpo serve: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}"
         ) from error
+    # While the engine loads, too; later vLLM's server has a handler of its own.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
         engine_arguments.create_engine_config()
@@ -194,6 +196,10 @@ async def _run(arguments: Namespace, key: Key) -> None:
         listener.close()
     if died:
         raise RunError("grpo serve: the engine died, its log above says why; the trainer waits for a new server")
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def http_options(arguments: Namespace) -> dict[str, Any]:

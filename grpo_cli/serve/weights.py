@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
 from grpo_cli.serve import wire
-from grpo_cli.serve.protocol import STAGING_FILE, BeginWeights, Committed, CommitWeights, Staging, Weights
+from grpo_cli.serve.protocol import (
+    STAGING_FILE,
+    TRANSFER_TIMEOUT_S,
+    BeginWeights,
+    Committed,
+    CommitWeights,
+    Staging,
+    Weights,
+)
 
-TRANSFER_TIMEOUT_S = 300.0
-"""Longest wait of a worker for the trainer's next bucket."""
+ALIVE_CHECK_S = 1.0
+"""Between two looks at whether an engine that has not answered is still there."""
+
+FOLDER_PREFIX, PROBE = "grpo-serve-", "instance"
+
+Answer = TypeVar("Answer")
 
 
 class WeightStore:
@@ -37,18 +50,25 @@ class WeightStore:
         self.weights: Weights | None = None
         self.refusing = refusing
         self.instance = secrets.token_hex(8)
+        self.is_drained = False
+        """Nothing that is asked for now is generated before the next whole set."""
         self._begun: BeginWeights | None = None
         self._lock = asyncio.Lock()
-        self._folder = Path(tempfile.mkdtemp(prefix="grpo-serve-", dir=memory_folder()))  # mode 0700
-        self.probe = self._folder / "instance"
-        self.probe.write_text(self.instance)
+        sweep(memory_folder())
+        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=memory_folder()))  # mode 0700
+        self.probe = self._folder / PROBE
+        self._probe_file = self.probe.open("w")
+        fcntl.flock(self._probe_file, fcntl.LOCK_EX)  # until this process ends, however it does
+        self._probe_file.write(self.instance)
+        self._probe_file.flush()
 
     async def begin(self, request: BeginWeights) -> Staging:
         """Finish what is in flight, stop generating, and make room for a set of weights."""
         async with self._lock:
             self._begun = None
             self.refusing = f"{request.weights} of the weights is on its way"
-            await self.engine.pause_generation(mode="wait")
+            await while_alive(self.engine, self.engine.pause_generation(mode="wait"))
+            self.is_drained = True
             path = None
             if request.rendezvous is None:
                 path = self._make_room(wire.total_bytes(wire.plan_buckets(request.tensors)))
@@ -88,7 +108,8 @@ class WeightStore:
                 update["rendezvous"] = begun.rendezvous.model_dump()
             start = time.perf_counter()
             try:
-                digests = await self.engine.collective_rpc("load_weight_set", args=(update,))
+                loading = self.engine.collective_rpc("load_weight_set", args=(update,))
+                digests = await while_alive(self.engine, loading)
                 if len(set(digests)) != 1:
                     raise ValueError(f"the workers got different weights: digests {', '.join(digests)}")
                 await self.engine.update_weight_version(label(request.weights))
@@ -99,10 +120,12 @@ class WeightStore:
                 raise HTTPException(500, self.refusing) from error
             self.weights = request.weights
             self.refusing = None
+            self.is_drained = False
             await self.engine.resume_generation()
             return Committed(weights=request.weights, digest=digests[0], seconds=time.perf_counter() - start)
 
     def close(self) -> None:
+        self._probe_file.close()
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self._folder)
 
@@ -112,9 +135,31 @@ def label(weights: Weights) -> str:
     return f"{weights.run}:{weights.version}"
 
 
-def memory_folder() -> str | None:
+async def while_alive(engine: Any, call: Awaitable[Answer]) -> Answer:
+    """What `call` gives. An engine that dies never answers: then RuntimeError."""
+    task = asyncio.ensure_future(call)
+    try:
+        while not (await asyncio.wait({task}, timeout=ALIVE_CHECK_S))[0]:
+            if engine.errored:
+                raise RuntimeError("the engine died")
+        return task.result()
+    finally:
+        task.cancel()
+
+
+def memory_folder() -> str:
     """Where files live in memory; the folder for temporary files if there is no such place."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+
+
+def sweep(parent: str) -> None:
+    """Remove what servers of this user that were killed have left, a whole model each."""
+    for folder in Path(parent).glob(f"{FOLDER_PREFIX}*"):
+        with contextlib.suppress(OSError), (folder / PROBE).open("r+") as probe:
+            # The lock goes with its process; a file that is still empty is of a server that starts right now.
+            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if probe.read():
+                shutil.rmtree(folder)
 
 
 def _one_line(error: Exception) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -138,7 +140,8 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
         nccl = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timeout
-        group = nccl(store, rank, world_size, options)
+        with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):  # else a broken transfer aborts the process
+            group = nccl(store, rank, world_size, options)
         # The ranks connect at the first message, which must come while the environment is right for it.
         broadcast(group, torch.zeros(1, dtype=torch.uint8, device="cuda"))
         return group
@@ -148,6 +151,18 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
     options._threads = 2
     options._devices = [gloo.create_device(hostname=host)]
     return gloo(store, rank, world_size, options)
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def broadcast(group: Any, flat: torch.Tensor) -> None:

@@ -187,9 +187,13 @@ class WeightReceiver:
 
     def load_weight_set(self: Any, update: dict[str, Any]) -> str:
         """Load a whole set in one call, so that the engine cannot take a step in between; return its digest."""
-        self.start_weight_update()
-        self.update_weights(update)
-        self.finish_weight_update()
+        try:
+            self.start_weight_update()
+            self.update_weights(update)
+            self.finish_weight_update()
+        except BaseException:
+            self._weight_update_active = False  # or vLLM would refuse to start the next one
+            raise
         digest: str = self.weight_transfer_engine.digest
         return digest
 

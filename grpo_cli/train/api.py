@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from grpo_cli.errors import ServerLost, StoppedEarly, UserError
+from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
 from grpo_cli.recipe.load import apply_override, read_recipe, validate
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
@@ -101,6 +101,8 @@ def train(
             try:
                 return _train(run, session)
             except ServerLost as lost:
+                if isinstance(lost, ServerNeverReached) and session.resumed_from is None:
+                    raise UserError(str(lost)) from lost
                 session.save_checkpoint()
                 raise StoppedEarly(
                     f"{lost}\nstopped after step {session.position.step}; continue with --resume"

@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "train.max_tokens_per_microbatch",
     "model.gradient_checkpointing",
     "generation.server",
+    "generation.vllm",
     "logging",
 )
 """Settings that may change between a checkpoint and its resume; any other would make another run of it. The two

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from grpo_cli.errors import RunError, ServerLost, UserError
+from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout_server import RolloutServer
@@ -26,6 +26,12 @@ CONFIG = GenerationConfig(num_generations=4, max_completion_tokens=8)
 PROMPTS = [[10 + i, 20, 30] for i in range(12)]
 KEYS = [(0, 0, 5, i) for i in range(12)]
 SIZE = 4
+
+
+@pytest.fixture(autouse=True)
+def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a silent server is waited for while it loads weights: here no longer than at other times."""
+    monkeypatch.setattr(protocol, "TRANSFER_TIMEOUT_S", 0.1)
 
 
 @pytest.fixture
@@ -272,7 +278,9 @@ def test_a_server_that_is_never_reached_is_an_error_of_the_user(
 ) -> None:
     fakes[1].die()
     client = connect(*fakes, timeout_s=0.15)
-    with pytest.raises(UserError, match=rf"^generation\.server: {fakes[1].url} .*is grpo serve running there\?"):
+    with pytest.raises(
+        ServerNeverReached, match=rf"^generation\.server: {fakes[1].url} .*is grpo serve running there\?"
+    ):
         update(client, 0)
     assert notes == [f"waiting up to 0.15 s for {fakes[1].url}"]
 

@@ -16,7 +16,7 @@ from fastapi import FastAPI, WebSocket
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from grpo_cli.serve import protocol
+from grpo_cli.serve import protocol, routes
 from grpo_cli.serve.protocol import GenerateResponse, ServerInfo, Weights
 from grpo_cli.serve.routes import Gate, grpo_routes
 
@@ -40,6 +40,8 @@ def part(index: int, reason: str = "stop", versions: tuple[str, ...] = ("run:4",
 
 class Engine:
     """AsyncLLM as the routes see it."""
+
+    errored = False
 
     def __init__(self) -> None:
         self.model_config = SimpleNamespace(
@@ -83,6 +85,7 @@ class Store:
     """The state of the weights, set by hand."""
 
     def __init__(self) -> None:
+        self.is_drained = False
         self.weights: Weights | None = LOADED
         self.refusing: str | None = None
         self.instance, self.probe, self.devices = "instance", "/memory/instance", ["GPU-1", "GPU-2"]
@@ -259,6 +262,22 @@ def test_a_long_generation_is_told_from_a_server_that_hangs(
     assert blanks >= 3
     assert blanks == engine.asked, "a blank for each time that the engine answered"
     assert len(GenerateResponse.model_validate_json(answer.content).completions) == 2
+
+
+def test_a_request_that_came_too_late_for_the_old_weights_is_to_be_sent_again(
+    client: TestClient, engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.01)
+    engine.answers_needed = 10**9
+    check = routes.check_weights
+
+    def admit(*arguments: Any) -> None:
+        check(*arguments)
+        store.is_drained, store.refusing = True, "on its way"
+
+    monkeypatch.setattr(routes, "check_weights", admit)
+    answer = GenerateResponse.model_validate_json(client.post(protocol.GENERATE, json=BODY).content)
+    assert (answer.completions, answer.interrupted) == ([], "on its way")
 
 
 async def stream(app: Any, hang_up: asyncio.Event) -> list[Any]:

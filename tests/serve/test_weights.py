@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import stat
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -353,4 +356,29 @@ def test_memory_is_used_where_there_is_any(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(weights_module.os, "access", lambda path, mode: True)
     assert weights_module.memory_folder() == "/dev/shm"
     monkeypatch.setattr(weights_module.os, "access", lambda path, mode: False)
-    assert weights_module.memory_folder() is None
+    assert weights_module.memory_folder() == tempfile.gettempdir()
+
+
+def test_what_killed_servers_left_is_removed_and_what_runs_is_not(tmp_path: Path) -> None:
+    left, running, starting = (tmp_path / f"grpo-serve-{name}" for name in ("left", "running", "starting"))
+    for folder in (left, running, starting):
+        folder.mkdir()
+        (folder / "instance").write_text("" if folder is starting else "0123")
+    with (running / "instance").open("r+") as probe:
+        fcntl.flock(probe, fcntl.LOCK_EX)
+        weights_module.sweep(str(tmp_path))
+    assert not left.exists()
+    assert running.exists()
+    assert starting.exists()
+
+
+def test_a_call_on_an_engine_that_dies_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_module, "ALIVE_CHECK_S", 0.01)
+
+    async def ask() -> None:
+        engine = SimpleNamespace(errored=False)
+        asyncio.get_running_loop().call_later(0.05, setattr, engine, "errored", True)
+        await weights_module.while_alive(engine, asyncio.Event().wait())
+
+    with pytest.raises(RuntimeError, match="the engine died"):
+        asyncio.run(ask())
