@@ -154,12 +154,12 @@ RESERVED_VLLM_ARGUMENTS = {
     "tokenizer": "has a key of its own: model.tokenizer",
     "tensor_parallel_size": "has a key of its own: generation.server.tensor_parallel_size",
     "api_key": "has a key of its own: generation.server.api_key_file",
-    "host": "a spawned server listens on this machine alone; remove it",
+    "host": "is not for the user to set: a spawned server listens on this machine alone; remove it",
     "port": "has a key of its own: generation.server.port",
 } | dict.fromkeys(
     ("load_format", "logprobs_mode", "worker_extension_cls", "weight_transfer_config", "enable_sleep_mode",
      "distributed_executor_backend"),
-    "training depends on what it is set to; remove it",
+    "is set by the engine, since training depends on it; remove it",
 )  # fmt: skip
 """Engine arguments that are not the user's, and why."""
 

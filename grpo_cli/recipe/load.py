@@ -249,7 +249,7 @@ def validate(raw: RawRecipe) -> Recipe:
         broken = {key for key, _ in problems}
         for dotted, message in contradictions(recipe):
             key = _key_path(dotted)
-            if not any(key[: len(b)] == b for b in broken):
+            if not any(key[: len(b)] == b[: len(key)] for b in broken):
                 problems.append((key, f"{dotted} {message}"))
     if recipe is None or problems:
         order = {place: index for index, place in enumerate(raw.places.values())}
