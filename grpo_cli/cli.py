@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.recipe.addresses import DEFAULT_PORT
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REQUEUE = 1, 2, 75
 
@@ -57,7 +58,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = DEFAULT_PORT,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File with the key; made, for you alone, if it is not there.")
     ] = None,

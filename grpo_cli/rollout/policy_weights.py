@@ -41,6 +41,7 @@ class PolicyWeights:
                 )
             self._tensors.pop(name, None)
         self._parameters = parameters
+        self._specs: dict[str, list[TensorSpec]] = {}
         self.device: torch.device = base.device
 
     def _is_shared(self, name: str, source: str) -> bool:
@@ -48,6 +49,11 @@ class PolicyWeights:
 
     def specs(self, dtype: str) -> list[TensorSpec]:
         """What will be sent: parameters in the server's `dtype`, buffers in their own."""
+        if dtype not in self._specs:  # for the shape of a weight with an adapter, the two are merged
+            self._specs[dtype] = self._make_specs(dtype)
+        return self._specs[dtype]
+
+    def _make_specs(self, dtype: str) -> list[TensorSpec]:
         specs = []
         for name, get in self._tensors.items():
             tensor = get()

@@ -30,6 +30,8 @@ from grpo_cli.serve.protocol import (
     Weights,
 )
 
+MAX_CONNECTIONS = 512
+
 LONGEST_PAUSE_S = 5.0
 """Between two attempts to reach a server that is away."""
 
@@ -55,16 +57,15 @@ class RolloutServer:
         url: base URL.
         key: sent with every request.
         timeout_s: longest silence of the server before it counts as away, and longest wait for it to come back.
-        limit: most connections at a time.
     """
 
-    def __init__(self, url: str, key: str | None, timeout_s: float, limit: int = 512) -> None:
+    def __init__(self, url: str, key: str | None, timeout_s: float) -> None:
         self.url = url
         self.timeout_s = timeout_s
         self.lock = threading.Lock()
         """Held while the server is sent weights or waited for."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        limits = httpx2.Limits(max_connections=limit, max_keepalive_connections=limit)
+        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
         # No proxy from the environment: weights and key are for this server alone. Its certificate is checked
         # against the authorities of the system, or of SSL_CERT_FILE.
         self._http = httpx2.Client(

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.serve import protocol, wire
+from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Rendezvous, ServerInfo
 
 CONNECT_TIMEOUT_S = 10.0
@@ -132,7 +132,7 @@ class Sending(threading.Thread):
 def _address_towards(url: str) -> str:
     """This machine's address on the interface that leads to a server."""
     parts = urlsplit(url)
-    port = parts.port or (443 if parts.scheme == "https" else protocol.DEFAULT_PORT)
-    with socket.create_connection((parts.hostname or "", port), timeout=CONNECT_TIMEOUT_S) as probe:
+    # Only under https may `server_url` leave the port out.
+    with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=CONNECT_TIMEOUT_S) as probe:
         address: str = probe.getsockname()[0]
         return address

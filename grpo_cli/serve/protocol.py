@@ -16,8 +16,6 @@ BEGIN_WEIGHTS, COMMIT_WEIGHTS = f"{PREFIX}/weights/begin", f"{PREFIX}/weights/co
 HEARTBEAT_S = 5.0
 """While a completion is generated, the server sends a blank this often if its engine still answers."""
 
-DEFAULT_PORT = 8000
-
 TRANSFER_TIMEOUT_S = 600.0
 """Longest time that a server takes to empty itself or to load weights, and longest wait for the next bucket."""
 

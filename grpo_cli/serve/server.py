@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -170,7 +171,7 @@ async def _run(arguments: Namespace, key: Key) -> None:
             f"grpo serve: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}"
         ) from error
     # While the engine loads, too; later vLLM's server has a handler of its own.
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, _stop_while_loading)
     try:
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
         engine_arguments.create_engine_config()
@@ -198,8 +199,14 @@ async def _run(arguments: Namespace, key: Key) -> None:
         raise RunError("grpo serve: the engine died, its log above says why; the trainer waits for a new server")
 
 
-def _interrupt(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
+def _stop_while_loading(number: int, frame: Any) -> NoReturn:
+    """End at once, with the engine: an exception would wait in vLLM for an engine that never gets ready."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.terminate()
+    os._exit(128 + number)
 
 
 def http_options(arguments: Namespace) -> dict[str, Any]:
