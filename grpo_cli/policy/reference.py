@@ -5,36 +5,44 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft import PeftModel
 
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import load_pretrained
+from grpo_cli.policy.model import Loading, is_in_parts, load_pretrained
 from grpo_cli.recipe.schema import ModelConfig
 
 
-class Reference:
-    """Another model, a copy of the start policy, or the policy with its adapter off.
-
-    Args:
-        policy: as it is before training, on its device.
-        config: the recipe's `model` section.
+def reference_model(policy: Any, config: ModelConfig, loading: Loading) -> Any:
+    """`model.reference`, or a copy of the policy before training; None if that is the policy without its adapter.
 
     Raises:
         UserError: `model.reference` cannot be loaded.
     """
+    if config.reference is not None:
+        model = load_pretrained(config, config.reference, loading)
+    elif isinstance(policy, PeftModel):
+        return None
+    elif is_in_parts(policy):  # as it was read: there is no whole to copy
+        model = load_pretrained(config, config.name, loading)
+    else:
+        model = copy.deepcopy(policy)
+        model.gradient_checkpointing_disable()
+    return model.requires_grad_(False).eval()
 
-    def __init__(self, policy: PackedModel, config: ModelConfig) -> None:
+
+class Reference:
+    """A model of its own, or the policy with its adapter off.
+
+    Args:
+        policy: whose adapter is switched off where there is no `other`.
+        other: the model of its own.
+    """
+
+    def __init__(self, policy: PackedModel, other: PackedModel | None) -> None:
         self._policy = policy
-        self._own: PackedModel | None = None
-        if config.reference is not None:
-            model = load_pretrained(config, config.reference)
-        elif isinstance(policy.model, PeftModel):
-            return
-        else:
-            model = copy.deepcopy(policy.model)
-            model.gradient_checkpointing_disable()
-        self._own = PackedModel(model.requires_grad_(False).eval().to(policy.model.device))
+        self._own = other
 
     @property
     def shares_prompts(self) -> bool:

@@ -33,6 +33,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _engine_contradictions(recipe.generation)
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
+    yield from _distributed_contradictions(recipe)
     for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
         if data is not None and data.split != "train" and data.name.endswith(DATA_FILE_SUFFIXES):
             yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
@@ -217,4 +218,22 @@ def _train_contradictions(train: TrainConfig) -> Iterator[Finding]:
             "train.optimizer_steps_per_rollout",
             f"is {train.optimizer_steps_per_rollout}, more than train.prompts_per_step "
             f"({train.prompts_per_step}); a group is never split, so lower it or raise prompts_per_step",
+        )
+
+
+def _distributed_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    distributed, key = recipe.distributed, "distributed"
+    strategy, processes = distributed.strategy, distributed.processes or 1
+    if strategy == "none" and processes > 1:
+        yield f"{key}.strategy", f"none is for one process (processes is {processes}); write auto, or processes: 1"
+    if distributed.deepspeed_config is not None and strategy in ("none", "ddp", "fsdp"):
+        yield f"{key}.deepspeed_config", f"is for zero1, zero2 and zero3 (strategy is {strategy}); remove it"
+    if distributed.cpu_offload and distributed.deepspeed_config is not None:
+        yield f"{key}.cpu_offload", "is set in deepspeed_config; remove it here"
+    elif distributed.cpu_offload and strategy in ("auto", "none", "ddp"):
+        yield f"{key}.cpu_offload", f"needs zero1, zero2, zero3 or fsdp (strategy is {strategy}); set strategy"
+    if recipe.generation.engine == "vllm" and processes > 1:
+        yield (
+            "generation.engine",
+            f"vllm is for one process (distributed.processes is {processes}); write vllm_server",
         )

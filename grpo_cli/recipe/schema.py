@@ -341,6 +341,21 @@ class TrainConfig(Section):
         return math.ceil(self.epochs * num_prompts / self.prompts_per_step)
 
 
+class DistributedConfig(Section):
+    _paths = field_validator("deepspeed_config")(possible_path)
+
+    strategy: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    """What is shared out over processes: `ddp` nothing, `zero1` the optimizer's state, `zero2` gradients too,
+    `zero3` and `fsdp` weights too. `auto` is what the launcher says, else `ddp` for several processes, `none`
+    for one."""
+    processes: int | None = Field(default=None, ge=1)
+    """Processes over all nodes. If empty, what the launcher started, else one; under srun one for each GPU."""
+    cpu_offload: bool = False
+    """Keep the optimizer's state in the CPU's memory, with `zero3` and `fsdp` the weights too."""
+    deepspeed_config: str | None = None
+    """DeepSpeed JSON file to use in place of the built-in settings of `zero1`, `zero2` and `zero3`."""
+
+
 class LoggingConfig(Section):
     every: int = Field(default=1, ge=1)
     """Steps between lines on the screen; `metrics.jsonl` has every step."""
@@ -369,3 +384,5 @@ class Recipe(Section):
     """The schedule and the run's folder."""
     logging: LoggingConfig = LoggingConfig()
     """What is shown and where it goes."""
+    distributed: DistributedConfig = DistributedConfig()
+    """Processes and what they share."""

@@ -12,11 +12,15 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.rollout import Rollout
+
+if TYPE_CHECKING:
+    from grpo_cli.launch.ranks import Ranks
 
 Jobs = SimpleQueue[tuple[Future[np.ndarray], Callable[[], np.ndarray]] | None]
 
@@ -27,8 +31,9 @@ class BackgroundScorer:
     The threads are daemons, since Python cannot end one that hangs: they keep no process alive.
     """
 
-    def __init__(self, scorer: Scorer) -> None:
+    def __init__(self, scorer: Scorer, ranks: Ranks) -> None:
         self.scorer = scorer
+        self.ranks = ranks
         self.jobs: dict[int, Jobs] = {}
         """By column, what its function's workers wait for."""
         for k, function in enumerate(scorer.functions):
@@ -61,12 +66,16 @@ class RolloutScores:
                 call.cancel()
 
     def add(self, index: int, group: Rollout) -> None:
-        """Give the group of prompt `index` to the workers.
+        """Give the group of prompt `index` to the workers, if it is this rank's.
 
         Raises:
-            RewardError: a reward function failed on an earlier group.
+            RewardError: a reward function failed on an earlier group. With several ranks, `result` tells them all.
         """
-        self._raise_failures()
+        ranks = self._background.ranks
+        if not ranks.owns(index):
+            return
+        if ranks.world_size == 1:
+            self._raise_failures()
         self._added.add(index)
         batch = group.scoring_batch()
         for k, jobs in self._background.jobs.items():
@@ -77,6 +86,8 @@ class RolloutScores:
     def result(self, rollout: Rollout) -> np.ndarray:
         """Call the functions without workers, and wait for the others.
 
+        Each rank scores the groups that it owns, and all get all scores.
+
         Args:
             rollout: all groups; those that were not added yet are added first.
 
@@ -86,19 +97,33 @@ class RolloutScores:
         Raises:
             RewardError: a reward function failed.
         """
+        parts = self._background.ranks.together(lambda: self._own_scores(rollout))
+        scores = np.empty((len(rollout.prompts), rollout.num_generations, parts[0].shape[2]))
+        for rank, part in enumerate(parts):
+            scores[rank :: len(parts)] = part
+        return scores.reshape(len(rollout.completions), -1)
+
+    def _own_scores(self, rollout: Rollout) -> np.ndarray:
+        """(P, G, K) of this rank's groups."""
         scorer, size = self._background.scorer, rollout.num_generations
+        own = [index for index in range(len(rollout.prompts)) if self._background.ranks.owns(index)]
         at_once = [k for k, function in enumerate(scorer.functions) if not function.workers]
-        scores = np.full((len(rollout.completions), len(scorer.functions)), np.nan)
+        scores = np.full((len(own), size, len(scorer.functions)), np.nan)
+        if not own:
+            return scores
         with self:
-            for index in range(len(rollout.prompts)):
+            for index in own:
                 if index not in self._added:
                     self.add(index, rollout.group(index))
             self._raise_failures()
-            scores[:, at_once] = scorer.only(at_once).score(rollout.scoring_batch(), step=self._step)
+            batch = Rollout.joined([rollout.group(index) for index in own]).scoring_batch()
+            together = scorer.only(at_once).score(batch, step=self._step)
+            scores[:, :, at_once] = together.reshape(len(own), size, -1)
             wait(self._calls.values(), return_when=FIRST_EXCEPTION)
             self._raise_failures()
+        places = {index: place for place, index in enumerate(own)}
         for (index, k), call in self._calls.items():
-            scores[size * index : size * (index + 1), k] = call.result()[:, 0]
+            scores[places[index], :, k] = call.result()[:, 0]
         return scores
 
     def _raise_failures(self) -> None:

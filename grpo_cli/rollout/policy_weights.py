@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from grpo_cli.errors import UserError
-from grpo_cli.policy.model import base_model, standalone_tensors
+from grpo_cli.policy.model import base_model, behind, shared_ties, standalone_tensors
 from grpo_cli.serve.protocol import TensorSpec
 
 
+class Sharding(Protocol):
+    """How weights that are shared out over processes are put together; see `train.strategies`."""
+
+    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+        """Inside, these parameters can be read through `whole`."""
+        ...
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter, or what was computed of some."""
+        ...
+
+
 class PolicyWeights:
-    """A view of the policy: `tensor` gives what the weights are when it is called.
+    """A view of the policy: `gathered` gives what the weights are when it is entered.
 
     Args:
         model: a transformers model or its PEFT wrapper; it is not changed.
+        sharding: how its weights are shared out, if they are.
+        device: that they are gathered on, if that is not where they are.
 
     Raises:
         UserError: a server cannot be given such weights.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, sharding: Sharding | None = None, device: torch.device | None = None) -> None:
         base = base_model(model)
         if get_model_conversion_mapping(base, add_legacy=False):
             raise UserError(
@@ -32,37 +49,53 @@ class PolicyWeights:
         self._tensors = standalone_tensors(model)
         parts = (".base_layer.", ".original_module.")  # what an adapter wraps
         parameters = {name.replace(parts[0], ".").replace(parts[1], ".") for name, _ in base.named_parameters()}
-        ties = getattr(base, "all_tied_weights_keys", {})
-        for name, source in ties.items():
-            if name in self._tensors and source in self._tensors and not self._is_shared(name, source):
+        for name, is_shared in shared_ties(model, self._tensors).items():
+            if not is_shared:
                 raise UserError(
-                    f"model.lora: an adapter on {name} or {source} parts two weights that the model ties, which "
-                    "vLLM cannot serve; leave them out of target_modules and modules_to_save"
+                    f"model.lora: an adapter parts {name} from the weight that the model ties it to, which vLLM "
+                    "cannot serve; leave both out of target_modules and modules_to_save"
                 )
-            self._tensors.pop(name, None)
+            del self._tensors[name]
         self._parameters = parameters
-        self._specs: dict[str, list[TensorSpec]] = {}
-        self.device: torch.device = base.device
+        self._sharding = sharding
+        self.announce: Callable[[Sequence[str]], AbstractContextManager[None]] = lambda names: nullcontext()
+        """Entered before weights are gathered, with their names: who else has to gather them is told so."""
+        self.device: torch.device = device or base.device
 
-    def _is_shared(self, name: str, source: str) -> bool:
-        return self._tensors[name]().data_ptr() == self._tensors[source]().data_ptr()
+    def _origin(self, name: str) -> torch.Tensor:
+        """The parameter or buffer behind a name: the one that an adapter changes, if there is one."""
+        get: Any = self._tensors[name]
+        return get.args[0].get_base_layer().weight if isinstance(get, partial) else behind(get)[0]
 
     def specs(self, dtype: str) -> list[TensorSpec]:
         """What will be sent: parameters in the server's `dtype`, buffers in their own."""
-        if dtype not in self._specs:  # for the shape of a weight with an adapter, the two are merged
-            self._specs[dtype] = self._make_specs(dtype)
-        return self._specs[dtype]
-
-    def _make_specs(self, dtype: str) -> list[TensorSpec]:
         specs = []
-        for name, get in self._tensors.items():
-            tensor = get()
+        for name in self._tensors:
+            tensor = self._origin(name)
             is_cast = tensor.is_floating_point() and name in self._parameters
             own = str(tensor.dtype).removeprefix("torch.")
-            specs.append(TensorSpec(name=name, dtype=dtype if is_cast else own, shape=list(tensor.shape)))  # type: ignore[arg-type]
+            shape = list(getattr(tensor, "ds_shape", tensor.shape))  # of the whole, where DeepSpeed holds a part
+            specs.append(TensorSpec(name=name, dtype=dtype if is_cast else own, shape=shape))  # type: ignore[arg-type]
         return specs
+
+    @contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+        """Gives what `tensor` gives, which may be asked for these names, once and in this order."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # each thread has a current device of its own
+        needed = [tensor for name in names for tensor in behind(self._tensors[name])]
+        sharding = self._sharding
+        with self.announce(names), nullcontext() if sharding is None else sharding.gathered(needed):
+            yield self.tensor
+
+    def join_gathering(self, names: Sequence[str]) -> None:
+        """Do this rank's part of what another does with `gathered`."""
+        with self.gathered(names) as tensor:
+            for name in names:
+                tensor(name)
 
     @torch.no_grad()
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, merged with its adapter if it has one."""
-        return self._tensors[name]()
+        tensor = self._tensors[name]()
+        return tensor if self._sharding is None else self._sharding.whole(tensor)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from grpo_cli.errors import RunError
+from grpo_cli.launch.environment import as_if_not_launched
 from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import ServerConfig
 from grpo_cli.serve.environment import prepare
@@ -86,7 +87,7 @@ class SpawnedServer:
         self._kill_group()
         self._starts += 1
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = dict(os.environ)
+        environment = as_if_not_launched(os.environ)
         prepare(environment)
         devices = server_devices(
             torch.cuda.device_count(), self._num_gpus, environment.get("CUDA_VISIBLE_DEVICES")

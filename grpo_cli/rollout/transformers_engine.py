@@ -127,7 +127,7 @@ class _Batch:
         self.group_size = num_generations
         self.groups: list[list[Completion]] = [[] for _ in prompts]
         self.unfinished = [num_generations] * len(prompts)
-        device, limit = engine.policy.model.device, engine.config.max_completion_tokens
+        device, limit = engine.policy.device, engine.config.max_completion_tokens
         count = len(prompts) * num_generations
         uniforms = [sample_uniforms(key, sample, limit) for key in keys for sample in range(num_generations)]
         self.uniforms = torch.from_numpy(np.array(uniforms).reshape(count, limit)).to(device)  # (N, T)

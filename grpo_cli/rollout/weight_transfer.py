@@ -43,7 +43,8 @@ def fill_memory(path: str, buckets: Sequence[wire.Bucket], policy: PolicyWeights
     flat = torch.from_file(path, shared=True, size=wire.total_bytes(buckets), dtype=torch.uint8)
     for bucket in buckets:
         part = flat[bucket.start : bucket.start + bucket.size]
-        wire.fill(bucket, part, policy.tensor)
+        with policy.gathered(bucket.names) as tensor:
+            wire.fill(bucket, part, tensor)
         digest.add(bucket, part)
     return digest.hexdigest()
 
@@ -115,7 +116,8 @@ class Sending(threading.Thread):
             )  # fmt: skip
         for bucket in self._buckets:
             flat = torch.empty(bucket.size, dtype=torch.uint8, device=device)
-            wire.fill(bucket, flat, self._policy.tensor)
+            with self._policy.gathered(bucket.names) as tensor:
+                wire.fill(bucket, flat, tensor)
             self._digest.add(bucket, flat)
             wire.broadcast(self._group.group, flat)
         message = torch.tensor(list(self._digest.hexdigest().encode()), dtype=torch.uint8, device=device)

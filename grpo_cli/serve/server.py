@@ -142,6 +142,8 @@ def serve(options: ServeOptions) -> None:
         UserError: an option, the key file or the model is wrong.
         RunError: the engine did not start, or died.
     """
+    # A scheduler sends it to every process of a job; it is for the trainer.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if os.environ.pop("VLLM_API_KEY", None):
         raise UserError("VLLM_API_KEY is set, but grpo serve reads its key from --api-key-file; unset it")
     key = find_key(options)

@@ -54,6 +54,10 @@ class Bucket:
     size: int
     """Bytes, padding included."""
 
+    @property
+    def names(self) -> list[str]:
+        return [slot.spec.name for slot in self.slots]
+
 
 def plan_buckets(specs: Sequence[TensorSpec], bucket_bytes: int = BUCKET_BYTES) -> list[Bucket]:
     """Lay tensors out one after the other, in buckets of about `bucket_bytes`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -13,10 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
+from grpo_cli.launch.environment import resolve_strategy
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.recipe.load import apply_override, read_recipe, validate
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
-from grpo_cli.train.callbacks import notify
 from grpo_cli.train.checkpoint import check_run_folder, save_final
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
@@ -87,30 +89,37 @@ def train(
     functions = [rewards] if callable(rewards) else rewards
     objects = Objects(model, tokenizer, functions, train_data, eval_data, callbacks, optimizer)
     loaded = recipe_with_objects(recipe, objects, overrides)
-    console = console or Console()
+    strategy = resolve_strategy(loaded.distributed, os.environ)
+    ranks = Ranks.join(needs_group=strategy not in ("none", "ddp"))
+    console = (console or Console()) if ranks.is_main else Console(quiet=True)
     check_trackers(loaded.logging.trackers)
-    check_run_folder(loaded, resume=resume)
-    with explained_failures(loaded), deterministic_kernels():
-        run = build_run(loaded, objects, note=lambda text: console.print(escape(text), soft_wrap=True))
+    ranks.led(lambda: check_run_folder(loaded, resume=resume))
+    with explained_failures(loaded), deterministic_kernels(), ranks.leaving_together():
+        run = build_run(
+            loaded, objects, ranks, strategy, note=lambda text: console.print(escape(text), soft_wrap=True)
+        )
         with (
             closing(run.engine),
             StopRequest() as stop_request,
             Display(console, run.max_steps, loaded.logging.every) as display,
             closing(Session(run, objects, stop_request, display)) as session,
         ):
-            try:
-                return _train(run, session)
-            except ServerLost as lost:
-                if isinstance(lost, ServerNeverReached) and session.resumed_from is None:
-                    raise UserError(str(lost)) from lost
-                session.save_checkpoint()
-                raise StoppedEarly(
-                    f"{lost}\nstopped after step {session.position.step}; continue with --resume"
-                ) from lost
+            return _train_or_stop(run, session)
+
+
+def _train_or_stop(run: Run, session: Session) -> TrainResult:
+    """Train; where a server is lost, with a checkpoint as the end."""
+    try:
+        return _train(run, session)
+    except ServerLost as lost:
+        if isinstance(lost, ServerNeverReached) and session.resumed_from is None:
+            raise UserError(str(lost)) from lost
+        session.save_checkpoint()
+        raise StoppedEarly(f"{lost}\nstopped after step {session.position.step}; continue with --resume") from lost
 
 
 def _train(run: Run, session: Session) -> TrainResult:
-    display, folder = session.display, run.folder
+    display = session.display
     if session.resumed_from is not None:
         run.notes.append(f"resuming from {session.resumed_from}")
     for note in run.notes:
@@ -118,20 +127,28 @@ def _train(run: Run, session: Session) -> TrainResult:
     before = _showcase(run, 0) if session.position.step == 0 else None
     session.start()
     train_loop(run, session)
-    notify(session.callbacks, "on_train_end", session.state)
-    final = save_final(run.model, run.tokenizer, folder)
+    session.notify("on_train_end")
+    final = save_final(run)
     for title, rollout in (("before training", before), ("after training", _showcase(run, session.position.step))):
-        if rollout is not None:
+        if rollout is not None and run.ranks.is_main:
             scores = torch.from_numpy(run.scorer.score(rollout.scoring_batch(), step=session.position.step))
             display.completions(title, rollout, run.scorer.names, scores)
-    history = session.metrics_file.history
+    history = _closing_notes(run, session, final)
+    return TrainResult(run.folder, history, run.model, run.tokenizer)
+
+
+def _closing_notes(run: Run, session: Session, final: Path) -> list[dict[str, Any]]:
+    """Say how it went and where everything is; return the rows of the metrics."""
+    if session.log is None:
+        return []
+    display, folder, history = session.display, run.folder, session.log.metrics_file.history
     span = min(5, max(1, len(history) // 2))
     first, last = mean_reward(history[:span]), mean_reward(history[-span:])
     display.note(f"mean reward: {first:.4g} over the first {span} steps, {last:.4g} over the last {span}")
     display.note(f"final model:  {final}")
     display.note(f"metrics:      {folder / 'metrics.jsonl'} (also: tensorboard --logdir {folder})")
     display.note(f"completions:  {folder / 'completions'}")
-    return TrainResult(folder, history, run.model, run.tokenizer)
+    return history
 
 
 def _showcase(run: Run, step: int) -> Rollout | None:

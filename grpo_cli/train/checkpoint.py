@@ -10,19 +10,31 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.policy.model import restore_weights, save_standalone, save_weights
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.policy.model import (
+    base_model,
+    behind,
+    save_standalone,
+    save_weights,
+    saved_weights,
+    shared_ties,
+    standalone_tensors,
+)
 from grpo_cli.recipe.load import dump_recipe, read_yaml
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.run import Run
+from grpo_cli.train.strategies.base import OptimizerState, joined_state
 
 FREE_ON_RESUME = (
     "train.output_dir",
@@ -35,9 +47,10 @@ FREE_ON_RESUME = (
     "generation.server",
     "generation.vllm",
     "logging",
+    "distributed",
 )
-"""Settings that may change between a checkpoint and its resume; any other would make another run of it. The two
-that decide about memory change results by rounding."""
+"""Settings that may change between a checkpoint and its resume; any other would make another run of it. Those
+that decide about memory and processes change results by rounding."""
 
 
 @dataclass(frozen=True)
@@ -54,60 +67,129 @@ class Position:
         return Position(self.step + 1, self.num_tokens + num_tokens)
 
 
-def save_checkpoint(
-    folder: Path, position: Position, model: Any, tokenizer: Any, optimizer: Any, scheduler: Any, keep: int
-) -> Path:
-    """Write `checkpoint-00000N` and remove all but the newest `keep`.
+def save_checkpoint(run: Run, position: Position, scheduler: Any) -> Path:
+    """Write `checkpoint-00000N`, each rank its part, and remove all but the newest `train.keep_checkpoints`.
 
     Raises:
         RunError: the disk refused; earlier checkpoints are as they were.
     """
-    final = folder / f"checkpoint-{position.step:06d}"
-    with written_whole(final) as partial:
-        save_weights(model, partial)
-        tokenizer.save_pretrained(partial)
-        torch.save(optimizer.state_dict(), partial / "optimizer.pt")
-        torch.save(scheduler.state_dict(), partial / "scheduler.pt")
-        (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+    ranks = run.ranks
+    # What needs all ranks comes first: a rank whose disk is full must not leave the others waiting.
+    weights = gathered_weights(run) if run.strategy.shards_weights else None
+    state = run.strategy.optimizer_state()
+
+    def write(partial: Path) -> None:
+        torch.save(state, partial / optimizer_file(ranks.rank, ranks.world_size))
+        if ranks.is_main:
+            save_weights(run.model, partial, weights)
+            run.tokenizer.save_pretrained(partial)
+            torch.save(scheduler.state_dict(), partial / "scheduler.pt")
+            (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+
+    final = run.folder / f"checkpoint-{position.step:06d}"
+    write_whole(final, write, ranks)
+    ranks.led(lambda: _remove_old(run.folder, run.recipe.train.keep_checkpoints))
+    return final
+
+
+def _remove_old(folder: Path, keep: int) -> None:
     for old in list_checkpoints(folder)[:-keep]:
         # Out of the list first: a checkpoint that is half removed is none.
         removed = old.rename(old.with_name(f".{old.name}.partial"))
         shutil.rmtree(removed)
-    return final
 
 
-def save_final(model: Any, tokenizer: Any, folder: Path) -> Path:
+def optimizer_file(rank: int, world_size: int) -> str:
+    """Name of one rank's part of the optimizer's state."""
+    return "optimizer.pt" if world_size == 1 else f"optimizer-{rank:05d}-of-{world_size:05d}.pt"
+
+
+def save_final(run: Run) -> Path:
     """Write `final/`: a model that plain transformers and vLLM load as it is.
 
     Raises:
         RunError: the disk refused; checkpoints are as they were.
     """
-    with written_whole(folder / "final") as partial:
-        save_standalone(model, tokenizer, partial)
-    return folder / "final"
+    weights = gathered_final(run) if run.strategy.shards_weights else None
+
+    def write(partial: Path) -> None:
+        if run.ranks.is_main:
+            save_standalone(run.model, run.tokenizer, partial, weights)
+
+    write_whole(run.folder / "final", write, run.ranks)
+    return run.folder / "final"
 
 
-@contextmanager
-def written_whole(final: Path) -> Iterator[Path]:
-    """Give a folder to write to, which appears as `final` all at once when the block ends without an error.
+def gathered_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What is trained, on rank 0's CPU; one weight at a time is whole on the devices."""
+    ties = getattr(base_model(run.model), "all_tied_weights_keys", {})
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in run.model.state_dict(keep_vars=True).items():
+        is_adapted = isinstance(run.model, PeftModel) and not tensor.requires_grad
+        if name not in ties and not is_adapted:
+            _gather(run, name, tensor.detach, kept)
+    return kept
+
+
+def gathered_final(run: Run) -> dict[str, torch.Tensor]:
+    """As `gathered_weights`, but the whole model without adapters: they are merged."""
+    kept: dict[str, torch.Tensor] = {}
+    tensors = standalone_tensors(run.model)
+    ties = shared_ties(run.model, tensors)
+    for name, get in tensors.items():
+        if not ties.get(name, False):
+            _gather(run, name, get, kept)
+    return kept
+
+
+@torch.no_grad()
+def _gather(run: Run, name: str, get: Callable[[], torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
+    with run.strategy.gathered(behind(get)):
+        whole = run.strategy.whole(get())
+        if run.ranks.is_main:
+            kept[name] = whole.to("cpu", copy=True)
+
+
+def write_whole(final: Path, write: Callable[[Path], None], ranks: Ranks) -> None:
+    """Have every rank write to a folder that appears as `final` all at once, if none of them fails.
 
     Raises:
-        RunError: the disk refused; nothing is left of it.
+        RunError: a disk refused; nothing is left of it.
     """
     partial = final.with_name(f".{final.name}.partial")
-    try:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        yield partial
+
+    def end() -> None:
         for path in [*partial.rglob("*"), partial]:
             sync(path)
         shutil.rmtree(final, ignore_errors=True)
         os.rename(partial, final)
         sync(final.parent)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch reports a full disk as a RuntimeError.
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(f"writing {final} failed, earlier checkpoints are kept: {error}") from error
+
+    def told(work: Callable[[], None]) -> Callable[[], None]:
+        def work_or_say_why() -> None:
+            try:
+                work()
+            except (
+                OSError,
+                RuntimeError,
+                SafetensorError,
+            ) as error:  # torch reports a full disk as a RuntimeError
+                raise RunError(f"writing {final} failed, earlier checkpoints are kept: {error}") from error
+
+        return work_or_say_why
+
+    try:
+        ranks.led(told(begin))
+        ranks.together(told(lambda: write(partial)))
+        ranks.led(told(end))
+    except RunError:
+        if ranks.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def sync(path: Path) -> None:
@@ -125,17 +207,52 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(whole, key=lambda path: (len(path.name), path.name))
 
 
-def load_checkpoint(path: Path, model: Any, optimizer: Any, scheduler: Any) -> Position:
-    """Restore everything that `save_checkpoint` wrote, bit for bit.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint's contents; its weights only where they are read."""
+
+    weights: dict[str, torch.Tensor] | None
+    optimizer: OptimizerState
+    scheduler: dict[str, Any]
+    position: Position
+
+
+def load_checkpoint(path: Path, run: Run, scheduler: Any) -> Position:
+    """Restore everything that `save_checkpoint` wrote, bit for bit where as many ranks wrote it.
 
     Raises:
         RunError: a file of it is missing or damaged.
     """
+    read: list[Saved] = []
+    reads_weights = run.ranks.is_main or not run.strategy.shards_weights
+    with _explained(path):
+        # All have read before any of them goes on to what needs all of them.
+        run.ranks.together(lambda: _read_explained(path, run.model if reads_weights else None, read))
+        saved = read[0]
+        run.strategy.restore(saved.weights, saved.optimizer)
+        scheduler.load_state_dict(saved.scheduler)
+        return saved.position
+
+
+def _read_explained(path: Path, model: Any, read: list[Saved]) -> None:
+    with _explained(path):
+        weights = None if model is None else saved_weights(model, path)
+        files = sorted(path.glob("optimizer*.pt"))
+        if not files or len(files) != int(files[0].stem.partition("-of-")[2] or 1):
+            raise FileNotFoundError(f"{len(files)} of the files optimizer*.pt are there")
+        # From the disk when they are needed: no process has room for all of a large model's.
+        parts = [torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files]
+        schedule = torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True)
+        read.append(Saved(weights, joined_state(parts), schedule, read_position(path)))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file raises into a RunError that says what to do."""
     try:
-        restore_weights(model, path)
-        optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
-        scheduler.load_state_dict(torch.load(path / "scheduler.pt", map_location="cpu", weights_only=True))
-        return read_position(path)
+        yield
+    except RunError:
+        raise
     except Exception as error:  # torch, pickle, zipfile, safetensors and json each raise their own
         raise RunError(
             f"--resume: {path} is damaged, or of another model or optimizer "

@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from grpo_cli.errors import UserError
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.rollout_server import RolloutServer
+from grpo_cli.rollout.shared_engines import LedEngine, SplitEngine
 from grpo_cli.rollout.spawned_server import SpawnedServer
 from grpo_cli.rollout.transformers_engine import TransformersEngine, eos_token_ids
 from grpo_cli.rollout.vllm_client import VllmClient
 from grpo_cli.serve.lock import read_key
+from grpo_cli.train.strategies import Strategy
 
 
 def build_engine(
@@ -25,21 +28,39 @@ def build_engine(
     tokenizer: Any,
     autocast: Callable[[], AbstractContextManager[Any]],
     note: Callable[[str], None],
+    ranks: Ranks,
+    strategy: Strategy,
 ) -> RolloutEngine:
-    """Make the engine that `generation.engine` names.
+    """Make the engine that `generation.engine` names, for all ranks together.
 
     Raises:
         UserError: it cannot be used with this model or on this machine.
     """
     generation = recipe.generation
     if generation.engine == "transformers":
-        return TransformersEngine(policy, tokenizer, generation, autocast)
-    weights, eos = PolicyWeights(policy.model), eos_token_ids(policy.model, tokenizer)
+        own = TransformersEngine(policy, tokenizer, generation, autocast)
+        is_alone = ranks.world_size == 1 and not strategy.shards_weights
+        return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
+    weights = PolicyWeights(policy.model, strategy, ranks.device)
+    eos = eos_token_ids(policy.model, tokenizer)
     if generation.engine == "vllm":
         from grpo_cli.rollout.vllm_engine import VllmEngine
 
         return VllmEngine(policy.model, weights, tokenizer, generation, eos)
-    server = generation.server
+    made: list[VllmClient] = []
+    ranks.led(lambda: made.append(_client(recipe, policy, tokenizer, weights, eos, note)))
+    return made[0] if ranks.world_size == 1 else LedEngine(made[0] if made else None, ranks, weights)
+
+
+def _client(
+    recipe: Recipe,
+    policy: PackedModel,
+    tokenizer: Any,
+    weights: PolicyWeights,
+    eos: set[int],
+    note: Callable[[str], None],
+) -> VllmClient:
+    generation, server = recipe.generation, recipe.generation.server
     assert server is not None
     spawned, key = None, None
     if server.spawn:

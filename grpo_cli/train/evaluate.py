@@ -9,7 +9,9 @@ import torch
 
 from grpo_cli.algorithm.advantages import weighted_sum
 from grpo_cli.data.prompts import PromptDataset
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.reward.scorer import Scorer
+from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, RolloutEngine
 from grpo_cli.rollout.rollout import generate_rollout
 from grpo_cli.train.metrics import Metrics, completion_metrics, reward_metrics
@@ -30,6 +32,7 @@ def evaluate(
     step: int,
     num_generations: int,
     prompts_per_batch: int,
+    ranks: Ranks,
     pass_at: Sequence[int] = (),
     pass_reward: float = PASS_REWARD,
 ) -> Metrics:
@@ -43,6 +46,7 @@ def evaluate(
         step: for the messages of a failing reward function.
         num_generations: completions per prompt.
         prompts_per_batch: prompts that are generated at once.
+        ranks: the processes that evaluate together; all give the same.
         pass_at: the k of pass@k; 1 and `num_generations` if empty.
         pass_reward: least weighted reward of a correct completion.
 
@@ -51,10 +55,14 @@ def evaluate(
     """
     rewards: list[torch.Tensor] = []
     completions: list[Completion] = []
+    background = BackgroundScorer(scorer, ranks)
     for start in range(0, len(dataset), prompts_per_batch):
         prompts = [dataset[i] for i in range(start, min(start + prompts_per_batch, len(dataset)))]
-        rollout = generate_rollout(engine, prompts, (seed, EVAL_STREAM), num_generations, first=start)
-        rewards.append(torch.from_numpy(scorer.score(rollout.scoring_batch(), step=step)))
+        with background.begin(step) as scores:
+            rollout = generate_rollout(
+                engine, prompts, (seed, EVAL_STREAM), num_generations, first=start, on_group=scores.add
+            )
+            rewards.append(torch.from_numpy(scores.result(rollout)))
         completions.extend(rollout.completions)
     all_rewards = torch.cat(rewards)  # (N, K)
     metrics = reward_metrics(all_rewards, scorer.names, scorer.weights, num_generations)

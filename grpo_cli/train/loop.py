@@ -32,7 +32,7 @@ def train_loop(run: Run, session: Session) -> None:
     config, loss_config = run.recipe.train, run.recipe.loss
     group_size, width = run.recipe.generation.num_generations, run.recipe.generation.max_completion_tokens
     temperature = run.recipe.generation.temperature
-    scorer = BackgroundScorer(run.scorer)
+    scorer = BackgroundScorer(run.scorer, run.ranks)
 
     for step in range(session.position.step, run.max_steps):
         run.seed_step(step)
@@ -81,7 +81,7 @@ def train_loop(run: Run, session: Session) -> None:
                 update.apply(means)
 
         session.position = session.position.advance(rollout.num_tokens())
-        metrics = means.result() | collected.metrics | completion_metrics(rollout.completions)
+        metrics = means.result(run.ranks) | collected.metrics | completion_metrics(rollout.completions)
         metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(groups)
         metrics["sync/bytes"] = sync_bytes
         metrics |= reward_metrics(rewards, run.scorer.names, run.scorer.weights, group_size)

@@ -16,6 +16,7 @@ import torch
 
 from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.checkpoint import write_text
 
@@ -31,20 +32,29 @@ class MetricMeans:
         self._extremes: Metrics = {}
 
     def add(self, output: LossOutput) -> None:
-        for name, value in output.metrics.items():
-            if name in output.weights:
-                self.add_value(name, value, output.weights[name])
-            else:
-                pick = min if name.endswith(("_min", "/min")) else max
-                self._extremes[name] = pick(self._extremes.get(name, value), value)
+        for name, weight in output.weights.items():
+            self.add_value(name, output.metrics[name], weight)
+        self._add_extremes({name: value for name, value in output.metrics.items() if name not in output.weights})
+
+    def _add_extremes(self, values: Metrics) -> None:
+        for name, value in values.items():
+            pick = min if name.endswith(("_min", "/min")) else max
+            self._extremes[name] = pick(self._extremes.get(name, value), value)
 
     def add_value(self, name: str, value: float, weight: float = 1.0) -> None:
         self._sums[name] += value * weight
         self._weights[name] += weight
 
-    def result(self) -> Metrics:
-        means = {name: total / max(self._weights[name], 1e-12) for name, total in self._sums.items()}
-        return means | self._extremes
+    def result(self, ranks: Ranks) -> Metrics:
+        """The metrics of all micro-batches of all ranks."""
+        joined = MetricMeans()
+        for sums, weights, extremes in ranks.gather((dict(self._sums), dict(self._weights), self._extremes)):
+            for name, total in sums.items():
+                joined._sums[name] += total
+                joined._weights[name] += weights[name]
+            joined._add_extremes(extremes)
+        means = {name: total / max(joined._weights[name], 1e-12) for name, total in joined._sums.items()}
+        return means | joined._extremes
 
 
 class StepClock:

@@ -21,8 +21,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.name == "adamw":
         groups = [
-            {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+            {"params": [p for p in trainable if _is_matrix(p)], "weight_decay": config.weight_decay},
+            {"params": [p for p in trainable if not _is_matrix(p)], "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
@@ -34,6 +34,10 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim.name: {config.name} returned a {type(optimizer).__name__}, not a torch optimizer")
     return optimizer
+
+
+def _is_matrix(parameter: torch.nn.Parameter) -> bool:
+    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # of the whole, where DeepSpeed holds a part
 
 
 def check_coverage(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

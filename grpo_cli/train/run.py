@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from grpo_cli.algorithm.packing import Pack
@@ -22,15 +21,18 @@ from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import load_policy, load_tokenizer
-from grpo_cli.policy.reference import Reference
+from grpo_cli.policy.reference import Reference, reference_model
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.train.engines import build_engine
+from grpo_cli.train.optim import build_optimizer, check_coverage
+from grpo_cli.train.strategies import Strategy, make_strategy
 
 TRAIN_STREAM = 0
 """Rollouts draw from this stream of random numbers; evaluations have their own."""
@@ -108,8 +110,10 @@ class Run:
 
     recipe: Recipe
     folder: Path
-    accelerator: Accelerator
+    ranks: Ranks
+    strategy: Strategy
     model: Any
+    optimizer: torch.optim.Optimizer
     policy: PackedModel
     tokenizer: Any
     reference: Reference | None
@@ -126,7 +130,7 @@ class Run:
     """What the user should know before the run starts."""
 
     def to_device(self, pack: Pack) -> Pack:
-        return pack.to(self.accelerator.device)
+        return pack.to(self.ranks.device)
 
     def seed_step(self, step: int) -> None:
         """Make all randomness of a step a function of (seed, step), so that a resumed run repeats it."""
@@ -167,9 +171,23 @@ def load_scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | No
 
 
 def build_run(
-    recipe: Recipe, objects: Objects, *, with_reference: bool = True, note: Callable[[str], None] = print
+    recipe: Recipe,
+    objects: Objects,
+    ranks: Ranks,
+    strategy: str = "none",
+    *,
+    with_reference: bool = True,
+    note: Callable[[str], None] = print,
 ) -> Run:
     """Load data, rewards and model; `note` is told what takes long. The caller closes the run's engine.
+
+    Args:
+        recipe: of the run.
+        objects: what a Python caller has.
+        ranks: the processes that train together.
+        strategy: what they share; one of `distributed.strategy`, but not auto.
+        with_reference: load the model that the KL is measured against, where there is a KL.
+        note: told what takes long.
 
     Raises:
         UserError: something that the recipe names cannot be used.
@@ -181,19 +199,31 @@ def build_run(
     dataset = PromptDataset(rows, tokenizer, chat_template_kwargs=template)
     eval_dataset = PromptDataset(eval_rows, tokenizer, chat_template_kwargs=template) if eval_rows else None
 
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
     set_seed(recipe.train.seed)
-    model = load_policy(recipe.model, model=objects.model)
-    autocast = autocast_for(recipe.model, accelerator.device)
+    spread = make_strategy(strategy, recipe, ranks)
+    model = load_policy(recipe.model, model=objects.model, loading=spread.loading)
+    needs_reference = with_reference and recipe.loss.beta > 0
+    frozen = reference_model(model, recipe.model, spread.loading) if needs_reference else None
+    optimizer = objects.optimizer or build_optimizer(model, recipe.optim)
+    check_coverage(model, optimizer)
+    spread.prepare(model, optimizer, recipe.optim.max_grad_norm)
+    run_frozen = None if frozen is None else spread.prepare_frozen(frozen)
+    autocast = autocast_for(recipe.model, ranks.device)
+    runs_itself = strategy in ("none", "ddp")
     with autocast():  # the self-check sees the precision that training will have
-        policy = PackedModel(model.to(accelerator.device))
-        reference = Reference(policy, recipe.model) if with_reference and recipe.loss.beta > 0 else None
-    engine = build_engine(recipe, policy, tokenizer, autocast, note)
+        policy = PackedModel(model, None if runs_itself else spread.run, ranks.device)
+        reference = None
+        if needs_reference:
+            other = None if frozen is None else PackedModel(frozen, run_frozen, ranks.device)
+            reference = Reference(policy, other)
+    engine = build_engine(recipe, policy, tokenizer, autocast, note, ranks, spread)
     run = Run(
         recipe=recipe,
         folder=Path(recipe.train.output_dir).expanduser(),
-        accelerator=accelerator,
+        ranks=ranks,
+        strategy=spread,
         model=model,
+        optimizer=optimizer,
         policy=policy,
         tokenizer=tokenizer,
         reference=reference,

@@ -14,7 +14,7 @@ from grpo_cli.train.checkpoint import Position, load_checkpoint, open_run_folder
 from grpo_cli.train.display import Display
 from grpo_cli.train.evaluate import evaluate
 from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
-from grpo_cli.train.optim import build_optimizer, build_scheduler, check_coverage
+from grpo_cli.train.optim import build_scheduler
 from grpo_cli.train.run import Objects, Run
 from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
@@ -39,26 +39,34 @@ class Session:
         paths = load_callbacks(train.callbacks)
         given = [check_callback(callback, "callbacks") for callback in objects.callbacks]
         self.callbacks = [*paths, *given]
-        optimizer = objects.optimizer or build_optimizer(run.model, run.recipe.optim)
-        check_coverage(run.model, optimizer)
         steps = run.max_steps * train.num_iterations * train.optimizer_steps_per_rollout
-        self.optimizer = run.accelerator.prepare_optimizer(optimizer)
-        self.scheduler = build_scheduler(optimizer, run.recipe.optim, steps)
+        self.scheduler = build_scheduler(run.optimizer, run.recipe.optim, steps)
         self.position = Position()
-        checkpoint = open_run_folder(run.recipe)
+        checkpoint = run.ranks.led(lambda: open_run_folder(run.recipe))
         if checkpoint is not None:
-            self.position = load_checkpoint(checkpoint, run.model, self.optimizer, self.scheduler)
+            self.position = load_checkpoint(checkpoint, run, self.scheduler)
         self.resumed_from = checkpoint
-        remove_completions_after(run.folder, self.position.step)
-        self.metrics_file = MetricsFile(run.folder / "metrics.jsonl", self.position.step)
-        self.trackers = Trackers(run.recipe, self.position.step)
+        self.log = RunLog(run, self.position.step, display) if run.ranks.is_main else None
         self.display = display
         self.stop_request = stop_request
         self.state = TrainState(run.recipe, run.model, run.tokenizer, run.folder, run.max_steps)
 
     def start(self) -> None:
         self.state.step = self.position.step
-        notify(self.callbacks, "on_train_start", self.state)
+        self.notify("on_train_start")
+
+    def notify(self, event: str) -> None:
+        """Call the callbacks, on rank 0; what they ask for holds for all.
+
+        Raises:
+            RunError: a callback raised.
+        """
+
+        def tell_callbacks() -> bool:
+            notify(self.callbacks, event, self.state)
+            return self.state.stop
+
+        self.state.stop = self.run.ranks.led(tell_callbacks)
 
     def finish_step(
         self,
@@ -79,24 +87,22 @@ class Session:
         numbers = {"step": step, "epoch": run.sampler.epoch(step), "num_tokens": self.position.num_tokens}
         self.state.step = step
         self.state.metrics = numbers | metrics | clock.result(rollout.num_tokens())
-        save_completions(run.folder, step, rollout, run.scorer.names, rewards, advantages)
-        notify(self.callbacks, "on_step_end", self.state)
+        if self.log is not None:
+            self.log.save_completions(step, rollout, rewards, advantages)
+        self.notify("on_step_end")
         is_last = step == run.max_steps or self.state.stop
         lost: ServerLost | None = None
         if run.eval_dataset is not None and (is_last or _is_due(step, run.recipe.train.eval_every)):
             try:
                 self.state.metrics |= self._evaluate(step)
-                notify(self.callbacks, "on_evaluate", self.state)
+                self.notify("on_evaluate")
             except ServerLost as error:
                 lost = error
-        self.metrics_file.append(self.state.metrics)
-        self.trackers.log(self.state.metrics, step)
-        self.display.step(self.state.metrics)
-        if _is_due(step, run.recipe.logging.print_completions):
-            self.display.completions(f"step {step}", rollout, run.scorer.names, rewards)
+        if self.log is not None:
+            self.log.add(self.state.metrics, step, rollout, rewards)
         if lost is not None:
             raise lost
-        stop = self.stop_request.name
+        stop = next(filter(None, run.ranks.gather(self.stop_request.name)), None)
         save_every = run.recipe.train.save_every
         if stop or _is_due(step, save_every) or (save_every and is_last):
             self.save_checkpoint()
@@ -117,6 +123,7 @@ class Session:
                 step=step,
                 num_generations=run.recipe.generation.num_generations,
                 prompts_per_batch=run.recipe.train.prompts_per_step,
+                ranks=run.ranks,
             )
             run.engine.release_memory()
         return metrics | {"time/eval": clock.seconds["eval"]}
@@ -127,20 +134,43 @@ class Session:
         Raises:
             RunError: the disk refused; earlier checkpoints are as they were.
         """
-        path = save_checkpoint(
-            self.run.folder,
-            self.position,
-            self.run.model,
-            self.run.tokenizer,
-            self.optimizer,
-            self.scheduler,
-            keep=self.run.recipe.train.keep_checkpoints,
-        )
+        path = save_checkpoint(self.run, self.position, self.scheduler)
         self.display.note(f"checkpoint written: {path}")
-        notify(self.callbacks, "on_checkpoint", self.state)
+        self.notify("on_checkpoint")
 
     def close(self) -> None:
-        self.trackers.finish()
+        if self.log is not None:
+            self.log.trackers.finish()
+
+
+class RunLog:
+    """What a run writes of its steps, on rank 0: metrics, completions, the screen.
+
+    Args:
+        run: the parts of the run.
+        steps_done: what an earlier start wrote for later steps is removed, since they will be run again.
+        display: the screen.
+    """
+
+    def __init__(self, run: Run, steps_done: int, display: Display) -> None:
+        self._run = run
+        self._display = display
+        remove_completions_after(run.folder, steps_done)
+        self.metrics_file = MetricsFile(run.folder / "metrics.jsonl", steps_done)
+        self.trackers = Trackers(run.recipe, steps_done)
+
+    def save_completions(
+        self, step: int, rollout: Rollout, rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> None:
+        save_completions(self._run.folder, step, rollout, self._run.scorer.names, rewards, advantages)
+
+    def add(self, metrics: Metrics, step: int, rollout: Rollout, rewards: torch.Tensor) -> None:
+        """Log one step."""
+        self.metrics_file.append(metrics)
+        self.trackers.log(metrics, step)
+        self._display.step(metrics)
+        if _is_due(step, self._run.recipe.logging.print_completions):
+            self._display.completions(f"step {step}", rollout, self._run.scorer.names, rewards)
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+from grpo_cli.launch.environment import is_launched, placement
+from grpo_cli.launch.failures import STOP_SIGNALS
+
+ECHO_S = 2.0
+"""A signal to a whole Slurm step reaches a worker itself and through its launcher: within this time it is one."""
 
 
 class StopRequest:
-    """Context in which SIGINT, SIGTERM and SIGUSR1 only set `name`; a second one acts as it always does."""
+    """Context in which SIGINT, SIGTERM and SIGUSR1 only set `name`; a second one acts as it always does.
+
+    In a worker of a launcher, the same one within `ECHO_S` is not a second one.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self._echo_until = 0.0  # of time.monotonic()
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -29,12 +39,19 @@ class StopRequest:
         self._restore()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        print(
-            f"{self.name}: stopping after this step, with a checkpoint; once more stops at once",
-            file=sys.stderr,
-        )
-        self._restore()
+        name = signal.Signals(number).name
+        if self.name is not None:
+            if name != self.name or time.monotonic() > self._echo_until:
+                self._restore()
+                os.kill(os.getpid(), number)
+            return
+        self.name = name
+        if placement(os.environ).rank == 0:
+            print(f"{name}: stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+        if is_launched(os.environ):
+            self._echo_until = time.monotonic() + ECHO_S
+        else:
+            self._restore()
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from grpo_cli.algorithm.losses import LossOutput, groups_to_forward, high_entropy_threshold
-from grpo_cli.algorithm.packing import Group, Pack, pack_groups
+from grpo_cli.algorithm.packing import Group, Pack, deal_groups, empty_pack, pack_groups
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
 from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import PackedModel
@@ -20,14 +19,23 @@ from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
 from grpo_cli.train.run import Run, automatic_microbatch_tokens
 from grpo_cli.train.session import Session
+from grpo_cli.train.strategies.base import GradientNotFinite
 
 
 def packs_of(run: Run, groups: Sequence[Group]) -> list[Pack]:
-    """Packs of some groups, as the model takes them and the device can hold them."""
+    """This rank's packs of some groups, as the model takes them and the device can hold them.
+
+    Groups stay whole. Where the ranks must run alike, all have as many packs, at least one.
+    """
     configured = run.recipe.train.max_tokens_per_microbatch
     longest = max((len(group.prompt) for group in groups), default=0)
-    budget = configured or automatic_microbatch_tokens(run.accelerator.device.type, longest)
-    return pack_groups(groups, budget, shared_prompt=run.shared_prompt)
+    budget = configured or automatic_microbatch_tokens(run.ranks.device.type, longest)
+    own = deal_groups(groups, run.ranks.world_size)[run.ranks.rank]
+    packs = pack_groups(own, budget, shared_prompt=run.shared_prompt)
+    if run.strategy.runs_alike:
+        most = max(1, *run.ranks.gather(len(packs)))
+        packs += [empty_pack(shared_prompt=run.shared_prompt)] * (most - len(packs))
+    return packs
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class StepTensors:
             packs = packs_of(run, [groups[index] for index in kept if needed[index]])
             with run.reference.model() as reference:
                 _score(run, reference, packs, logprobs=ref_logprobs)
+            # A group may be another rank's when it is trained on. Each entry is one rank's, and 0 elsewhere.
+            ref_logprobs = run.ranks.sum(ref_logprobs)
         old, has_old = torch.zeros_like(sampling_logprobs), torch.zeros_like(trained)
         return cls(trained, mask.float(), sampling_logprobs, ref_logprobs, old, has_old)
 
@@ -140,50 +150,43 @@ class OptimizerStep:
 
     def __init__(self, run: Run, session: Session, packs: Sequence[Pack], tensors: StepTensors, step: int) -> None:
         self._run = run
-        self._optimizer = session.optimizer
         self._scheduler = session.scheduler
         self._step = step
         self._loss = 0.0
         self.entropy_threshold = self._entropy_threshold(packs, tensors)
-        run.model.zero_grad()
+        run.strategy.zero_grad()
 
     def _entropy_threshold(self, packs: Sequence[Pack], tensors: StepTensors) -> float | None:
-        """The quantile of entropies over all packs, which no pack can know alone."""
-        quantile = self._run.recipe.loss.top_entropy_quantile
-        if quantile == 1 or len(packs) <= 1:
+        """The quantile of entropies over all packs of all ranks, which no pack can know alone."""
+        ranks, quantile = self._run.ranks, self._run.recipe.loss.top_entropy_quantile
+        if quantile == 1 or (ranks.world_size == 1 and len(packs) <= 1):
             return None
         entropies = torch.zeros_like(tensors.sampling_logprobs)  # (N, T)
         mask = torch.zeros_like(entropies)
         _score(self._run, self._run.policy, packs, entropies=entropies)
         for pack in packs:
             mask[pack.samples, : pack.mask.shape[1]] = tensors.mask_of(pack)
-        return high_entropy_threshold(entropies, mask, quantile)
+        return high_entropy_threshold(ranks.sum(entropies), ranks.sum(mask), quantile)
 
     def backward(self, output: LossOutput) -> None:
-        self._run.accelerator.backward(output.loss)
+        self._run.strategy.backward(output.loss)
         self._loss += output.loss.item()
 
     def apply(self, means: MetricMeans) -> None:
         """Clip the gradient, update the policy, and note loss, gradient norm and learning rate.
 
-        A parameter that no pack has reached has a gradient of 0: the optimizer's momentum goes on, as it would
-        had the groups without a gradient been forwarded.
-
         Raises:
-            RunError: the gradient is not finite; the policy is as it was.
+            RunError: the gradient is not finite; the policy is not to be used any more.
         """
-        for parameter in self._run.model.parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        max_norm = self._run.recipe.optim.max_grad_norm
-        norm = float(self._run.accelerator.clip_grad_norm_(self._run.model.parameters(), max_norm))
-        if not math.isfinite(norm):
+        loss = sum(self._run.ranks.gather(self._loss))
+        try:
+            norm = self._run.strategy.step()
+        except GradientNotFinite as error:
             raise RunError(
-                f"step {self._step + 1}: the gradient is not finite (norm {norm}, loss {self._loss}); "
+                f"step {self._step + 1}: the gradient is not finite ({error}, loss {loss}); "
                 "lower optim.learning_rate, or look at the completions of the last steps"
-            )
-        means.add_value("loss", self._loss)
+            ) from error
+        means.add_value("loss", loss)
         means.add_value("grad_norm", norm)
         means.add_value("learning_rate", self._scheduler.get_last_lr()[0])
-        self._optimizer.step()
         self._scheduler.step()

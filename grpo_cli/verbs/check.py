@@ -12,26 +12,33 @@ from rich.table import Table
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object
-from grpo_cli.policy.files import check_gguf, count_parameters, locate_gguf, read_chat_template
+from grpo_cli.policy.files import check_gguf, locate_gguf, read_chat_template
 from grpo_cli.recipe.schema import GenerationConfig, ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
+from grpo_cli.verbs.fit import check_fit, gpu_of, memory_rows
+from grpo_cli.verbs.memory import setup_of, trained_parameters
+from grpo_cli.verbs.shape import model_size
+from grpo_cli.verbs.traffic import traffic_rows
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
 """What reward functions are tried on; they must cope with anything a model may write."""
 
-BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
-GIB = 2**30
 
-
-def check(recipe: Recipe, console: Console) -> None:
+def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) -> None:
     """Check data, rewards and other plugins of a valid recipe, and print the plan.
 
+    Args:
+        recipe: valid by itself.
+        console: for the plan.
+        gpu_memory: GiB of each GPU that the run will have; if None, of this machine's, or an assumption.
+
     Raises:
-        UserError: something that the recipe names is missing or does not work.
+        UserError: something that the recipe names is missing or does not work, or the run does not fit into the
+            memory of GPUs that are given or found here.
     """
     rows = load_rows(recipe.data)
     eval_rows = load_rows(recipe.data.eval, setting="data.eval") if recipe.data.eval else None
@@ -57,7 +64,12 @@ def check(recipe: Recipe, console: Console) -> None:
     for note in unused_settings(recipe, conversational=rows.conversational):
         console.print(escape(note), soft_wrap=True)
     table = Table(show_header=False, box=None)
-    for name, value in plan(recipe, rows, eval_rows, count_parameters(folder)):
+    setup, size, gpu = setup_of(recipe), model_size(recipe.model, folder), gpu_of(gpu_memory)
+    lines = [*plan(recipe, rows, eval_rows), *memory_rows(setup, size, gpu)]
+    if size.parameters is not None:
+        trained = trained_parameters(setup, size.parameters, size.shape)
+        lines += traffic_rows(recipe, setup, size.parameters, trained)
+    for name, value in lines:
         table.add_row(f"[bold]{name}", escape(value))
     for name, weight, score in zip(scorer.names, scorer.weights, scores[0].tolist(), strict=True):
         shown = "None" if math.isnan(score) else f"{score:g}"
@@ -66,6 +78,9 @@ def check(recipe: Recipe, console: Console) -> None:
         if reward.model is not None:
             table.add_row("[bold]reward", escape(f"{reward.metric_name}: a model, not loaded here"))
     console.print(table)
+    warning = check_fit(setup, size, gpu)
+    if warning is not None:
+        console.print(escape(warning), soft_wrap=True)
     console.print("[green]the recipe is fine[/]")
 
 
@@ -100,15 +115,15 @@ def sample_batch(rows: PromptRows) -> ScoringBatch:
     )
 
 
-def plan(
-    recipe: Recipe, rows: PromptRows, eval_rows: PromptRows | None, parameters: int | None
-) -> list[tuple[str, str]]:
-    """What the run will do and need, as (name, text)."""
+def plan(recipe: Recipe, rows: PromptRows, eval_rows: PromptRows | None) -> list[tuple[str, str]]:
+    """What the run will do, as (name, text)."""
     train, generation = recipe.train, recipe.generation
     completions = train.prompts_per_step * generation.num_generations
     updates = train.optimizer_steps_per_rollout * train.num_iterations
     steps = train.number_of_steps(len(rows))
     passes = steps * train.prompts_per_step / len(rows)
+    count = recipe.distributed.processes or 1
+    processes = f"{count} process{'es' * (count > 1)}"
     kind = "chats" if rows.conversational else "texts"
     lines = [
         ("model", f"{recipe.model.name} in {recipe.model.dtype}" + (", LoRA" if recipe.model.lora else "")),
@@ -123,13 +138,12 @@ def plan(
             f"to {generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}",
         ),
         ("engine", engine_plan(generation)),
-        ("run", f"{steps} steps, {passes:.2g} passes over the prompts, 1 process, into {train.output_dir}"),
+        ("run", f"{steps} steps, {passes:.2g} passes over the prompts, {processes}, into {train.output_dir}"),
         (
             "tokens",
             f"up to {completions * generation.max_completion_tokens} sampled in a step, "
             f"{steps * completions * generation.max_completion_tokens} in the run",
         ),
-        ("memory", memory_plan(recipe, parameters)),
     ]
     return lines
 
@@ -142,17 +156,3 @@ def engine_plan(generation: GenerationConfig) -> str:
     if server.spawn:
         return f"{generation.engine}, started by the run, {server.tensor_parallel_size} GPU(s)"
     return f"{generation.engine} at {', '.join(server.urls)}"
-
-
-def memory_plan(recipe: Recipe, parameters: int | None) -> str:
-    """Memory for weights, gradients, Adam's two moments and the reference."""
-    if parameters is None:
-        return "known once the model is loaded (its weights are not local safetensors files)"
-    model: ModelConfig = recipe.model
-    weights = parameters * BYTES_PER_VALUE[model.dtype]
-    has_copy = recipe.loss.beta > 0 and (model.reference is not None or model.lora is None)
-    reference = weights if has_copy else 0
-    if model.lora is not None:
-        return f"{(weights + reference) / GIB:.1f} GiB of weights, plus the adapter's state and activations"
-    total = 4 * weights + reference
-    return f"{total / GIB:.1f} GiB for weights, gradients, AdamW and reference, plus activations"

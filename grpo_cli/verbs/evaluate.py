@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_cli.errors import UserError
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.files import locate_gguf
-from grpo_cli.policy.model import restore_weights
+from grpo_cli.policy.model import saved_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.evaluate import evaluate
 from grpo_cli.train.metrics import Metrics, finite_or_none
@@ -57,12 +58,12 @@ def eval_model(
     elif model is not None:
         recipe = recipe.model_copy(update={"model": without_training(recipe.model, model)})
     with explained_failures(recipe):
-        run = build_run(recipe, Objects(), with_reference=False)
+        run = build_run(recipe, Objects(), Ranks(), with_reference=False)
     if adapter is not None:
         if recipe.model.lora is None:
             raise UserError(f"--model {model} is a LoRA checkpoint, and the recipe has no model.lora")
         try:
-            restore_weights(run.model, adapter)
+            run.model.load_state_dict(saved_weights(run.model, adapter), strict=False)
         except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
             reason = " ".join(str(error).split())[:500]
             raise UserError(
@@ -80,6 +81,7 @@ def eval_model(
             step=0,
             num_generations=size,
             prompts_per_batch=recipe.train.prompts_per_step,
+            ranks=run.ranks,
             pass_at=pass_at,
             pass_reward=pass_reward,
         )

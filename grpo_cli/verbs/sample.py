@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import generate_rollout
 from grpo_cli.train.display import beginning, ending
@@ -24,7 +25,7 @@ def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
         RewardError: a reward function failed.
     """
     with explained_failures(recipe):
-        run = build_run(recipe, Objects(), with_reference=False)
+        run = build_run(recipe, Objects(), Ranks(), with_reference=False)
     with closing(run.engine):
         _sample(run, num_prompts, console)
 

@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any, get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_cli.algorithm.packing import Group, Pack, branches_of, pack_groups, plan_minibatches
+from grpo_cli.algorithm.losses import LossOutput, policy_loss
+from grpo_cli.algorithm.packing import (
+    Group,
+    Pack,
+    branches_of,
+    deal_groups,
+    empty_pack,
+    pack_groups,
+    plan_minibatches,
+)
+from grpo_cli.algorithm.sampler_correction import sampler_ratio
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.recipe.schema import LossConfig, LossType, SamplerCorrectionConfig
+from grpo_cli.train.metrics import MetricMeans
+from tests.conftest import tiny_llama
 
 PROMPT_TOKENS, COMPLETION_TOKENS = st.integers(1, 49), st.integers(50, 99)
 
@@ -177,3 +195,111 @@ def test_a_window_hides_what_lies_further_back_in_the_sequence() -> None:
     assert branches.positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
     seen = [row.nonzero().squeeze(1).tolist() for row in branches.sees(places[:, None], places, window=3)]
     assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [1, 2, 5], [2, 5, 6]]
+
+
+# Several ranks
+
+
+def fed_tokens(group: Group) -> int:
+    return len(group.prompt) + sum(max(len(completion) - 1, 0) for completion in group.completions)
+
+
+def groups_of(costs: list[int]) -> list[Group]:
+    """Groups of these numbers of tokens, in prompts and completions of varying length."""
+    parts = [(cost - cost // 2, cost // 2) for cost in costs]
+    return [Group([1] * prompt, [[50] * (rest + 1)], [i]) for i, (prompt, rest) in enumerate(parts)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 30), max_size=6), st.integers(1, 3))
+def test_each_group_is_dealt_once_in_order_and_the_largest_hand_is_within_graham_s_bound(
+    costs: list[int], num_hands: int
+) -> None:
+    groups = groups_of(costs)
+    assert [fed_tokens(group) for group in groups] == costs
+    hands = deal_groups(groups, num_hands)
+    assert len(hands) == num_hands
+    dealt = [[groups.index(group) for group in hand] for hand in hands]
+    assert sorted(itertools.chain(*dealt)) == list(range(len(groups)))
+    assert all(indices == sorted(indices) for indices in dealt)
+    best = min(
+        max(sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == h) for h in range(num_hands))
+        for owners in itertools.product(range(num_hands), repeat=len(costs))
+    )
+    largest = max(sum(map(fed_tokens, hand)) for hand in hands)
+    assert 3 * num_hands * largest <= (4 * num_hands - 1) * best
+
+
+@settings(max_examples=60, deadline=None)
+@given(ragged_groups(), st.integers(1, 6))
+def test_groups_are_dealt_whole_and_alike_on_every_rank(groups: list[Group], num_hands: int) -> None:
+    hands = deal_groups(groups, num_hands)
+    assert {id(group) for hand in hands for group in hand} == {id(group) for group in groups}
+    assert deal_groups(list(groups), num_hands) == hands
+    assert sum(not hand for hand in hands) == max(0, num_hands - len(groups))
+
+
+def test_one_rank_gets_all_groups_and_no_groups_make_empty_hands() -> None:
+    groups = groups_of([3, 9, 1, 9])
+    assert deal_groups(groups, 1) == [groups]
+    assert deal_groups([], 3) == [[], [], []]
+
+
+def test_the_longest_groups_are_dealt_first() -> None:
+    groups = groups_of([1, 1, 2, 4])
+    assert deal_groups(groups, 2) == [[groups[3]], groups[:3]]
+
+
+@pytest.mark.parametrize("shared_prompt", [True, False])
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_an_empty_pack_is_forwarded_and_changes_nothing(shared_prompt: bool, entropy_gradient: bool) -> None:
+    policy = PackedModel(tiny_llama())
+    assert policy.shares_prompts
+    pack = empty_pack(shared_prompt=shared_prompt)
+    assert input_tokens(pack, shared_prompt) == 1
+    logprobs, entropies = policy.token_logprobs(pack, 0.7, entropy_gradient=entropy_gradient)
+    assert logprobs.shape == entropies.shape == pack.mask.shape
+    output = loss_of(pack, logprobs, entropies, LossConfig(beta=0.1, entropy_coef=0.5))
+    assert output.loss.item() == 0
+    output.loss.backward()
+    for name, parameter in policy.model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def loss_of(pack: Pack, logprobs: torch.Tensor, entropies: torch.Tensor, config: LossConfig) -> LossOutput:
+    old, sampled = logprobs.detach() - 0.1, logprobs.detach() - 0.2
+    mask = pack.mask.float()
+    corrected = config.importance_level == "token"
+    return policy_loss(
+        logprobs,
+        old,
+        torch.ones(len(pack.samples)),
+        mask,
+        config,
+        normalizer=7.0,
+        ref_logprobs=old,
+        entropies=entropies,
+        sampling_logprobs=sampled,
+        importance_ratio=sampler_ratio(old, sampled, mask, SamplerCorrectionConfig()) if corrected else None,
+        entropy_threshold=0.0,
+    )
+
+
+@pytest.mark.parametrize("shared_prompt", [True, False])
+@pytest.mark.parametrize(
+    "loss", [{"type": name} for name in get_args(LossType)] + [{"importance_level": "sequence"}], ids=str
+)
+def test_an_empty_pack_counts_in_no_metric(loss: dict[str, Any], shared_prompt: bool) -> None:
+    policy = PackedModel(tiny_llama())
+    config = LossConfig.model_validate(loss | {"beta": 0.1, "entropy_coef": 0.5, "off_policy_threshold": 0.2})
+    (real,) = pack_groups([Group([5, 6], [[7, 8], [9]], [0, 1])], 100, shared_prompt=shared_prompt)
+    empty = empty_pack(shared_prompt=shared_prompt)
+    with torch.no_grad():
+        outputs = [loss_of(pack, *policy.token_logprobs(pack, 1.0), config) for pack in (real, empty)]
+    assert outputs[1].loss == 0
+    one, both = MetricMeans(), MetricMeans()
+    one.add(outputs[0])
+    for output in outputs:
+        both.add(output)
+    assert one.result(Ranks()) == both.result(Ranks())

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from grpo_cli.algorithm.losses import loss_normalizer, policy_loss
 from grpo_cli.algorithm.sampler_correction import LOG_RATIO_LIMIT, sampler_metrics, sampler_ratio
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.recipe.schema import LossConfig, SamplerCorrectionConfig
 from grpo_cli.train.metrics import MetricMeans
 
@@ -205,7 +206,7 @@ def test_loss_gradient_and_metrics_do_not_depend_on_the_split(loss_type: str, mo
             total += output.loss.item()
             means.add(output)
         assert policy.grad is not None
-        return total, policy.grad, means.result()
+        return total, policy.grad, means.result(Ranks())
 
     whole = step([list(range(rows))])
     split = step([[0, 1], [2], [3, 4, 5], [6]])

@@ -10,8 +10,8 @@ import torch
 
 from grpo_cli.algorithm.packing import Group, Pack, pack_groups
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import load_policy
-from grpo_cli.policy.reference import Reference
+from grpo_cli.policy.model import load_policy, read_whole
+from grpo_cli.policy.reference import Reference, reference_model
 from grpo_cli.recipe.schema import ModelConfig
 from tests.conftest import tiny_llama
 from tests.policy.test_model import train_a_little
@@ -27,6 +27,11 @@ def logprobs(model: PackedModel) -> torch.Tensor:
         return model.token_logprobs(pack(), 1.0)[0]
 
 
+def reference_of(policy: PackedModel, config: ModelConfig) -> Reference:
+    model = reference_model(policy.model, config, read_whole)
+    return Reference(policy, None if model is None else PackedModel(model))
+
+
 @pytest.mark.parametrize("lora", [None, {"r": 4}, {"r": 4, "modules_to_save": ["lm_head"]}])
 def test_the_reference_is_the_start_model_however_the_policy_moves(
     tiny_model_dir: Path, lora: dict[str, Any] | None
@@ -36,7 +41,7 @@ def test_the_reference_is_the_start_model_however_the_policy_moves(
     )
     policy = PackedModel(load_policy(config))
     start = logprobs(PackedModel(tiny_llama().eval()))
-    reference = Reference(policy, config)
+    reference = reference_of(policy, config)
     assert reference.shares_prompts
     train_a_little(policy.model)
     with reference.model() as model:
@@ -52,7 +57,7 @@ def test_another_model_can_be_the_reference(tiny_model_dir: Path, tmp_path: Path
     other = tiny_llama(num_hidden_layers=1)
     other.save_pretrained(tmp_path)
     config = ModelConfig(name=str(tiny_model_dir), reference=str(tmp_path))
-    with Reference(PackedModel(load_policy(config)), config).model() as model:
+    with reference_of(PackedModel(load_policy(config)), config).model() as model:
         torch.testing.assert_close(logprobs(model), logprobs(PackedModel(other)))
 
 
@@ -61,4 +66,4 @@ def test_a_reference_that_cannot_share_prompts_says_so(tiny_model_dir: Path, tmp
     config = ModelConfig(name=str(tiny_model_dir), reference=str(tmp_path), attn_implementation="eager")
     policy = PackedModel(tiny_llama())
     assert policy.shares_prompts
-    assert not Reference(policy, config).shares_prompts
+    assert not reference_of(policy, config).shares_prompts

@@ -131,6 +131,31 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "data.eval.long_prompts",
         "without data.eval.max_prompt_tokens",
     ),
+    (
+        {"distributed": {"strategy": "none", "processes": 2}},
+        "distributed.strategy",
+        "none is for one process (processes is 2); write auto, or processes: 1",
+    ),
+    (
+        {"distributed": {"strategy": "fsdp", "deepspeed_config": "ds.json"}},
+        "distributed.deepspeed_config",
+        "is for zero1, zero2 and zero3 (strategy is fsdp); remove it",
+    ),
+    (
+        {"distributed": {"strategy": "zero3", "deepspeed_config": "ds.json", "cpu_offload": True}},
+        "distributed.cpu_offload",
+        "is set in deepspeed_config; remove it here",
+    ),
+    (
+        {"distributed": {"strategy": "ddp", "cpu_offload": True}},
+        "distributed.cpu_offload",
+        "needs zero1, zero2, zero3 or fsdp (strategy is ddp); set strategy",
+    ),
+    (
+        {"generation": {"engine": "vllm"}, "distributed": {"processes": 2}},
+        "generation.engine",
+        "vllm is for one process (distributed.processes is 2); write vllm_server",
+    ),
 ]
 
 FINE: list[dict[str, Any]] = [
@@ -164,6 +189,14 @@ FINE: list[dict[str, Any]] = [
     {"train": {"optimizer_steps_per_rollout": 8}},
     {"train": {"eval_every": 5}, "data": {"eval": {"name": "e"}}},
     {"data": {"max_prompt_tokens": 9, "long_prompts": "error"}},
+    {"distributed": {"strategy": "none", "processes": 1}},
+    {"distributed": {"strategy": "ddp", "processes": 2}},
+    {"distributed": {"strategy": "auto", "deepspeed_config": "ds.json"}},
+    {"distributed": {"strategy": "zero2", "deepspeed_config": "ds.json"}},
+    {"distributed": {"strategy": "fsdp", "cpu_offload": True}},
+    {"distributed": {"strategy": "zero1", "cpu_offload": True}},
+    {"distributed": {"processes": 1}, "generation": {"engine": "vllm"}},
+    {"distributed": {"processes": 2}, "generation": {"engine": "vllm_server", "server": {"urls": ["a"]}}},
 ]
 
 

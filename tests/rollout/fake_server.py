@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -42,8 +42,9 @@ class FakePolicy:
     def specs(self, dtype: Any) -> list[TensorSpec]:
         return [TensorSpec(name=name, dtype=dtype, shape=list(t.shape)) for name, t in self.tensors.items()]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
+    @contextlib.contextmanager
+    def gathered(self, names: Sequence[str]) -> Iterator[Callable[[str], torch.Tensor]]:
+        yield lambda name: {name: self.tensors[name] for name in names}[name]
 
 
 class FakeServer:

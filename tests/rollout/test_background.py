@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_cli.data.prompts import Prompt
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.reward.registry import RewardFunction, reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer
 from grpo_cli.rollout.background import BackgroundScorer
@@ -40,7 +41,7 @@ def reward(function: Callable[..., Any], **changes: Any) -> RewardFunction:
 
 
 def background_of(*functions: RewardFunction) -> BackgroundScorer:
-    return BackgroundScorer(Scorer(functions))
+    return BackgroundScorer(Scorer(functions), Ranks())
 
 
 class Calls:
@@ -123,6 +124,34 @@ def test_the_matrix_is_that_of_scoring_at_once_whatever_finishes_first(
             scores.add(index, whole.group(index))
         result = scores.result(whole)
     np.testing.assert_array_equal(result, Scorer(functions).score(whole.scoring_batch(), step=1))
+
+
+class OneOfMany(Ranks):
+    """A rank that remembers what it gives, and gets what all have given."""
+
+    def __init__(self, rank: int, said: list[Any]) -> None:
+        super().__init__(rank, world_size=3)
+        self.said = said
+
+    def gather(self, value: Any) -> list[Any]:
+        self.said[self.rank] = value
+        return self.said
+
+
+@pytest.mark.parametrize("groups", [1, 3, 5, 7])
+def test_each_rank_scores_its_own_groups_and_all_get_the_whole_matrix(groups: int) -> None:
+    whole, scored = rollout(groups), Calls()
+    functions = [reward(centred), reward(scored, workers=1)]
+    expected = Scorer([reward(centred), reward(Calls())]).score(whole.scoring_batch(), step=1)
+    said: list[Any] = [np.zeros((len(range(rank, groups, 3)), 2, 2)) for rank in range(3)]
+    for rank in range(3):
+        scored.prompts.clear()
+        with BackgroundScorer(Scorer(functions), OneOfMany(rank, said)).begin(1) as scores:
+            for index in range(groups):
+                scores.add(index, whole.group(index))
+            result = scores.result(whole)
+        assert sorted(scored.prompts) == [[f"p{index}"] * 2 for index in range(rank, groups, 3)]
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_without_workers_a_function_is_called_once_with_everything_on_the_calling_thread() -> None:
@@ -268,6 +297,7 @@ def test_calls_that_have_not_started_are_dropped_after_an_error(where: str) -> N
 HANGING = """
 import threading
 from dataclasses import replace
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.reward.registry import reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer
@@ -279,7 +309,8 @@ def hang(prompts):
     began.set()
     threading.Event().wait()
 
-with BackgroundScorer(Scorer([replace(reward_from_callable(hang), workers=2)])).begin(1) as scores:
+scorer = Scorer([replace(reward_from_callable(hang), workers=2)])
+with BackgroundScorer(scorer, Ranks()).begin(1) as scores:
     for index in range(4):
         scores.add(index, rollout().group(index))
     began.wait()

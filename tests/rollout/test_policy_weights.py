@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -67,6 +69,47 @@ def test_the_weights_are_those_of_now_and_not_of_when_it_was_made(lora: bool) ->
     assert_gives(weights, merged_state_dict(model) if lora else model.state_dict())
 
 
+class Parted:
+    """Weights of which this process holds the half; says which of them are gathered."""
+
+    def __init__(self) -> None:
+        self.log: list[Any] = []
+
+    @contextmanager
+    def gathered(self, tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+        self.log.append([id(tensor) for tensor in tensors])
+        yield
+        self.log.append("let go")
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * 2
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_others_are_told_first_and_what_is_needed_is_gathered_only_as_long_as_it_is_read(lora: bool) -> None:
+    model = with_lora(tiny_llama()) if lora else tiny_llama()
+    parted = Parted()
+    weights = PolicyWeights(model, parted)
+
+    @contextmanager
+    def announce(names: Sequence[str]) -> Iterator[None]:
+        parted.log.append(f"announced {', '.join(names)}")
+        yield
+
+    weights.announce = announce
+    names = ["model.norm.weight", "model.layers.1.self_attn.q_proj.weight"]
+    with weights.gathered(names) as tensor:
+        given = {name: tensor(name) for name in names}
+    expected = merged_state_dict(model) if lora else model.state_dict()
+    assert all(torch.equal(given[name], 2 * expected[name]) for name in names)
+    inner = base_model(model).model
+    behind = [inner.norm.weight, *inner.layers[1].self_attn.q_proj.parameters()]
+    log = [f"announced {', '.join(names)}", [id(value) for value in behind], "let go"]
+    assert parted.log == log
+    weights.join_gathering(names)
+    assert parted.log == log * 2
+
+
 def test_nothing_that_is_given_carries_a_gradient() -> None:
     for model in (tiny_llama(), with_lora(tiny_llama())):
         weights = PolicyWeights(model)
@@ -129,7 +172,7 @@ def test_adapters_elsewhere_leave_tied_weights_tied() -> None:
 )
 def test_an_adapter_that_parts_tied_weights_cannot_be_served(settings: dict[str, Any]) -> None:
     policy = with_lora(tiny_llama(tie_word_embeddings=True), **settings)
-    with pytest.raises(UserError, match=r"^model\.lora: .* leave them out of target_modules and modules_to_save"):
+    with pytest.raises(UserError, match=r"^model\.lora: .* leave both out of target_modules and modules_to_save"):
         PolicyWeights(policy)
 
 

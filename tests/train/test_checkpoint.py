@@ -9,12 +9,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.model import load_policy
 from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import ModelConfig, OptimConfig, Recipe
@@ -31,6 +33,7 @@ from grpo_cli.train.checkpoint import (
     write_text,
 )
 from grpo_cli.train.optim import build_optimizer, build_scheduler
+from grpo_cli.train.strategies.replicated import Replicated
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -42,6 +45,8 @@ class Parts:
         config = OptimConfig(learning_rate=0.01)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, 10)
+        self.strategy = Replicated(Ranks())
+        self.strategy.prepare(self.model, self.optimizer, config.max_grad_norm)
         for _ in range(steps):
             self.step()
 
@@ -52,13 +57,21 @@ class Parts:
         self.scheduler.step()
 
     def save(self, folder: Path, step: int, keep: int = 2) -> Path:
-        position = Position(step, 100 * step)
-        return save_checkpoint(
-            folder, position, self.model, byte_tokenizer(), self.optimizer, self.scheduler, keep
-        )
+        return save_checkpoint(self.run(folder, keep), Position(step, 100 * step), self.scheduler)
 
     def load(self, path: Path) -> Position:
-        return load_checkpoint(path, self.model, self.optimizer, self.scheduler)
+        return load_checkpoint(path, self.run(path.parent), self.scheduler)
+
+    def run(self, folder: Path, keep: int = 2) -> Any:
+        """What a checkpoint is made of."""
+        return SimpleNamespace(
+            ranks=Ranks(),
+            strategy=self.strategy,
+            model=self.model,
+            tokenizer=byte_tokenizer(),
+            folder=folder,
+            recipe=SimpleNamespace(train=SimpleNamespace(keep_checkpoints=keep)),
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
         return {name: value.detach().clone() for name, value in self.model.state_dict().items()}

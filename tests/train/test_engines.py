@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_cli.errors import UserError
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout import vllm_engine
@@ -16,8 +17,10 @@ from grpo_cli.rollout.transformers_engine import TransformersEngine
 from grpo_cli.rollout.vllm_client import VllmClient
 from grpo_cli.train import engines
 from grpo_cli.train.engines import build_engine
+from grpo_cli.train.strategies.replicated import Replicated
 from tests.conftest import byte_tokenizer, tiny_llama
 
+ALONE = Ranks()
 KEY = "correct-horse-battery-staple"
 
 
@@ -30,7 +33,10 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
         notes: list[str] = []
         recipe = Recipe.model_validate(tiny_recipe)
         policy = PackedModel(tiny_llama())
-        return build_engine(recipe, policy, byte_tokenizer(), nullcontext, notes.append), notes
+        engine = build_engine(
+            recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE)
+        )
+        return engine, notes
 
     return make
 
@@ -136,4 +142,12 @@ def test_a_model_that_vllm_cannot_be_given_is_refused_at_once(tiny_recipe: dict[
         tiny_recipe["generation"]["server"] = {"urls": ["a"]}
     policy = PackedModel(MixtralForCausalLM(config))
     with pytest.raises(UserError, match=r"use generation\.engine: transformers"):
-        build_engine(Recipe.model_validate(tiny_recipe), policy, byte_tokenizer(), nullcontext, print)
+        build_engine(
+            Recipe.model_validate(tiny_recipe),
+            policy,
+            byte_tokenizer(),
+            nullcontext,
+            print,
+            ALONE,
+            Replicated(ALONE),
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_cli.data.prompts import Prompt
-from grpo_cli.reward.scorer import ScoringBatch
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.reward.registry import reward_from_callable
+from grpo_cli.reward.scorer import RewardError, Scorer
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.train.evaluate import evaluate, pass_at_k
 
@@ -64,30 +67,43 @@ class LengthEngine:
     ) -> list[list[Completion]]:
         self.keys.extend(keys)
         self.sizes.append(len(prompts))
-        return [
+        groups = [
             [
                 Completion([7] * (p + j), [0.0] * (p + j), "stop" if j else "length", "x" * (p + j))
                 for j in range(2)
             ]
             for (p,) in prompts
         ]
+        assert on_group is not None
+        for index in reversed(range(len(groups))):
+            on_group(index, groups[index])
+        return groups
 
 
-class LengthScorer:
-    names = ("length", "odd")
-    weights = (1.0, 2.0)
-
-    def score(self, batch: ScoringBatch, *, step: int) -> Any:
-        assert step == 3
-        assert batch.columns["answer"] == [prompt.upper() for prompt in batch.prompts]
-        return np.array([[len(text), len(text) % 2] for text in batch.completions], dtype=np.float64)
+def length(prompts: list[str], completions: list[str], answer: list[str]) -> list[float]:
+    assert answer == [prompt.upper() for prompt in prompts]
+    return [float(len(text)) for text in completions]
 
 
-def run(prompts_per_batch: int, **options: Any) -> tuple[dict[str, float], LengthEngine]:
+def odd(completions: list[str]) -> list[float]:
+    return [float(len(text) % 2) for text in completions]
+
+
+def long_ones_fail(completions: list[str]) -> list[float]:
+    assert all(len(text) < 6 for text in completions)
+    return odd(completions)
+
+
+def run(
+    prompts_per_batch: int, second: Any = odd, workers: int = 0, **options: Any
+) -> tuple[dict[str, float], LengthEngine]:
     dataset: Any = [Prompt(row, f"p{row}", [row + 1], {"answer": f"P{row}"}) for row in range(5)]
-    engine, scorer = LengthEngine(), LengthScorer()
-    arguments: dict[str, Any] = {"seed": 9, "step": 3, "num_generations": 2} | options
-    metrics = evaluate(engine, scorer, dataset, prompts_per_batch=prompts_per_batch, **arguments)  # type: ignore[arg-type]
+    engine = LengthEngine()
+    scorer = Scorer(
+        [replace(reward_from_callable(length), workers=workers), replace(reward_from_callable(second), weight=2.0)]
+    )
+    arguments: dict[str, Any] = {"seed": 9, "step": 3, "num_generations": 2, "ranks": Ranks()} | options
+    metrics = evaluate(engine, scorer, dataset, prompts_per_batch=prompts_per_batch, **arguments)
     return metrics, engine
 
 
@@ -106,6 +122,15 @@ def test_every_prompt_is_scored_once_and_metrics_have_their_prefix() -> None:
 
 def test_the_numbers_do_not_depend_on_how_many_prompts_are_generated_at_once() -> None:
     assert run(1)[0] == run(2)[0] == run(100)[0]
+
+
+def test_a_reward_function_with_workers_scores_held_out_prompts_too() -> None:
+    assert run(2, workers=2)[0] == run(2)[0]
+
+
+def test_a_reward_function_that_fails_says_so_with_the_step() -> None:
+    with pytest.raises(RewardError, match="reward long_ones_fail, step 3: raised AssertionError"):
+        run(2, long_ones_fail)
 
 
 def test_two_evaluations_draw_alike_and_another_seed_draws_otherwise() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_cli.algorithm.losses import LossOutput
+from grpo_cli.launch.ranks import Ranks
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.metrics import (
     MetricMeans,
@@ -42,7 +44,7 @@ def test_means_over_parts_are_the_mean_of_the_whole(parts: list[list[float]]) ->
         mean = sum(part) / len(part) if part else 0.0
         means.add(output({"kl": mean}, {"kl": float(len(part))}))
     whole = [value for part in parts for value in part]
-    assert means.result()["kl"] == pytest.approx(sum(whole) / len(whole), abs=1e-9)
+    assert means.result(Ranks())["kl"] == pytest.approx(sum(whole) / len(whole), abs=1e-9)
 
 
 def test_minima_and_maxima_are_those_of_all_parts() -> None:
@@ -50,7 +52,7 @@ def test_minima_and_maxima_are_those_of_all_parts() -> None:
     means.add(output({"clip_ratio/low_min": 0.2, "clip_ratio/high_max": 0.1, "kl": 1.0}, {"kl": 3.0}))
     means.add(output({"clip_ratio/low_min": 0.1, "clip_ratio/high_max": 0.4, "kl": 5.0}, {"kl": 1.0}))
     means.add(output({"clip_ratio/low_min": 0.3, "clip_ratio/high_max": 0.0, "kl": 0.0}, {"kl": 0.0}))
-    assert means.result() == {"clip_ratio/low_min": 0.1, "clip_ratio/high_max": 0.4, "kl": 2.0}
+    assert means.result(Ranks()) == {"clip_ratio/low_min": 0.1, "clip_ratio/high_max": 0.4, "kl": 2.0}
 
 
 def test_values_of_optimizer_steps_count_alike_and_nothing_at_all_is_zero() -> None:
@@ -58,7 +60,38 @@ def test_values_of_optimizer_steps_count_alike_and_nothing_at_all_is_zero() -> N
     means.add_value("loss", 1.0)
     means.add_value("loss", 3.0)
     means.add(output({"entropy": 0.0}, {"entropy": 0.0}))
-    assert means.result() == {"loss": 2.0, "entropy": 0.0}
+    assert means.result(Ranks()) == {"loss": 2.0, "entropy": 0.0}
+
+
+class OneOfMany(Ranks):
+    """Remembers what this rank gives, and gets what all have given."""
+
+    def __init__(self, said: list[Any], gets: Sequence[Any] = ()) -> None:
+        super().__init__()
+        self.said, self.gets = said, gets
+
+    def gather(self, value: Any) -> list[Any]:
+        self.said.append(value)
+        return list(self.gets)
+
+
+@given(st.lists(st.lists(st.integers(0, 8), max_size=4), min_size=1, max_size=4))
+def test_the_result_is_the_same_however_micro_batches_are_spread_over_ranks(parts: list[list[int]]) -> None:
+    def add(means: MetricMeans, value: int) -> None:
+        extremes = {"clip_ratio/low_min": float(-value), "clip_ratio/high_max": float(value)}
+        means.add(output({"kl": float(value)} | extremes, {"kl": float(value % 3)}))
+
+    whole, spread = MetricMeans(), [MetricMeans() for _ in parts]
+    for means, part in zip(spread, parts, strict=True):
+        for value in part:
+            add(whole, value)
+            add(means, value)
+    said: list[Any] = []
+    for means in spread:
+        means.result(OneOfMany(said))
+    expected = whole.result(Ranks())
+    for means in spread:
+        assert means.result(OneOfMany([], said)) == expected, "on every rank"
 
 
 @pytest.mark.parametrize("case", GOLDEN)

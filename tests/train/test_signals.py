@@ -6,11 +6,13 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from grpo_cli.train.signals import STOP_SIGNALS, StopRequest
+from grpo_cli.launch.failures import STOP_SIGNALS
+from grpo_cli.train.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +27,16 @@ def received() -> Iterator[list[int]]:
 
 def handlers() -> list[Any]:
     return [signal.getsignal(number) for number in STOP_SIGNALS]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The time in a worker, in seconds, as its attribute `now`."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("grpo_cli.train.signals.time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -50,6 +62,35 @@ def test_after_the_first_signal_another_kind_acts_too(received: list[int]) -> No
         os.kill(os.getpid(), signal.SIGINT)
         assert request.name == "SIGUSR1"
         assert received == [signal.SIGINT]
+
+
+def test_in_a_worker_the_echo_of_a_signal_is_not_a_second_one(clock: SimpleNamespace, received: list[int]) -> None:
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        clock.now += 1.9
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert (request.name, received) == ("SIGUSR1", [])
+        clock.now += 0.2
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert received == [signal.SIGUSR1]
+
+
+def test_in_a_worker_another_signal_is_a_second_one_at_once(clock: SimpleNamespace, received: list[int]) -> None:
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+
+
+def test_only_the_first_worker_announces_the_stop(
+    clock: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert request.name == "SIGUSR1"
+    assert capsys.readouterr().err == ""
 
 
 def test_the_handlers_of_before_come_back_even_after_an_error() -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.verbs.check import check
+from tests.conftest import tiny_llama
 
 REWARDS = """\
 import json
@@ -48,14 +49,17 @@ def calls() -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("calls.jsonl").read_text().splitlines()]
 
 
-def test_the_plan_says_what_the_run_will_do(recipe: dict[str, Any]) -> None:
+def test_the_plan_says_what_the_run_will_do(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")  # no nvidia-smi
+    count = sum(parameter.numel() for parameter in tiny_llama().parameters())
     plan = plan_of(recipe, "generation.max_completion_tokens=20", "train.prompts_per_step=5", "train.max_steps=4")
     assert plan["model"] == f"{recipe['model']['name']} in float32"
     assert plan["data"] == "10 prompts (texts); columns for rewards: answer"
     assert plan["step"] == "5 prompts x 4 = 20 completions of up to 20 tokens, 1 optimizer step"
     assert plan["run"] == f"4 steps, 2 passes over the prompts, 1 process, into {recipe['train']['output_dir']}"
     assert plan["tokens"] == "up to 400 sampled in a step, 1600 in the run"
-    assert plan["memory"].endswith("GiB for weights, gradients, AdamW and reference, plus activations")
+    assert plan["memory"].startswith("2.5 GiB on a GPU of 80 GiB (assumed; --gpu-memory says otherwise)")
+    assert plan["parameters"] == f"{count:,}, by config.json"
     assert plan["reward"] == "score, weight 1: 1.5 for 'A short sample completion.'"
     assert plan["the"] == "recipe is fine"
 
@@ -69,7 +73,7 @@ def test_held_out_prompts_and_adapters_are_in_the_plan(recipe: dict[str, Any]) -
     plan = plan_of(recipe, f"data.eval.name={recipe['data']['name']}", "data.eval.limit=4", "model.lora={}")
     assert plan["evaluation"] == "4 prompts"
     assert plan["model"].endswith("in float32, LoRA")
-    assert "adapter" in plan["memory"]
+    assert plan["gradients"] == "64.0 KiB: 16,384 x 4 bytes"
 
 
 def test_each_reward_is_called_once_on_a_sample_row_with_its_columns(recipe: dict[str, Any]) -> None:

@@ -1,0 +1,198 @@
+"""From one `grpo train` to the processes that train together, on one machine or in a Slurm step.
+
+Accelerate's launcher, which runs torch's elastic agent in this process, only starts plain processes: what they
+share is the recipe's business. No torch import before it is known that there is something to start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import yaml
+
+from grpo_cli.errors import RunError, UserError
+from grpo_cli.launch.environment import LAUNCHER_PID, Nodes, is_launched, resolve_strategy, step_nodes
+from grpo_cli.launch.failures import STOP_SIGNALS, raise_outcome
+from grpo_cli.recipe.schema import Recipe
+
+
+def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
+    """Return where this process is to train; otherwise run those that do, and end as they did.
+
+    Args:
+        recipe: validated, with all overrides.
+        arguments: the command line without the name of the command; the workers get the same.
+
+    Raises:
+        UserError: this machine, the Slurm step or the launcher contradicts the recipe.
+        RunError, StoppedEarly: the workers' outcome.
+        SystemExit: 0 when they are done.
+    """
+    if is_launched(os.environ):
+        return
+    step = step_nodes(os.environ)
+    nodes = step or Nodes()
+    processes = recipe.distributed.processes
+    if processes is None and step is not None and recipe.generation.engine != "vllm":
+        processes = max(training_gpus(recipe), 1) * nodes.count
+    processes = processes or 1
+    if processes % nodes.count:
+        raise UserError(f"distributed.processes is {processes}, which does not divide among {nodes.count} nodes")
+    if processes == 1:
+        return
+    local = processes // nodes.count
+    gpus = training_gpus(recipe)
+    if 0 < gpus < local:
+        raise UserError(
+            f"{local} processes on this machine are more than its {gpus} GPUs for training; "
+            f"write --processes {gpus * nodes.count}"
+        )
+    ranks = {"RANK": "0", "WORLD_SIZE": processes, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": local}
+    resolve_strategy(recipe.distributed, {**os.environ, **{name: str(value) for name, value in ranks.items()}})
+    run_workers("grpo_cli.cli", arguments, processes, nodes)
+    raise SystemExit(0)
+
+
+def training_gpus(recipe: Recipe) -> int:
+    """GPUs of this machine that are not a spawned server's, or all where there are not enough for both."""
+    import torch
+
+    count = torch.cuda.device_count()
+    server = recipe.generation.server
+    if server is None or not server.spawn:
+        return count
+    served = server.tensor_parallel_size * int(recipe.generation.vllm.get("data_parallel_size", 1))
+    return count - served if count > served else count
+
+
+def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: Nodes) -> None:
+    """Run `python -m module arguments` in several processes to their end.
+
+    Args:
+        module: name of the module.
+        arguments: its command line, the same for all.
+        processes: over all nodes, a multiple of their number.
+        nodes: the machines; each runs this function.
+
+    Raises:
+        UserError, RunError, StoppedEarly, SystemExit: the workers' outcome, as `raise_outcome` tells it.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.utils import patch_environment
+    from torch.distributed import DistError
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # What went wrong is told once, by `raise_outcome`.
+    agent_log = logging.getLogger("torch.distributed.elastic")
+    agent_log.addHandler(logging.NullHandler())
+    agent_log.propagate = False
+
+    local = processes // nodes.count
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(available_cores() // local, 1))
+    with tempfile.TemporaryDirectory(prefix="grpo-launch-") as folder:
+        config, logs = Path(folder) / "accelerate.yaml", Path(folder) / "workers"
+        logs.mkdir()
+        config.write_text(yaml.safe_dump(accelerate_config(processes, nodes)))
+        options = launch_command_parser().parse_args(
+            [
+                f"--config_file={config}",
+                f"--log_dir={logs}",
+                f"--num_cpu_threads_per_process={threads}",
+                "--max_restarts=0",
+                "--module",
+                module,
+                *arguments,
+            ]
+        )
+        # An option of torchrun that Accelerate hands on without having it: the other signals are forwarded.
+        ends_by = ["SIGQUIT"] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else ["SIGQUIT", "SIGHUP"]
+        options.signals_to_handle = ",".join(ends_by)
+        if nodes.count > 1:
+            print(
+                f"node {nodes.index} of {nodes.count}: {local} processes, meeting at {nodes.address}:{nodes.port}",
+                file=sys.stderr,
+            )
+        with ForwardedSignals(logs) as forwarded, patch_environment(**{LAUNCHER_PID: str(os.getpid())}):
+            try:
+                launch_command(options)
+            except ChildFailedError as error:
+                raise_outcome(error.failures, nodes, forwarded.received)
+            except SignalException as error:
+                raise RunError(f"stopped at once by {error.sigval.name}") from None
+            except (DistError, ConnectionError) as error:
+                raise RunError(f"the nodes did not meet at {nodes.address}:{nodes.port}: {error}") from error
+
+
+def accelerate_config(processes: int, nodes: Nodes) -> dict[str, Any]:
+    """Accelerate's configuration for plain processes; whole, so that the user's own default file is not read.
+
+    MULTI_GPU is the type that starts several processes on any machine: MULTI_CPU starts one, without a word.
+    """
+    return {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "MULTI_GPU",
+        "debug": False,
+        "gpu_ids": "all",
+        "machine_rank": nodes.index,
+        "main_process_ip": nodes.address,
+        "main_process_port": nodes.port,
+        "mixed_precision": "no",
+        "num_machines": nodes.count,
+        "num_processes": processes,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "use_cpu": False,
+    }
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class ForwardedSignals:
+    """Context in which a signal that asks to stop goes to all workers, and this process waits for what they do.
+
+    Args:
+        logs: folder in which torch's agent makes something just before it starts the workers.
+    """
+
+    def __init__(self, logs: Path) -> None:
+        self.received: set[int] = set()
+        self._logs = logs
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> ForwardedSignals:
+        self._before = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # With an error this process is about to end, as Slurm may ask it to once another node has.
+        for number, handler in self._before.items():
+            signal.signal(number, handler if error is None else signal.SIG_IGN)
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        import psutil
+
+        self.received.add(number)
+        if not any(self._logs.iterdir()):
+            raise RunError(f"stopped by {signal.Signals(number).name} before training began")
+        for worker in psutil.Process().children():
+            # Not its group: what a worker started is the worker's to stop.
+            try:
+                worker.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue

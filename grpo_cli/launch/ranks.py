@@ -1,0 +1,146 @@
+"""The processes that train together, and how they tell each other things.
+
+What decides about a step (completions, rewards, whether to stop) is gathered as plain objects and is then the same
+on every rank, so that everything that follows from it is computed alike everywhere and needs no reduction.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.launch.environment import is_launched, placement
+
+LONGEST_WAIT = timedelta(hours=2)
+"""Ranks wait for each other's rollouts and rewards; one that is silent for longer is stuck."""
+
+EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """This process among `world_size` processes; without arguments, a process alone.
+
+    Args:
+        rank: of this process, from 0.
+        world_size: processes in all.
+        device: of this process.
+        talk: process group for objects and CPU tensors, if there are several processes.
+    """
+
+    def __init__(
+        self, rank: int = 0, world_size: int = 1, device: torch.device | None = None, talk: Any = None
+    ) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._talk = talk
+
+    @classmethod
+    def join(cls, *, needs_group: bool) -> Ranks:
+        """Meet the other processes that the launcher started.
+
+        Args:
+            needs_group: make a process group even for a process alone.
+        """
+        if not torch.cuda.is_available():
+            # transformers imports DeepSpeed where it is installed, which then tells that it has found no GPU.
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        place = placement(os.environ)
+        if place.world_size == 1 and not needs_group:
+            return cls()
+        has_gpu = torch.cuda.is_available()
+        device = torch.device("cuda", place.local_rank) if has_gpu else torch.device("cpu")
+        if has_gpu:
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            # A process that no launcher started meets nobody, and needs no address for it.
+            alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
+            group = {} if is_launched(os.environ) else alone
+            dist.init_process_group("nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
+        talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if place.world_size > 1 else None
+        return cls(place.rank, place.world_size, device, talk)
+
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """A run whose ranks wait for each other at its planned end: launchers kill what outlives the first."""
+        try:
+            yield
+        except StoppedEarly:  # always of all ranks; other errors may be of one alone
+            self._leave()
+            raise
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._talk is not None:
+            dist.barrier(self._talk)
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def owns(self, index: int) -> bool:
+        """Whether this rank does what concerns item `index`, where nothing is known of the items' cost."""
+        return index % self.world_size == self.rank
+
+    def gather(self, value: T) -> list[T]:
+        """What every rank gives, in the order of ranks."""
+        if self._talk is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._talk)
+        return values
+
+    def tell(self, value: T | None = None) -> T:
+        """What rank 0 gives; the argument of the others is not looked at."""
+        values: list[Any] = [value]
+        if self._talk is not None:
+            dist.broadcast_object_list(values, src=0, group=self._talk)
+        told: T = values[0]
+        return told
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise sum over ranks of CPU tensors of one shape; the argument is overwritten."""
+        if self._talk is not None:
+            dist.all_reduce(values, group=self._talk)
+        return values
+
+    def together(self, work: Callable[[], T]) -> list[T]:
+        """What `work` gives on every rank, in the order of ranks.
+
+        Raises:
+            UserError, RunError, StoppedEarly: that of the first rank on which it failed so, on all ranks alike.
+        """
+        return [_value(outcome) for outcome in self.gather(_outcome(work))]
+
+    def led(self, work: Callable[[], T]) -> T:
+        """What `work` gives on rank 0, which alone does it.
+
+        Raises:
+            UserError, RunError, StoppedEarly: as it raised there, on all ranks alike.
+        """
+        value: T = _value(self.tell(_outcome(work) if self.is_main else None))
+        return value
+
+
+def _outcome(work: Callable[[], T]) -> T | Exception:
+    try:
+        return work()
+    except EXPECTED_ERRORS as error:
+        return error
+
+
+def _value(outcome: Any) -> Any:
+    if isinstance(outcome, EXPECTED_ERRORS):
+        raise outcome
+    return outcome

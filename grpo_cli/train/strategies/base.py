@@ -1,0 +1,158 @@
+"""What every strategy gives the training loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from grpo_cli.errors import RunError
+from grpo_cli.recipe.schema import ModelConfig
+
+OptimizerState = dict[str, Any]
+"""As torch's `Optimizer.state_dict`: `state` by the number of a parameter, `param_groups`. A part of one has some
+parameters' state only. `MASTER` in a parameter's state is its float32 original, where the model holds less."""
+
+MASTER = "master"
+
+
+class Strategy(Protocol):
+    """Spreads a model over processes. All methods are called on all ranks alike, and in the same order."""
+
+    runs_alike: bool
+    """Whether ranks must run the same number of forward and backward passes."""
+    shards_weights: bool
+    """Whether a rank holds a part of each weight only, but where it is gathered."""
+
+    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
+        """Inside, a model may be loaded in parts already."""
+        ...
+
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        """Spread the model and its optimizer; both are changed in place."""
+        ...
+
+    def prepare_frozen(self, model: Any) -> Compute:
+        """Spread a model that is not trained; return what runs it, as `run` does the policy."""
+        ...
+
+    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """`compute(*arguments)`, which may call the policy and any part of it, also for a backward pass."""
+        ...
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        """Inside, every rank holds the whole policy and may run it by itself, without gradients."""
+        ...
+
+    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+        """Inside, these parameters are whole on every rank, to be read through `whole`."""
+        ...
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter or what was computed of some, whole; inside `gathered`."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Begin an optimizer step."""
+        ...
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of this rank's share of the loss, which is a sum over ranks."""
+        ...
+
+    def step(self) -> float:
+        """Sum the gradient over ranks, clip it, update the policy; return the norm before clipping.
+
+        Raises:
+            GradientNotFinite: it has no finite norm.
+        """
+        ...
+
+    def optimizer_state(self) -> OptimizerState:
+        """This rank's part of the optimizer's state, on the CPU; the parts of all ranks make the whole."""
+        ...
+
+    def restore(self, weights: Mapping[str, torch.Tensor] | None, state: OptimizerState) -> None:
+        """Load a checkpoint.
+
+        Args:
+            weights: by the names of the policy's state dict; only on rank 0 where weights are sharded.
+            state: of the whole optimizer.
+        """
+        ...
+
+
+Compute = Callable[..., Any]
+
+
+class GradientNotFinite(RunError):
+    """The gradient's norm is not a number, or infinite."""
+
+    def __init__(self, norm: float) -> None:
+        super().__init__(f"norm {norm}")
+
+
+def checked_norm(norm: Any) -> float:
+    """The gradient's norm as a float.
+
+    Raises:
+        GradientNotFinite: it is none.
+    """
+    value = float(norm)
+    if not math.isfinite(value):
+        raise GradientNotFinite(value)
+    return value
+
+
+class Root(nn.Module):
+    """What an engine wraps in place of the model: its forward pass is any computation with the model's parts.
+
+    Log-probabilities are computed without the model's own forward pass, since whole logits would not fit. Engines
+    hook forward passes of the module that they were given.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Compute, *arguments: Any) -> Any:
+        """`compute(*arguments)`."""
+        return compute(*arguments)
+
+
+def is_elementwise(value: Any) -> bool:
+    """Whether part of a parameter's state has an entry for each of the parameter's own, as a momentum has."""
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def on_cpu(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter's state with tensors of its own on the CPU: none shares memory with another parameter's."""
+    return {
+        key: value.to("cpu", copy=True) if isinstance(value, torch.Tensor) else value
+        for key, value in values.items()
+    }
+
+
+def part_of_state(state: OptimizerState, rank: int, world_size: int) -> OptimizerState:
+    """The share of one rank: every `world_size`-th parameter's state."""
+    own = {index: values for index, values in state["state"].items() if index % world_size == rank}
+    return {"state": own, "param_groups": state["param_groups"]}
+
+
+def joined_state(parts: Sequence[OptimizerState]) -> OptimizerState:
+    """The whole state that some parts make."""
+    state = {index: values for part in parts for index, values in part["state"].items()}
+    return {"state": dict(sorted(state.items())), "param_groups": parts[0]["param_groups"]}
+
+
+def without_master(state: OptimizerState) -> OptimizerState:
+    """The state without float32 originals, for a model that is one itself."""
+    kept = {
+        index: {key: value for key, value in values.items() if key != MASTER}
+        for index, values in state["state"].items()
+    }
+    return {"state": kept, "param_groups": state["param_groups"]}

@@ -1,0 +1,108 @@
+"""Every process holds the whole policy and optimizer; gradients are summed once for each optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.recipe.schema import ModelConfig
+from grpo_cli.train.strategies.base import Compute, OptimizerState, checked_norm, part_of_state, without_master
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients that are summed in one call."""
+
+
+class Replicated:
+    """One process, or data parallelism over several.
+
+    torch's DistributedDataParallel is not used: it wants as many backward passes on every rank, each of them
+    through every parameter, and its gain, to send while the last of many packs is computed, is small here.
+    """
+
+    runs_alike = False
+    shards_weights = False
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self._model = model.to(self._ranks.device)
+        self._optimizer = optimizer
+        self._max_norm = max_grad_norm
+
+    def prepare_frozen(self, model: Any) -> Compute:
+        model.to(self._ranks.device)
+        return self.run
+
+    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        return compute(*arguments)
+
+    def whole_model(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def zero_grad(self) -> None:
+        self._model.zero_grad()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
+        """See `Strategy.step`. If it raises, the policy is as it was.
+
+        A parameter that no pack has reached has a gradient of 0: the optimizer's momentum goes on, as it would had
+        the groups without a gradient been forwarded.
+        """
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self._ranks.world_size > 1:
+            sum_over_ranks([parameter.grad for parameter in trained])
+        norm = checked_norm(torch.nn.utils.clip_grad_norm_(trained, self._max_norm))
+        self._optimizer.step()
+        return norm
+
+    def optimizer_state(self) -> OptimizerState:
+        return part_of_state(self._optimizer.state_dict(), self._ranks.rank, self._ranks.world_size)
+
+    def restore(self, weights: Mapping[str, torch.Tensor] | None, state: OptimizerState) -> None:
+        assert weights is not None, "every rank reads the checkpoint"
+        self._model.load_state_dict(weights, strict=False)
+        self._optimizer.load_state_dict(without_master(state))
+
+
+def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
+    """Replace tensors by their sums over all ranks, which are the same to the bit on each."""
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one dtype, up to BUCKET_BYTES."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket

@@ -1,0 +1,253 @@
+"""ZeRO by DeepSpeed: optimizer state, gradients and weights are shared out over processes (arXiv:1910.02054)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_cli.errors import UserError
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.train.strategies.base import (
+    MASTER,
+    Compute,
+    OptimizerState,
+    Root,
+    checked_norm,
+    is_elementwise,
+    on_cpu,
+)
+
+FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
+"""Names of what DeepSpeed's optimizers step on: float32 originals of a rank's share, flat."""
+
+
+class Zero:
+    """ZeRO stage 1, 2 or 3.
+
+    Raises:
+        UserError: DeepSpeed is not installed.
+    """
+
+    runs_alike = True
+
+    def __init__(self, recipe: Recipe, ranks: Ranks, stage: int) -> None:
+        self._deepspeed = _import_deepspeed()
+        self._recipe = recipe
+        self._ranks = ranks
+        self._stage = stage
+        self.shards_weights = stage == 3
+
+    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
+        """Under stage 3 a model is shared out while it is read, since no process may have room for all of it."""
+        is_gguf = config.gguf_file is not None or config.name.endswith(".gguf")
+        return self._read_in_parts() if self._stage == 3 and not is_gguf else nullcontext()
+
+    @contextmanager
+    def _read_in_parts(self) -> Iterator[None]:
+        from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        config = HfDeepSpeedConfig(self._config(max_grad_norm=1.0))  # from_pretrained asks for it while it lives
+        try:
+            yield
+        finally:
+            unset_hf_deepspeed_config()
+            del config
+
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        self._model = model
+        self._base_optimizer = optimizer
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._groups = _without_tensors(optimizer.state_dict()["param_groups"])
+        self._engine, *_ = self._deepspeed.initialize(
+            model=Root(model), optimizer=optimizer, config=self._config(max_grad_norm)
+        )
+
+    def prepare_frozen(self, model: Any) -> Compute:
+        if self._stage < 3:
+            model.to(self._ranks.device)
+            return lambda compute, *arguments: compute(*arguments)
+        engine, *_ = self._deepspeed.initialize(model=Root(model), config=self._config(max_grad_norm=1.0))
+        return lambda compute, *arguments: engine(_as_outside(compute, self._ranks.device), *arguments)
+
+    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        return self._engine(_as_outside(compute, self._ranks.device), *arguments)
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        if self._stage < 3:
+            yield
+            return
+        # The hooks that fetch a layer's weights and let them go again would fight with those that stay.
+        offload = self._engine.optimizer.parameter_offload
+        with self._deepspeed.zero.GatheredParameters(list(self._model.parameters())):
+            offload._remove_module_hooks()
+            yield
+            offload._register_deepspeed_module(offload.module)
+
+    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
+        if self._stage < 3:
+            return nullcontext()
+        context: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
+            [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        )
+        return context
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def zero_grad(self) -> None:
+        """DeepSpeed's steps end with it."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss * self._ranks.world_size)  # DeepSpeed takes the mean over ranks
+
+    def step(self) -> float:
+        """See `Strategy.step`. If it raises, the policy is not what it was: only a checkpoint is."""
+        self._engine.step()
+        return checked_norm(self._engine.get_global_grad_norm())
+
+    def optimizer_state(self) -> OptimizerState:
+        """Each parameter's state is put together by all ranks, and kept by one of them."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._link_state()
+        has_master = self._recipe.model.dtype != "float32"
+        flat = self._flat_partitions()[0]
+        example = self._base_optimizer.state.get(flat, {})
+        state: dict[int, dict[str, Any]] = {}
+        for index, parameter in enumerate(self._parameters):
+            values: dict[str, Any] = {}
+            for key, value in example.items():
+                values[key] = safe_get_full_optimizer_state(parameter, key) if is_elementwise(value) else value
+            if has_master:
+                values[MASTER] = safe_get_full_fp32_param(parameter)
+            if self._ranks.owns(index):
+                state[index] = on_cpu(values)
+        return {"state": state, "param_groups": self._groups}
+
+    def restore(self, weights: Mapping[str, torch.Tensor] | None, state: OptimizerState) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self._make_state(state["state"])
+        self._link_state()
+        numbers = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        for name, parameter in self._model.named_parameters():
+            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+                if weights is not None and name in weights:
+                    parameter.data.copy_(weights[name])
+            index = numbers.get(id(parameter))
+            if index is None:
+                continue
+            values = dict(state["state"].get(index, {}))
+            with self.gathered([parameter]):
+                master = values.pop(MASTER, parameter.data)
+                safe_set_full_fp32_param(parameter, master.to(parameter.device).float())
+            for key, value in values.items():
+                if is_elementwise(value):
+                    safe_set_full_optimizer_state(parameter, value, key)
+        for group, saved in zip(self._base_optimizer.param_groups, state["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+
+    def _make_state(self, saved: Mapping[int, Mapping[str, Any]]) -> None:
+        """Give the optimizer the state that it makes at its first step, to be filled."""
+        if not saved:
+            return
+        example = {key: value for key, value in next(iter(saved.values())).items() if key != MASTER}
+        for flat in self._flat_partitions():
+            self._base_optimizer.state[flat] = {
+                key: torch.zeros_like(flat) if is_elementwise(value) else copy.deepcopy(value)
+                for key, value in example.items()
+            }
+
+    def _link_state(self) -> None:
+        """Have DeepSpeed find each parameter's state: by itself it looks when only the first group has one."""
+        if self._stage < 3:
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _flat_partitions(self) -> list[torch.Tensor]:
+        optimizer = self._engine.optimizer
+        name = next(name for name in FLAT_PARTITIONS if hasattr(optimizer, name))
+        partitions: list[torch.Tensor] = getattr(optimizer, name)
+        return partitions
+
+    def _config(self, max_grad_norm: float) -> dict[str, Any]:
+        """DeepSpeed's settings: the user's file, or ours, with what follows from the recipe."""
+        distributed = self._recipe.distributed
+        config: dict[str, Any] = {"zero_optimization": self._zero_section()}
+        if distributed.deepspeed_config is not None:
+            path = Path(distributed.deepspeed_config).expanduser()
+            config = json.loads(path.read_text(encoding="utf-8"))
+        if self._recipe.model.dtype == "bfloat16":
+            # Weights are computed with in bfloat16 and updated in float32, which also sums their gradients.
+            config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} | config
+        ours = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": max_grad_norm,
+            # A step's packs are counted by whoever makes them: `step` ends it.
+            "managed_gradient_accumulation": False,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 2**31,
+        }
+        for key, value in ours.items():
+            if config.get(key, "auto") not in ("auto", value):
+                raise UserError(
+                    f"distributed.deepspeed_config: {key} is {config[key]!r}, but the recipe decides it; remove it"
+                )
+        return config | ours
+
+    def _zero_section(self) -> dict[str, Any]:
+        section: dict[str, Any] = {"stage": self._stage, "contiguous_gradients": True}
+        # What reduces while more is computed is an order of additions that varies; stage 2 alone takes it here.
+        section["overlap_comm"] = self._stage == 2 and torch.cuda.is_available()
+        if self._stage == 3:
+            section["stage3_gather_16bit_weights_on_model_save"] = False
+        if self._recipe.distributed.cpu_offload:
+            section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            if self._stage == 3:
+                section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        return section
+
+
+def _as_outside(compute: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`compute` under the autocast that is on now: inside its engine DeepSpeed switches it off."""
+    enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
+
+    def inside(*arguments: Any) -> Any:
+        with torch.autocast(device.type, dtype=dtype, enabled=enabled):
+            return compute(*arguments)
+
+    return inside
+
+
+def _without_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [dict(group) for group in groups]
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, kept from compiling anything on a CPU and from printing at every start."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise UserError(
+            "distributed.strategy: zero1, zero2 and zero3 need DeepSpeed: pip install 'grpo-cli[deepspeed]'\n"
+            f"({error})"
+        ) from error
+    if not torch.cuda.is_available():
+        # Communication through shared memory would be compiled for a minute, and gloo does as well.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,241 @@
+"""The real command line with several processes: the split changes nothing, and ends are clean."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+from grpo_cli.train.metrics import read_metrics
+from tests.integration.test_cli_train import (
+    assert_same_weights,
+    final_weights,
+    grpo,
+    numbers,
+    start,
+    wait_for_step,
+)
+
+pytestmark = pytest.mark.slow
+
+WEIGHT_TOLERANCE = 1e-5
+"""Of final weights, in float32, that optimizer steps move by 1e-3 each. Gradients are summed in another order, and
+Adam, which divides by their size, makes the rounding of a tiny one visible."""
+
+METRIC_TOLERANCE = 1e-5
+"""Relative, and absolute below 1."""
+
+
+@pytest.fixture
+def recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """One that is hard to split: five prompts of different lengths, completions that end anywhere, a KL, several
+    optimizer steps and passes over each rollout, and packs that hold about one group."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{"question " * (1 + i % 4)}{i}:"}}\n' for i in range(12)))
+    tiny_recipe["rewards"].append("rewards.diversity:reward_num_unique_chars")
+    tiny_recipe["generation"] |= {"max_completion_tokens": 12, "stop": ["a", "q"]}
+    tiny_recipe["loss"] = {"beta": 0.1}
+    tiny_recipe["optim"]["scheduler"] = "constant"
+    tiny_recipe["train"] |= {
+        "prompts_per_step": 5, "optimizer_steps_per_rollout": 2, "num_iterations": 2,
+        "max_tokens_per_microbatch": 100, "output_dir": str(tmp_path / "whole"),
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny_recipe))
+    return path
+
+
+def train(recipe: Path, folder: Path, strategy: str, processes: int, *options: str, code: int = 0) -> str:
+    return grpo(*command(recipe, folder, strategy, processes), *options, code=code)
+
+
+def command(recipe: Path, folder: Path, strategy: str, processes: int) -> list[str]:
+    settings = (f"train.output_dir={folder}", f"distributed.strategy={strategy}")
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    return ["train", str(recipe), *overrides, "--processes", str(processes)]
+
+
+def completions(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "completions").glob("*.parquet"))
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    return [{name: value for name, value in row.items() if name != "advantage"} for row in rows]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Prompts, completions and rewards exactly; what is computed of them to rounding."""
+    assert completions(one) == completions(other)
+    for row, theirs in zip(numbers(one), numbers(other), strict=True):
+        assert row == pytest.approx(theirs, rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE, nan_ok=True)
+    assert_close_weights(one, other)
+
+
+def assert_close_weights(one: Path, other: Path) -> None:
+    theirs = final_weights(other)
+    for name, weight in final_weights(one).items():
+        torch.testing.assert_close(weight, theirs[name], rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
+
+
+SPLITS = {
+    "ddp": (2, 4),
+    "zero1": (1, 2, 4),
+    "zero2": (1, 2, 4),
+    "zero3": (1, 2, 4),
+    "fsdp": (2,),
+}
+
+
+@pytest.mark.parametrize("strategy", SPLITS)
+def test_the_split_does_not_matter(recipe: Path, tmp_path: Path, strategy: str) -> None:
+    train(recipe, tmp_path / "one", "none", 1)
+    lengths = {row["tokens"] for row in completions(tmp_path / "one")}
+    assert len(lengths) > 3, "completions are ragged"
+    for processes in SPLITS[strategy]:
+        folder = tmp_path / f"{strategy}-{processes}"
+        train(recipe, folder, strategy, processes)
+        assert_same_run(folder, tmp_path / "one")
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_adapters_are_merged_from_their_parts(recipe: Path, tmp_path: Path, strategy: str) -> None:
+    lora = ("--set", "model.lora.r=4", "--set", "model.lora.modules_to_save=[lm_head]", "--set", "loss.beta=0")
+    train(recipe, tmp_path / "one", "none", 1, *lora)
+    train(recipe, tmp_path / "two", strategy, 2, *lora)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_checkpoint_of_four_goes_on_with_two_and_with_one(recipe: Path, tmp_path: Path) -> None:
+    train(recipe, tmp_path / "whole", "none", 1, "--set", "train.max_steps=4")
+    parts = tmp_path / "parts"
+    train(recipe, parts, "zero3", 4, "--set", "train.max_steps=2", "--set", "train.save_every=1")
+    written = sorted(path.name for path in (parts / "checkpoint-000002").glob("optimizer*"))
+    assert written == [f"optimizer-{rank:05d}-of-00004.pt" for rank in range(4)]
+    train(recipe, parts, "zero3", 2, "--set", "train.max_steps=3", "--set", "train.save_every=1", "--resume")
+    train(recipe, parts, "none", 1, "--set", "train.max_steps=4", "--resume")
+    assert_same_run(parts, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), [("zero2", "float32"), ("zero3", "bfloat16")])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
+    recipe: Path, tmp_path: Path, strategy: str, dtype: str
+) -> None:
+    options = ("--set", "train.max_steps=6", "--set", f"model.dtype={dtype}")
+    train(recipe, tmp_path / "whole", strategy, 2, *options)
+    stopped = tmp_path / "stopped"
+    process = start(*command(recipe, stopped, strategy, 2), *options)
+    wait_for_step(stopped, 2, process)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert output.count("continue with --resume") == 1, output
+    train(recipe, stopped, strategy, 2, *options, "--resume")
+    assert numbers(stopped) == numbers(tmp_path / "whole")
+    assert_same_weights(stopped, tmp_path / "whole")
+
+
+@pytest.fixture
+def endless(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run on three processes that has trained for two steps."""
+    folder = tmp_path / "endless"
+    process = start(*command(recipe, folder, "zero2", 3), "--set", "train.max_steps=100000")
+    wait_for_step(folder, 2, process)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+    """The processes of a run, by rank."""
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        rank = child.environ().get("RANK")
+        if rank is not None:
+            found[int(rank)] = child
+    return found
+
+
+def test_a_rank_that_dies_ends_the_run_and_is_named(endless: subprocess.Popen[str]) -> None:
+    ranks = workers(endless)
+    assert sorted(ranks) == [0, 1, 2]
+    killed = time.monotonic()
+    ranks[1].kill()
+    output, _ = endless.communicate(timeout=60)
+    assert time.monotonic() - killed < 60
+    assert endless.returncode == 1, output
+    last_lines = "\n".join(output.strip().splitlines()[-2:])
+    assert "rank 1 " in last_lines, output
+    assert "SIGKILL" in last_lines, output
+    assert not psutil.wait_procs(ranks.values(), timeout=10)[1], "no worker is left"
+
+
+def test_no_worker_outlives_its_launcher(endless: subprocess.Popen[str]) -> None:
+    ranks = workers(endless)
+    endless.kill()
+    assert not psutil.wait_procs(ranks.values(), timeout=50)[1], "no worker is left"
+
+
+def test_what_one_rank_finds_wrong_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    """Rank 1 scores every second prompt, so it alone calls this function with that one."""
+    (tmp_path / "picky.py").write_text(
+        "import os\n"
+        "def picky(completions, **columns):\n"
+        "    if os.environ.get('RANK') == '1':\n"
+        "        raise ValueError('I do not like this')\n"
+        "    return [0.0] * len(completions)\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-m", "grpo_cli.cli", *command(recipe, tmp_path / "run", "ddp", 2),
+         "--set", "rewards=[picky:picky]"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert process.returncode == 1, process.stderr
+    assert process.stderr.count("I do not like this") == 1, process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--set", "distributed.strategy=none", "--processes", "2"), "none is for one process"),
+        (("--set", "distributed.deepspeed_config=missing.json", "--processes", "2"), "missing.json"),
+        (("--set", "model.name=missing", "--processes", "2"), "missing"),
+        (
+            (
+                "--set",
+                "distributed.cpu_offload=true",
+            ),
+            "set strategy",
+        ),
+    ],
+)
+def test_wrong_input_is_one_message(recipe: Path, options: tuple[str, ...], told: str) -> None:
+    output = grpo("train", recipe, *options, code=2)
+    assert output.count(told) == 1, output
+    assert "Traceback" not in output
+    assert not read_metrics_if_any(recipe.parent / "whole")
+
+
+def read_metrics_if_any(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "metrics.jsonl"
+    return read_metrics(path) if path.exists() else []
+
+
+def test_deepspeed_settings_of_one_s_own(recipe: Path, tmp_path: Path) -> None:
+    own = tmp_path / "deepspeed.json"
+    own.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}, "gradient_clipping": "auto"}')
+    train(recipe, tmp_path / "one", "none", 1)
+    train(recipe, tmp_path / "two", "auto", 2, "--set", f"distributed.deepspeed_config={own}")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    own.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3.0}')
+    output = train(recipe, tmp_path / "three", "auto", 2, "--set", f"distributed.deepspeed_config={own}", code=2)
+    assert output.count("gradient_clipping is 3.0") == 1, output
