@@ -66,7 +66,7 @@ class Ranks:
             # A process that no launcher started meets nobody, and needs no address for it.
             alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
             group = {} if is_launched(os.environ) else alone
-            dist.init_process_group("nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
         talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if place.world_size > 1 else None
         return cls(place.rank, place.world_size, device, talk)
 
