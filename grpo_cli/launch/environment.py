@@ -109,6 +109,11 @@ def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) 
                 f"{strategy}; change one of them"
             )
         strategy = stage
+    elif (file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none" and said is not None:
+        raise UserError(
+            f"Accelerate's launcher was given the DeepSpeed file {file}; set distributed.deepspeed_config: {file} "
+            "in the recipe, or take it out of Accelerate's configuration"
+        )
     elif said is not None and not config.cpu_offload and _offload_is_asked(environment):
         raise UserError(
             "Accelerate's launcher was told to offload to the CPU; set distributed.cpu_offload: true and "

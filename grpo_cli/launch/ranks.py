@@ -35,15 +35,22 @@ class Ranks:
         world_size: processes in all.
         device: of this process.
         talk: process group for objects and CPU tensors, if there are several processes.
+        owns_group: whether the default process group is not a caller's.
     """
 
     def __init__(
-        self, rank: int = 0, world_size: int = 1, device: torch.device | None = None, talk: Any = None
+        self,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | None = None,
+        talk: Any = None,
+        owns_group: bool = False,
     ) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._talk = talk
+        self._owns_group = owns_group
 
     @classmethod
     def join(cls, *, needs_group: bool) -> Ranks:
@@ -62,13 +69,14 @@ class Ranks:
         device = torch.device("cuda", place.local_rank) if has_gpu else torch.device("cpu")
         if has_gpu:
             torch.cuda.set_device(device)
-        if not dist.is_initialized():
+        is_own = not dist.is_initialized()
+        if is_own:
             # A process that no launcher started meets nobody, and needs no address for it.
             alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
             group = {} if is_launched(os.environ) else alone
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
         talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if place.world_size > 1 else None
-        return cls(place.rank, place.world_size, device, talk)
+        return cls(place.rank, place.world_size, device, talk, is_own)
 
     @contextmanager
     def leaving_together(self) -> Iterator[None]:
@@ -83,7 +91,7 @@ class Ranks:
     def _leave(self) -> None:
         if self._talk is not None:
             dist.barrier(self._talk)
-            dist.destroy_process_group()
+            dist.destroy_process_group(None if self._owns_group else self._talk)
 
     @property
     def is_main(self) -> bool:

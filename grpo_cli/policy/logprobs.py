@@ -180,7 +180,7 @@ class PackedModel:
 
     @property
     def _tolerance(self) -> float:
-        return SELF_CHECK_TOLERANCE.get(forward_dtype(self.model), 0.15)
+        return SELF_CHECK_TOLERANCE.get(forward_dtype(self.model, self.device), 0.15)
 
 
 def _call(compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -200,11 +200,10 @@ def logprobs_of_logits(
     return chosen, entropy
 
 
-def forward_dtype(model: Any) -> torch.dtype:
-    """The precision that a forward pass of `model` runs in, autocast considered."""
-    device = next(model.parameters()).device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
+def forward_dtype(model: Any, device: torch.device) -> torch.dtype:
+    """The precision that a forward pass of `model` on `device` runs in, autocast considered."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
     dtype: torch.dtype = next(model.parameters()).dtype
     return dtype
 

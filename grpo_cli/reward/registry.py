@@ -45,6 +45,11 @@ class RewardFunction:
     required: frozenset[str]
     """Names of the keyword arguments without a default."""
 
+    @property
+    def shares_work(self) -> bool:
+        """Whether a call may hold some groups only, so that processes divide them among themselves."""
+        return self.workers > 0 or getattr(self.call, "scores_each_alone", False)
+
 
 class BoundFunction(functools.partial[Any]):
     """A function with its `params`, which win over a dataset column of the same name."""

@@ -21,6 +21,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 class RewardModel:
     """A sequence-classification model with one output, as a reward function."""
 
+    scores_each_alone = True
+    """What else is in a call does not matter, so processes may divide the completions."""
+
     def __init__(
         self,
         name: str,

@@ -7,7 +7,7 @@ timing. All others are called once with everything, on the calling thread, when 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from queue import SimpleQueue
@@ -86,7 +86,8 @@ class RolloutScores:
     def result(self, rollout: Rollout) -> np.ndarray:
         """Call the functions without workers, and wait for the others.
 
-        Each rank scores the groups that it owns, and all get all scores.
+        What may be called with some groups only is called on each rank with the groups that it owns. All other
+        functions are called once, with all completions, on rank 0.
 
         Args:
             rollout: all groups; those that were not added yet are added first.
@@ -97,30 +98,40 @@ class RolloutScores:
         Raises:
             RewardError: a reward function failed.
         """
-        parts = self._background.ranks.together(lambda: self._own_scores(rollout))
-        scores = np.empty((len(rollout.prompts), rollout.num_generations, parts[0].shape[2]))
-        for rank, part in enumerate(parts):
-            scores[rank :: len(parts)] = part
-        return scores.reshape(len(rollout.completions), -1)
-
-    def _own_scores(self, rollout: Rollout) -> np.ndarray:
-        """(P, G, K) of this rank's groups."""
-        scorer, size = self._background.scorer, rollout.num_generations
-        own = [index for index in range(len(rollout.prompts)) if self._background.ranks.owns(index)]
-        at_once = [k for k, function in enumerate(scorer.functions) if not function.workers]
-        scores = np.full((len(own), size, len(scorer.functions)), np.nan)
-        if not own:
-            return scores
+        ranks, scorer, size = self._background.ranks, self._background.scorer, rollout.num_generations
+        own = [index for index in range(len(rollout.prompts)) if ranks.owns(index)]
+        at_once = [k for k, function in enumerate(scorer.functions) if not function.shares_work]
+        scores = np.empty((len(rollout.prompts), size, len(scorer.functions)))
         with self:
             for index in own:
                 if index not in self._added:
                     self.add(index, rollout.group(index))
-            self._raise_failures()
+            if at_once:
+                together = ranks.led(lambda: self._at_once(rollout, at_once))
+                scores[:, :, at_once] = together.reshape(len(rollout.prompts), size, -1)
+            shared = [k for k, function in enumerate(scorer.functions) if function.shares_work]
+            parts = ranks.together(lambda: self._own_scores(rollout, own)) if shared else []
+            for rank, part in enumerate(parts):
+                scores[rank :: len(parts), :, shared] = part[:, :, shared]
+        return scores.reshape(len(rollout.completions), -1)
+
+    def _at_once(self, rollout: Rollout, columns: Sequence[int]) -> np.ndarray:
+        """(N, K) of these functions, which see everything."""
+        self._raise_failures()
+        return self._background.scorer.only(columns).score(rollout.scoring_batch(), step=self._step)
+
+    def _own_scores(self, rollout: Rollout, own: Sequence[int]) -> np.ndarray:
+        """(P, G, K) of this rank's groups, by functions that share the work."""
+        scorer, size = self._background.scorer, rollout.num_generations
+        functions = enumerate(scorer.functions)
+        at_hand = [k for k, function in functions if function.shares_work and not function.workers]
+        scores = np.full((len(own), size, len(scorer.functions)), np.nan)
+        if own and at_hand:
             batch = Rollout.joined([rollout.group(index) for index in own]).scoring_batch()
-            together = scorer.only(at_once).score(batch, step=self._step)
-            scores[:, :, at_once] = together.reshape(len(own), size, -1)
-            wait(self._calls.values(), return_when=FIRST_EXCEPTION)
-            self._raise_failures()
+            together = scorer.only(at_hand).score(batch, step=self._step)
+            scores[:, :, at_hand] = together.reshape(len(own), size, -1)
+        wait(self._calls.values(), return_when=FIRST_EXCEPTION)
+        self._raise_failures()
         places = {index: place for place, index in enumerate(own)}
         for (index, k), call in self._calls.items():
             scores[places[index], :, k] = call.result()[:, 0]

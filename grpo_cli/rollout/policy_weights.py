@@ -85,8 +85,19 @@ class PolicyWeights:
             torch.cuda.set_device(self.device)  # each thread has a current device of its own
         needed = [tensor for name in names for tensor in behind(self._tensors[name])]
         sharding = self._sharding
+        left = list(names)
+
+        def tensor(name: str) -> torch.Tensor:
+            left.remove(name)
+            return self.tensor(name)
+
         with self.announce(names), nullcontext() if sharding is None else sharding.gathered(needed):
-            yield self.tensor
+            try:
+                yield tensor
+            finally:
+                # Where each of them takes all ranks, the others are waiting for those that an error left over.
+                for name in left if sharding is not None else ():
+                    self.tensor(name)
 
     def join_gathering(self, names: Sequence[str]) -> None:
         """Do this rank's part of what another does with `gathered`."""

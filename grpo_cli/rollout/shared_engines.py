@@ -91,13 +91,20 @@ class LedEngine:
         self._ranks = ranks
         self._policy = policy
         self._lock = threading.Lock()  # several servers may be sent weights at the same time
+        self._is_heard = False  # whether the others do as they are told
         if engine is not None:
             policy.announce = self._announce
 
     @contextmanager
     def _announce(self, names: Sequence[str]) -> Iterator[None]:
-        """Have the others gather these weights, too."""
+        """Have the others gather these weights, too.
+
+        Raises:
+            RuntimeError: they have gone on; this comes from a thread that sends to a server that was given up.
+        """
         with self._lock:
+            if not self._is_heard:
+                raise RuntimeError("the other ranks do not gather weights any more")
             self._ranks.tell(("gather", list(names)))
             yield
 
@@ -137,8 +144,10 @@ class LedEngine:
         if self._engine is None:
             outcome = self._follow(came)
         else:
+            self._is_heard = True
             outcome = self._work(work, self._engine)
             with self._lock:
+                self._is_heard = False
                 self._ranks.tell(("done", outcome))
         if isinstance(outcome, EXPECTED_ERRORS):
             raise outcome

@@ -46,11 +46,20 @@ class SpawnedServer:
         config: the recipe's `generation.server`.
         arguments: vLLM's engine arguments, as in `generation.vllm`.
         log: file for the server's output.
+        trainers: processes that train on this machine, each on a GPU.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, config: ServerConfig, arguments: Mapping[str, Any], log: Path
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: ServerConfig,
+        arguments: Mapping[str, Any],
+        log: Path,
+        *,
+        trainers: int = 1,
     ) -> None:
+        self._trainers = trainers
         self.port = config.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
@@ -60,7 +69,7 @@ class SpawnedServer:
         self.key = make_key_file(self.key_file)
         base_model(model).config.save_pretrained(self._folder / "model")
         tokenizer.save_pretrained(self._folder / "model")
-        if torch.cuda.is_available() and torch.cuda.device_count() <= self._num_gpus:
+        if torch.cuda.is_available() and torch.cuda.device_count() < self._num_gpus + trainers:
             arguments = {"gpu_memory_utilization": SHARED_GPU_MEMORY, **arguments}
         self._command = [
             sys.executable, "-m", "grpo_cli.cli", "serve",
@@ -90,7 +99,7 @@ class SpawnedServer:
         environment = as_if_not_launched(os.environ)
         prepare(environment)
         devices = server_devices(
-            torch.cuda.device_count(), self._num_gpus, environment.get("CUDA_VISIBLE_DEVICES")
+            torch.cuda.device_count(), self._num_gpus, environment.get("CUDA_VISIBLE_DEVICES"), self._trainers
         )
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = devices
@@ -144,12 +153,12 @@ class SpawnedServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def server_devices(count: int, wanted: int, visible: str | None) -> str | None:
-    """The last `wanted` of `count` GPUs, as CUDA_VISIBLE_DEVICES names them; the policy trains on the first.
+def server_devices(count: int, wanted: int, visible: str | None, trainers: int = 1) -> str | None:
+    """The last `wanted` of `count` GPUs, as CUDA_VISIBLE_DEVICES names them; the first ones train the policy.
 
     None where there are not enough for both: then they share, within SHARED_GPU_MEMORY.
     """
-    if count <= wanted:
+    if count < wanted + trainers:
         return None
     names = visible.split(",") if visible else [str(index) for index in range(count)]
     return ",".join(names[count - wanted : count])

@@ -79,17 +79,24 @@ def save_checkpoint(run: Run, position: Position, scheduler: Any) -> Path:
     state = run.strategy.optimizer_state()
 
     def write(partial: Path) -> None:
-        torch.save(state, partial / optimizer_file(ranks.rank, ranks.world_size))
+        part = partial / optimizer_file(ranks.rank, ranks.world_size)
+        torch.save(state, part)
+        sync(part)  # by who has written it: on a shared file system rank 0 cannot
         if ranks.is_main:
             save_weights(run.model, partial, weights)
             run.tokenizer.save_pretrained(partial)
             torch.save(scheduler.state_dict(), partial / "scheduler.pt")
             (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
-    final = run.folder / f"checkpoint-{position.step:06d}"
+    final = checkpoint_path(run, position)
     write_whole(final, write, ranks)
     ranks.led(lambda: _remove_old(run.folder, run.recipe.train.keep_checkpoints))
     return final
+
+
+def checkpoint_path(run: Run, position: Position) -> Path:
+    """Where the checkpoint of a position lies."""
+    return run.folder / f"checkpoint-{position.step:06d}"
 
 
 def _remove_old(folder: Path, keep: int) -> None:
@@ -165,9 +172,12 @@ def write_whole(final: Path, write: Callable[[Path], None], ranks: Ranks) -> Non
     def end() -> None:
         for path in [*partial.rglob("*"), partial]:
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        before = final.with_name(f".{final.name}.before.partial")
+        if final.exists():
+            os.rename(final, before)
         os.rename(partial, final)
         sync(final.parent)
+        shutil.rmtree(before, ignore_errors=True)
 
     def told(work: Callable[[], None]) -> Callable[[], None]:
         def work_or_say_why() -> None:

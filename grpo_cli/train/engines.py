@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from grpo_cli.errors import UserError
+from grpo_cli.launch.environment import placement
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
@@ -43,6 +45,10 @@ def build_engine(
         return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
     weights = PolicyWeights(policy.model, strategy, ranks.device)
     eos = eos_token_ids(policy.model, tokenizer)
+    if generation.engine == "vllm" and ranks.world_size > 1:
+        raise UserError(
+            f"generation.engine: vllm is for one process, and {ranks.world_size} train; write vllm_server"
+        )
     if generation.engine == "vllm":
         from grpo_cli.rollout.vllm_engine import VllmEngine
 
@@ -66,7 +72,8 @@ def _client(
     if server.spawn:
         log = Path(recipe.train.output_dir).expanduser() / "server.log"
         note(f"starting a rollout server; its log is {log}")
-        spawned = SpawnedServer(policy.model, tokenizer, server, generation.vllm, log)
+        trainers = placement(os.environ).local_world_size
+        spawned = SpawnedServer(policy.model, tokenizer, server, generation.vllm, log, trainers=trainers)
         spawned.ensure_running()
         key = spawned.key
     elif server.api_key_file is not None:

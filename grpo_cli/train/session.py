@@ -10,7 +10,7 @@ import torch
 from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
-from grpo_cli.train.checkpoint import Position, load_checkpoint, open_run_folder, save_checkpoint
+from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint, open_run_folder, save_checkpoint
 from grpo_cli.train.display import Display
 from grpo_cli.train.evaluate import evaluate
 from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
@@ -134,6 +134,8 @@ class Session:
         Raises:
             RunError: the disk refused; earlier checkpoints are as they were.
         """
+        if self.resumed_from is not None and self.resumed_from == checkpoint_path(self.run, self.position):
+            return  # nothing has happened since it was written
         path = save_checkpoint(self.run, self.position, self.scheduler)
         self.display.note(f"checkpoint written: {path}")
         self.notify("on_checkpoint")

@@ -115,13 +115,14 @@ def test_adapters_are_merged_from_their_parts(recipe: Path, tmp_path: Path, stra
 
 
 def test_a_checkpoint_of_four_goes_on_with_two_and_with_one(recipe: Path, tmp_path: Path) -> None:
-    train(recipe, tmp_path / "whole", "none", 1, "--set", "train.max_steps=4")
+    options = ("--set", "optim.scheduler=constant", "--set", "train.save_every=1")  # more steps are added later
+    train(recipe, tmp_path / "whole", "none", 1, *options, "--set", "train.max_steps=4")
     parts = tmp_path / "parts"
-    train(recipe, parts, "zero3", 4, "--set", "train.max_steps=2", "--set", "train.save_every=1")
+    train(recipe, parts, "zero3", 4, *options, "--set", "train.max_steps=2")
     written = sorted(path.name for path in (parts / "checkpoint-000002").glob("optimizer*"))
     assert written == [f"optimizer-{rank:05d}-of-00004.pt" for rank in range(4)]
-    train(recipe, parts, "zero3", 2, "--set", "train.max_steps=3", "--set", "train.save_every=1", "--resume")
-    train(recipe, parts, "none", 1, "--set", "train.max_steps=4", "--resume")
+    train(recipe, parts, "zero3", 2, *options, "--set", "train.max_steps=3", "--resume")
+    train(recipe, parts, "none", 1, *options, "--set", "train.max_steps=4", "--resume")
     assert_same_run(parts, tmp_path / "whole")
 
 
@@ -185,7 +186,7 @@ def test_no_worker_outlives_its_launcher(endless: subprocess.Popen[str]) -> None
 
 
 def test_what_one_rank_finds_wrong_is_told_once(recipe: Path, tmp_path: Path) -> None:
-    """Rank 1 scores every second prompt, so it alone calls this function with that one."""
+    """Rank 1 scores every second group where a function has workers, so it alone calls this one with those."""
     (tmp_path / "picky.py").write_text(
         "import os\n"
         "def picky(completions, **columns):\n"
@@ -195,7 +196,7 @@ def test_what_one_rank_finds_wrong_is_told_once(recipe: Path, tmp_path: Path) ->
     )
     process = subprocess.run(
         [sys.executable, "-m", "grpo_cli.cli", *command(recipe, tmp_path / "run", "ddp", 2),
-         "--set", "rewards=[picky:picky]"],
+         "--set", "rewards=[{path: picky:picky, workers: 1}]"],
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=120,
     )  # fmt: skip
     assert process.returncode == 1, process.stderr
@@ -236,6 +237,25 @@ def test_deepspeed_settings_of_one_s_own(recipe: Path, tmp_path: Path) -> None:
     train(recipe, tmp_path / "one", "none", 1)
     train(recipe, tmp_path / "two", "auto", 2, "--set", f"distributed.deepspeed_config={own}")
     assert_same_run(tmp_path / "two", tmp_path / "one")
-    own.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3.0}')
-    output = train(recipe, tmp_path / "three", "auto", 2, "--set", f"distributed.deepspeed_config={own}", code=2)
-    assert output.count("gradient_clipping is 3.0") == 1, output
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "bf16.enabled contradicts model.dtype"),
+        ('{"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}', "scheduler"),
+        ('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3.0}', "gradient_clipping is 3.0"),
+    ],
+)
+def test_a_deepspeed_file_does_not_overrule_the_recipe(
+    recipe: Path, tmp_path: Path, settings: str, told: str
+) -> None:
+    own = tmp_path / "deepspeed.json"
+    own.write_text(settings)
+    output = grpo("train", recipe, "--set", f"distributed.deepspeed_config={own}", code=2)
+    assert output.count(told) == 1, output
+
+
+def test_an_optimizer_that_looks_at_whole_matrices_is_refused_under_zero(recipe: Path) -> None:
+    own = ("--set", "optim.name=torch.optim:Adafactor", "--set", "distributed.strategy=zero2")
+    assert "Adafactor is not known" in grpo("train", recipe, *own, code=2)

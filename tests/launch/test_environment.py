@@ -151,9 +151,13 @@ def test_the_stage_of_a_deepspeed_file_is_the_strategy(tmp_path: Path, strategy:
     assert resolve_strategy(config, {}) == "zero2"
 
 
-def test_accelerates_deepspeed_file_says_the_stage(tmp_path: Path) -> None:
+def test_accelerates_deepspeed_file_must_be_the_recipes_too(tmp_path: Path) -> None:
+    """Its other settings would be lost: Accelerate hands on nothing but its name."""
     path = deepspeed_file(tmp_path, {"zero_optimization": {"stage": 1}})
-    assert resolve_strategy(DistributedConfig(), zero(3, ACCELERATE_DEEPSPEED_CONFIG_FILE=path)) == "zero1"
+    environment = zero(3, ACCELERATE_DEEPSPEED_CONFIG_FILE=path)
+    assert resolve_strategy(DistributedConfig(deepspeed_config=path), environment) == "zero1"
+    with pytest.raises(UserError, match=f"set distributed.deepspeed_config: {path}"):
+        resolve_strategy(DistributedConfig(), environment)
 
 
 @pytest.mark.parametrize(

@@ -360,8 +360,8 @@ def test_the_self_check_allows_for_the_rounding_of_each_precision(dtype: torch.d
 
 def test_precision_of_a_forward_is_that_of_autocast_where_there_is_one() -> None:
     model = tiny_llama()
-    assert forward_dtype(model) == torch.float32
+    assert forward_dtype(model, model.device) == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert forward_dtype(model) == torch.bfloat16
+        assert forward_dtype(model, model.device) == torch.bfloat16
         assert PackedModel(model).shares_prompts
-    assert forward_dtype(model.to(torch.bfloat16)) == torch.bfloat16
+    assert forward_dtype(model.to(torch.bfloat16), model.device) == torch.bfloat16

@@ -129,9 +129,15 @@ def test_the_matrix_is_that_of_scoring_at_once_whatever_finishes_first(
 class OneOfMany(Ranks):
     """A rank that remembers what it gives, and gets what all have given."""
 
-    def __init__(self, rank: int, said: list[Any]) -> None:
+    def __init__(self, rank: int, said: list[Any], led: list[Any]) -> None:
         super().__init__(rank, world_size=3)
         self.said = said
+        self.led_before = led
+
+    def led(self, work: Callable[[], Any]) -> Any:
+        if self.is_main:
+            self.led_before.append(work())
+        return self.led_before[-1]
 
     def gather(self, value: Any) -> list[Any]:
         self.said[self.rank] = value
@@ -139,18 +145,30 @@ class OneOfMany(Ranks):
 
 
 @pytest.mark.parametrize("groups", [1, 3, 5, 7])
-def test_each_rank_scores_its_own_groups_and_all_get_the_whole_matrix(groups: int) -> None:
-    whole, scored = rollout(groups), Calls()
-    functions = [reward(centred), reward(scored, workers=1)]
-    expected = Scorer([reward(centred), reward(Calls())]).score(whole.scoring_batch(), step=1)
-    said: list[Any] = [np.zeros((len(range(rank, groups, 3)), 2, 2)) for rank in range(3)]
+def test_groups_are_scored_by_their_ranks_and_what_sees_all_on_the_first(groups: int) -> None:
+    whole, scored, model, at_once = rollout(groups), Calls(), Calls(), Calls()
+    model.scores_each_alone = True  # type: ignore[attr-defined]
+    functions = [
+        reward(centred),
+        reward(scored, workers=1),
+        reward(model, name="model"),
+        reward(at_once, name="all"),
+    ]
+    others = [reward(Calls(), name=name) for name in "abc"]
+    expected = Scorer([reward(centred), *others]).score(whole.scoring_batch(), step=1)
+    said: list[Any] = [np.zeros((len(range(rank, groups, 3)), 2, 4)) for rank in range(3)]
+    led: list[Any] = []
     for rank in range(3):
-        scored.prompts.clear()
-        with BackgroundScorer(Scorer(functions), OneOfMany(rank, said)).begin(1) as scores:
+        for calls in (scored, model, at_once):
+            calls.prompts.clear()
+        with BackgroundScorer(Scorer(functions), OneOfMany(rank, said, led)).begin(1) as scores:
             for index in range(groups):
                 scores.add(index, whole.group(index))
             result = scores.result(whole)
-        assert sorted(scored.prompts) == [[f"p{index}"] * 2 for index in range(rank, groups, 3)]
+        own = [f"p{index}" for index in range(rank, groups, 3) for _ in range(2)]
+        assert sorted(scored.prompts) == [[prompt, prompt] for prompt in own[::2]]
+        assert model.prompts == ([own] if own else [])
+        assert at_once.prompts == ([[f"p{index // 2}" for index in range(2 * groups)]] if rank == 0 else [])
     np.testing.assert_array_equal(result, expected)
 
 

@@ -108,7 +108,10 @@ def test_a_server_of_one_s_own_is_started_and_told_of(build: Any, monkeypatch: p
     class Spawned:
         url, key = "http://127.0.0.1:8123", KEY
 
-        def __init__(self, model: Any, tokenizer: Any, config: Any, arguments: Any, log: Path) -> None:
+        def __init__(
+            self, model: Any, tokenizer: Any, config: Any, arguments: Any, log: Path, *, trainers: int
+        ) -> None:
+            assert trainers == 1
             self.config, self.arguments, self.log = config, arguments, log
 
         def ensure_running(self) -> None:

@@ -25,6 +25,7 @@ from grpo_cli.train.strategies.base import (
     on_cpu,
     without_master,
 )
+from grpo_cli.train.strategies.replicated import take_first_ranks_weights
 
 
 class FullyShardedDataParallel:
@@ -44,6 +45,7 @@ class FullyShardedDataParallel:
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         if optimizer.state:
             raise UserError("optimizer: under fsdp it must be new, without a state of its own")
+        take_first_ranks_weights(model, self._ranks.device)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         held = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         self._model = model
@@ -129,6 +131,8 @@ class FullyShardedDataParallel:
             for key, value in values.items():
                 if is_elementwise(value):
                     values[key] = self._shared_out(value, parameters[index])
+                elif isinstance(value, torch.Tensor):
+                    values[key] = value.clone()  # what is read stays mapped to its file
         self._optimizer.load_state_dict(state)
 
     def _shared_out(self, tensor: torch.Tensor, like: DTensor) -> DTensor:

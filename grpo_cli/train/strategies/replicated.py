@@ -11,7 +11,14 @@ import torch.distributed as dist
 
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.recipe.schema import ModelConfig
-from grpo_cli.train.strategies.base import Compute, OptimizerState, checked_norm, part_of_state, without_master
+from grpo_cli.train.strategies.base import (
+    Compute,
+    OptimizerState,
+    checked_norm,
+    on_cpu,
+    part_of_state,
+    without_master,
+)
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients that are summed in one call."""
@@ -35,6 +42,8 @@ class Replicated:
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self._model = model.to(self._ranks.device)
+        if self._ranks.world_size > 1:
+            take_first_ranks_weights(model, self._ranks.device)
         self._optimizer = optimizer
         self._max_norm = max_grad_norm
 
@@ -82,7 +91,18 @@ class Replicated:
     def restore(self, weights: Mapping[str, torch.Tensor] | None, state: OptimizerState) -> None:
         assert weights is not None, "every rank reads the checkpoint"
         self._model.load_state_dict(weights, strict=False)
-        self._optimizer.load_state_dict(without_master(state))
+        # Copied, since what is read stays mapped to its file.
+        own = {index: on_cpu(values) for index, values in without_master(state)["state"].items()}
+        self._optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
+
+
+@torch.no_grad()
+def take_first_ranks_weights(model: torch.nn.Module, device: torch.device) -> None:
+    """Make parameters and buffers those of rank 0: a Python caller's may have been drawn at random on each."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        value = tensor.data.to(device).contiguous()
+        dist.broadcast(value, src=0)
+        tensor.data.copy_(value)
 
 
 def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +23,23 @@ from grpo_cli.train.strategies.base import (
     is_elementwise,
     on_cpu,
 )
+from grpo_cli.train.strategies.deepspeed_config import deepspeed_config
 
 FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """Names of what DeepSpeed's optimizers step on: float32 originals of a rank's share, flat."""
+
+
+ELEMENTWISE = (
+    torch.optim.AdamW,
+    torch.optim.Adam,
+    torch.optim.SGD,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+)
+"""Optimizers for which it does not matter where one parameter ends and the next begins."""
 
 
 class Zero:
@@ -55,7 +67,8 @@ class Zero:
     def _read_in_parts(self) -> Iterator[None]:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-        config = HfDeepSpeedConfig(self._config(max_grad_norm=1.0))  # from_pretrained asks for it while it lives
+        # from_pretrained asks for it while it lives.
+        config = HfDeepSpeedConfig(deepspeed_config(self._recipe, self._stage))
         try:
             yield
         finally:
@@ -63,19 +76,32 @@ class Zero:
             del config
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+        """See `Strategy.prepare`.
+
+        Raises:
+            UserError: the optimizer is not one that may step on flat shares of all parameters.
+        """
+        if not isinstance(optimizer, ELEMENTWISE):
+            raise UserError(
+                f"optim.name: {type(optimizer).__name__} is not known to treat each weight by itself, as "
+                f"zero{self._stage} needs, which shares weights out flat; use ddp or fsdp, or one of "
+                f"{', '.join(kind.__name__ for kind in ELEMENTWISE)}"
+            )
         self._model = model
         self._base_optimizer = optimizer
         self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._groups = _without_tensors(optimizer.state_dict()["param_groups"])
+        self._numbers = [group["params"] for group in optimizer.state_dict()["param_groups"]]
         self._engine, *_ = self._deepspeed.initialize(
-            model=Root(model), optimizer=optimizer, config=self._config(max_grad_norm)
+            model=Root(model), optimizer=optimizer, config=deepspeed_config(self._recipe, self._stage)
         )
 
     def prepare_frozen(self, model: Any) -> Compute:
         if self._stage < 3:
             model.to(self._ranks.device)
             return lambda compute, *arguments: compute(*arguments)
-        engine, *_ = self._deepspeed.initialize(model=Root(model), config=self._config(max_grad_norm=1.0))
+        engine, *_ = self._deepspeed.initialize(
+            model=Root(model), config=deepspeed_config(self._recipe, self._stage)
+        )
         return lambda compute, *arguments: engine(_as_outside(compute, self._ranks.device), *arguments)
 
     def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -132,7 +158,11 @@ class Zero:
                 values[MASTER] = safe_get_full_fp32_param(parameter)
             if self._ranks.owns(index):
                 state[index] = on_cpu(values)
-        return {"state": state, "param_groups": self._groups}
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} | {"params": numbers}
+            for group, numbers in zip(self._base_optimizer.param_groups, self._numbers, strict=True)
+        ]
+        return {"state": state, "param_groups": groups}
 
     def restore(self, weights: Mapping[str, torch.Tensor] | None, state: OptimizerState) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
@@ -180,45 +210,6 @@ class Zero:
         partitions: list[torch.Tensor] = getattr(optimizer, name)
         return partitions
 
-    def _config(self, max_grad_norm: float) -> dict[str, Any]:
-        """DeepSpeed's settings: the user's file, or ours, with what follows from the recipe."""
-        distributed = self._recipe.distributed
-        config: dict[str, Any] = {"zero_optimization": self._zero_section()}
-        if distributed.deepspeed_config is not None:
-            path = Path(distributed.deepspeed_config).expanduser()
-            config = json.loads(path.read_text(encoding="utf-8"))
-        if self._recipe.model.dtype == "bfloat16":
-            # Weights are computed with in bfloat16 and updated in float32, which also sums their gradients.
-            config = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}} | config
-        ours = {
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": max_grad_norm,
-            # A step's packs are counted by whoever makes them: `step` ends it.
-            "managed_gradient_accumulation": False,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 2**31,
-        }
-        for key, value in ours.items():
-            if config.get(key, "auto") not in ("auto", value):
-                raise UserError(
-                    f"distributed.deepspeed_config: {key} is {config[key]!r}, but the recipe decides it; remove it"
-                )
-        return config | ours
-
-    def _zero_section(self) -> dict[str, Any]:
-        section: dict[str, Any] = {"stage": self._stage, "contiguous_gradients": True}
-        # What reduces while more is computed is an order of additions that varies; stage 2 alone takes it here.
-        section["overlap_comm"] = self._stage == 2 and torch.cuda.is_available()
-        if self._stage == 3:
-            section["stage3_gather_16bit_weights_on_model_save"] = False
-        if self._recipe.distributed.cpu_offload:
-            section["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-            if self._stage == 3:
-                section["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-        return section
-
 
 def _as_outside(compute: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     """`compute` under the autocast that is on now: inside its engine DeepSpeed switches it off."""
@@ -229,10 +220,6 @@ def _as_outside(compute: Callable[..., Any], device: torch.device) -> Callable[.
             return compute(*arguments)
 
     return inside
-
-
-def _without_tensors(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    return [dict(group) for group in groups]
 
 
 def _import_deepspeed() -> Any:
