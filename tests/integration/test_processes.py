@@ -243,7 +243,7 @@ def test_deepspeed_settings_of_one_s_own(recipe: Path, tmp_path: Path) -> None:
     ("settings", "told"),
     [
         ('{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}', "bf16.enabled contradicts model.dtype"),
-        ('{"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}', "scheduler"),
+        ('{"zero_optimization": {"stage": 2}, "scheduler": {"type": "WarmupLR"}}', "scheduler is the recipe"),
         ('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3.0}', "gradient_clipping is 3.0"),
     ],
 )
