@@ -7,7 +7,7 @@ on every rank, so that everything that follows from it is computed alike everywh
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -122,6 +122,15 @@ class Ranks:
         if self._talk is not None:
             dist.all_reduce(values, group=self._talk)
         return values
+
+    @torch.no_grad()
+    def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Give tensors the values that they have on rank 0."""
+        if self._talk is not None:
+            for tensor in tensors:
+                value = tensor.data.to(self.device).contiguous()
+                dist.broadcast(value, src=0)
+                tensor.data.copy_(value)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on every rank, in the order of ranks.

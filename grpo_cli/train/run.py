@@ -202,6 +202,8 @@ def build_run(
     set_seed(recipe.train.seed)
     spread = make_strategy(strategy, recipe, ranks)
     model = load_policy(recipe.model, model=objects.model, loading=spread.loading)
+    if objects.model is not None:  # each process has made its own, perhaps at random
+        ranks.copy_from_main([*model.parameters(), *model.buffers()])
     needs_reference = with_reference and recipe.loss.beta > 0
     frozen = reference_model(model, recipe.model, spread.loading) if needs_reference else None
     optimizer = objects.optimizer or build_optimizer(model, recipe.optim)

@@ -25,7 +25,6 @@ from grpo_cli.train.strategies.base import (
     on_cpu,
     without_master,
 )
-from grpo_cli.train.strategies.replicated import take_first_ranks_weights
 
 
 class FullyShardedDataParallel:
@@ -45,7 +44,6 @@ class FullyShardedDataParallel:
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         if optimizer.state:
             raise UserError("optimizer: under fsdp it must be new, without a state of its own")
-        take_first_ranks_weights(model, self._ranks.device)
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         held = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
         self._model = model

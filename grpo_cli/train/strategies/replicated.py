@@ -42,8 +42,6 @@ class Replicated:
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
         self._model = model.to(self._ranks.device)
-        if self._ranks.world_size > 1:
-            take_first_ranks_weights(model, self._ranks.device)
         self._optimizer = optimizer
         self._max_norm = max_grad_norm
 
@@ -94,15 +92,6 @@ class Replicated:
         # Copied, since what is read stays mapped to its file.
         own = {index: on_cpu(values) for index, values in without_master(state)["state"].items()}
         self._optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})
-
-
-@torch.no_grad()
-def take_first_ranks_weights(model: torch.nn.Module, device: torch.device) -> None:
-    """Make parameters and buffers those of rank 0: a Python caller's may have been drawn at random on each."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        value = tensor.data.to(device).contiguous()
-        dist.broadcast(value, src=0)
-        tensor.data.copy_(value)
 
 
 def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
