@@ -137,6 +137,13 @@ def test_adapters_are_merged_from_their_parts(recipe: Path, tmp_path: Path, stra
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
+def test_offloading_changes_nothing(recipe: Path, tmp_path: Path, strategy: str) -> None:
+    train(recipe, tmp_path / "one", "none", 1)
+    train(recipe, tmp_path / "two", strategy, 2, "--set", "distributed.cpu_offload=true")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
 def test_a_checkpoint_of_four_goes_on_with_two_and_with_one(recipe: Path, tmp_path: Path) -> None:
     options = ("--set", "optim.scheduler=constant", "--set", "train.save_every=1")  # more steps are added later
     train(recipe, tmp_path / "whole", "none", 1, *options, "--set", "train.max_steps=4")

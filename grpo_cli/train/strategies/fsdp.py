@@ -36,7 +36,9 @@ class FullyShardedDataParallel:
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         self._ranks = ranks
         self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        self._offload = CPUOffloadPolicy() if recipe.distributed.cpu_offload else OffloadPolicy()
+        self._offload = OffloadPolicy()
+        if recipe.distributed.cpu_offload:
+            self._offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
 
     def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
         return nullcontext()
