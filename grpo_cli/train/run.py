@@ -208,7 +208,7 @@ def build_run(
     frozen = reference_model(model, recipe.model, spread.loading) if needs_reference else None
     optimizer = objects.optimizer or build_optimizer(model, recipe.optim)
     check_coverage(model, optimizer)
-    spread.prepare(model, optimizer, recipe.optim.max_grad_norm)
+    spread.prepare(model, optimizer)
     run_frozen = None if frozen is None else spread.prepare_frozen(frozen)
     autocast = autocast_for(recipe.model, ranks.device)
     runs_itself = strategy in ("none", "ddp")

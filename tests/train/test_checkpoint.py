@@ -45,8 +45,8 @@ class Parts:
         config = OptimConfig(learning_rate=0.01)
         self.optimizer = build_optimizer(self.model, config)
         self.scheduler = build_scheduler(self.optimizer, config, 10)
-        self.strategy = Replicated(Ranks())
-        self.strategy.prepare(self.model, self.optimizer, config.max_grad_norm)
+        self.strategy = Replicated(Ranks(), config.max_grad_norm)
+        self.strategy.prepare(self.model, self.optimizer)
         for _ in range(steps):
             self.step()
 

@@ -34,7 +34,7 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
         recipe = Recipe.model_validate(tiny_recipe)
         policy = PackedModel(tiny_llama())
         engine = build_engine(
-            recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE)
+            recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE, 1.0)
         )
         return engine, notes
 
@@ -152,5 +152,5 @@ def test_a_model_that_vllm_cannot_be_given_is_refused_at_once(tiny_recipe: dict[
             nullcontext,
             print,
             ALONE,
-            Replicated(ALONE),
+            Replicated(ALONE, 1.0),
         )

@@ -61,7 +61,7 @@ def test_weights_that_are_gathered_are_saved_as_those_that_are_whole(
     )
     saved = []
     for name, strategy in (("whole", parts.strategy), ("gathered", Gathering())):
-        strategy.prepare(parts.model, parts.optimizer, 1.0)
+        strategy.prepare(parts.model, parts.optimizer)
         parts.strategy = strategy
         parts.save(tmp_path / name, 2)
         save_final(parts.run(tmp_path / name))

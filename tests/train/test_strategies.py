@@ -110,8 +110,8 @@ def test_a_step_clips_the_gradient_and_gives_its_norm_from_before() -> None:
     twin = copy.deepcopy(model)
     other = torch.optim.AdamW(twin.parameters(), lr=0.1)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    strategy = Replicated(Ranks())
-    strategy.prepare(model, optimizer, 0.5)
+    strategy = Replicated(Ranks(), 0.5)
+    strategy.prepare(model, optimizer)
     strategy.zero_grad()
     for part in (2.0, 3.0):
         strategy.backward(model(torch.full((1, 3), part)).sum())
@@ -131,8 +131,8 @@ def test_a_parameter_that_nothing_reached_goes_on_with_its_momentum_and_a_frozen
     model, optimizer = trained()
     first, second = model[0], model[1]  # type: ignore[index]
     first.bias.requires_grad_(False)
-    strategy = Replicated(Ranks())
-    strategy.prepare(model, optimizer, 1.0)
+    strategy = Replicated(Ranks(), 1.0)
+    strategy.prepare(model, optimizer)
     strategy.zero_grad()
     strategy.backward(second(torch.ones(1, 4)).sum())
     before = [value.detach().clone() for value in (first.weight, first.bias)]
@@ -143,8 +143,8 @@ def test_a_parameter_that_nothing_reached_goes_on_with_its_momentum_and_a_frozen
 
 def test_a_gradient_that_is_not_finite_leaves_the_policy_as_it_was() -> None:
     model, optimizer = trained()
-    strategy = Replicated(Ranks())
-    strategy.prepare(model, optimizer, 1.0)
+    strategy = Replicated(Ranks(), 1.0)
+    strategy.prepare(model, optimizer)
     strategy.zero_grad()
     strategy.backward(model(torch.full((1, 3), math.inf)).sum())
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
@@ -181,8 +181,8 @@ def two_ranks() -> dict[str, Any]:
     seen["bits"] = thirds[0]
 
     model, optimizer = trained()
-    strategy = Replicated(ranks)
-    strategy.prepare(model, optimizer, 100.0)
+    strategy = Replicated(ranks, 100.0)
+    strategy.prepare(model, optimizer)
     strategy.zero_grad()
     if ranks.rank == 0:  # the other has no pack at all
         strategy.backward(model(torch.ones(1, 3)).sum())
@@ -210,8 +210,8 @@ def test_two_ranks_step_alike_on_the_sum_of_their_gradients() -> None:
     assert torch.equal(seen[0]["bits"], seen[1]["bits"])
 
     model, optimizer = trained()
-    alone = Replicated(Ranks())
-    alone.prepare(model, optimizer, 100.0)
+    alone = Replicated(Ranks(), 100.0)
+    alone.prepare(model, optimizer)
     alone.zero_grad()
     alone.backward(model(torch.ones(1, 3)).sum())
     norm = alone.step()

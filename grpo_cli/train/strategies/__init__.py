@@ -20,4 +20,4 @@ def make_strategy(name: str, recipe: Recipe, ranks: Ranks) -> Strategy:
         from grpo_cli.train.strategies.zero import Zero
 
         return Zero(recipe, ranks, stage=int(name[-1]))
-    return Replicated(ranks)
+    return Replicated(ranks, recipe.optim.max_grad_norm)

@@ -32,7 +32,7 @@ class Strategy(Protocol):
         """Inside, a model may be loaded in parts already."""
         ...
 
-    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         """Spread the model and its optimizer; both are changed in place."""
         ...
 

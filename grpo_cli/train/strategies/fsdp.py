@@ -35,6 +35,7 @@ class FullyShardedDataParallel:
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
         self._ranks = ranks
+        self._max_norm = recipe.optim.max_grad_norm
         self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         self._offload = OffloadPolicy()
         if recipe.distributed.cpu_offload:
@@ -43,7 +44,7 @@ class FullyShardedDataParallel:
     def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         if optimizer.state:
             raise UserError("optimizer: under fsdp it must be new, without a state of its own")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -54,7 +55,6 @@ class FullyShardedDataParallel:
         for group, parts in zip(optimizer.param_groups, held, strict=True):
             group["params"] = [sharded[name] for name in parts]
         self._optimizer = optimizer
-        self._max_norm = max_grad_norm
 
     def prepare_frozen(self, model: Any) -> Compute:
         root = self._shard(model)

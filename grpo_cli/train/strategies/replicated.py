@@ -34,16 +34,16 @@ class Replicated:
     runs_alike = False
     shards_weights = False
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, max_grad_norm: float) -> None:
         self._ranks = ranks
+        self._max_norm = max_grad_norm
 
     def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         self._model = model.to(self._ranks.device)
         self._optimizer = optimizer
-        self._max_norm = max_grad_norm
 
     def prepare_frozen(self, model: Any) -> Compute:
         model.to(self._ranks.device)

@@ -28,7 +28,6 @@ from grpo_cli.train.strategies.deepspeed_config import deepspeed_config
 FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """Names of what DeepSpeed's optimizers step on: float32 originals of a rank's share, flat."""
 
-
 ELEMENTWISE = (
     torch.optim.AdamW,
     torch.optim.Adam,
@@ -75,7 +74,7 @@ class Zero:
             unset_hf_deepspeed_config()
             del config
 
-    def prepare(self, model: Any, optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
+    def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         """See `Strategy.prepare`.
 
         Raises:
@@ -116,8 +115,10 @@ class Zero:
         offload = self._engine.optimizer.parameter_offload
         with self._deepspeed.zero.GatheredParameters(list(self._model.parameters())):
             offload._remove_module_hooks()
-            yield
-            offload._register_deepspeed_module(offload.module)
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
 
     def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         if self._stage < 3:
