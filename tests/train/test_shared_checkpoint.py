@@ -27,7 +27,7 @@ class Gathering(Replicated):
     shards_weights = True
 
     def __init__(self) -> None:
-        super().__init__(Ranks())
+        super().__init__(Ranks(), max_grad_norm=1.0)
         self.held: list[torch.Tensor] = []
 
     @contextmanager
