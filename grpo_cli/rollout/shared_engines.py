@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+from grpo_cli.errors import RunError
 from grpo_cli.launch.ranks import EXPECTED_ERRORS, Ranks
 from grpo_cli.rollout.engine import Completion, OnGroup, RolloutEngine, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
@@ -100,11 +101,11 @@ class LedEngine:
         """Have the others gather these weights, too.
 
         Raises:
-            RuntimeError: they have gone on; this comes from a thread that sends to a server that was given up.
+            RunError: they have gone on; this comes from a thread that sends to a server that was given up.
         """
         with self._lock:
             if not self._is_heard:
-                raise RuntimeError("the other ranks do not gather weights any more")
+                raise RunError("the other ranks do not gather weights any more")
             self._ranks.tell(("gather", list(names)))
             yield
 

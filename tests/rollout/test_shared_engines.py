@@ -231,6 +231,9 @@ def lead(ranks: Ranks) -> dict[str, Any]:
     if own is not None:
         own.update_weights = failing(ServerLost("away again"), at=5)  # type: ignore[method-assign,assignment]
     seen["error of an update"] = raised_by(lambda: engine.update_weights(5))
+    if own is not None:  # a thread that still sends to a server that was given up
+        late = policy.gathered([policy.specs("float32")[0].name])
+        seen["late"] = raised_by(late.__enter__)
     engine.release_memory()
     engine.close()
     seen["asked last"] = None if own is None else own.asked
@@ -256,6 +259,7 @@ def test_ranks_that_are_led_help_to_gather_weights_and_are_told_what_came(seen_b
         assert seen["error"] == "ServerLost: all servers are away"
         assert seen["error of an update"] == "ServerLost: away again"
         assert seen["asked last"] == (["generate 5", "release", "close"] if rank == 0 else None)
+        assert seen.get("late", "RunError").startswith("RunError")
         assert seen["in step"] == [0, 1, 2], "no rank is left with a message of another"
 
 

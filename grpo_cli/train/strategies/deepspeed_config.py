@@ -44,6 +44,8 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
         raise UserError(
             f"distributed.deepspeed_config: bf16.enabled contradicts model.dtype ({recipe.model.dtype}); remove it"
         )
+    if not config.get("fp16", {}).get("enabled", False):
+        config.pop("fp16", None)
     for key, setting in RECIPE_DECIDES.items():
         if key in config:
             raise UserError(
