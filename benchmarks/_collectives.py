@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_cli.launch.environment import Strategy
+from grpo_cli.launch.environment import StrategyName
 from grpo_cli.verbs.memory import Setup
 from grpo_cli.verbs.traffic import Work, sharing_bytes
 
@@ -108,7 +108,7 @@ def least_ring_bytes(strategy: str, weight_bytes: int, processes: int, packs: in
     return times[strategy] * weight_bytes * (processes - 1) / processes
 
 
-def checked_ring_bytes(strategy: Strategy, parameters: int, processes: int, packs: int) -> float:
+def checked_ring_bytes(strategy: StrategyName, parameters: int, processes: int, packs: int) -> float:
     """What `grpo check` expects of the same step, in float32."""
     setup = Setup(
         strategy=strategy, processes=processes, weight_bytes=4, compute_bytes=4, gradient_checkpointing=False,

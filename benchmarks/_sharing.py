@@ -24,6 +24,7 @@ from benchmarks._collectives import CollectiveCounter, Traffic
 from benchmarks._models import DEFAULT_MODEL, load, random_prompts
 from grpo_cli.algorithm.advantages import compute_advantages
 from grpo_cli.errors import UserError
+from grpo_cli.launch.environment import StrategyName
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
@@ -197,7 +198,7 @@ class WatchedSession(Session):
         return self._counter.traffic if self._work.count else None
 
 
-def ours(strategy: str, work: Work) -> Visit:
+def ours(strategy: StrategyName, work: Work) -> Visit:
     """Our training loop, with completions that cost nothing, and updates of a receiver if asked for."""
     torch.set_num_threads(1)
     ranks = Ranks.join(needs_group=strategy != "ddp")

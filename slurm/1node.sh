@@ -4,7 +4,8 @@
 # RECIPE=recipes/gsm8k.yaml MODEL=Qwen/Qwen2.5-7B-Instruct sbatch slurm/1node.sh
 #
 # The last SERVE_NODES nodes run `grpo serve`, one server each; all others train together. At the time limit, training
-# writes a checkpoint and the job goes back into the queue, to go on from there. docs/slurm.md says more.
+# writes a checkpoint and the job goes back into the queue, to go on from there. docs/slurm.md says more. This file is
+# made from grpo_cli/launch/slurm_script.sh.
 #SBATCH --job-name=grpo-1node
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

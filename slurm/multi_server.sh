@@ -4,7 +4,8 @@
 # SERVE_NODES=3 sbatch --nodes=9 slurm/multi_server.sh
 #
 # The last SERVE_NODES nodes run `grpo serve`, one server each; all others train together. At the time limit, training
-# writes a checkpoint and the job goes back into the queue, to go on from there. docs/slurm.md says more.
+# writes a checkpoint and the job goes back into the queue, to go on from there. docs/slurm.md says more. This file is
+# made from grpo_cli/launch/slurm_script.sh.
 #SBATCH --job-name=grpo-multi-server
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1

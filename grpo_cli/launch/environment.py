@@ -18,7 +18,7 @@ from grpo_cli.errors import UserError
 if TYPE_CHECKING:
     from grpo_cli.recipe.schema import DistributedConfig  # `grpo --help` comes here and needs no pydantic
 
-Strategy = Literal["none", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+StrategyName = Literal["none", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 LAUNCHER_PID = "GRPO_LAUNCHER"
 """Environment variable that our own launcher sets for its workers: its process id."""
@@ -82,7 +82,7 @@ def as_if_not_launched(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not LAUNCHERS_VARIABLES.fullmatch(name)}
 
 
-def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) -> Strategy:
+def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) -> StrategyName:
     """The recipe's strategy, or what Accelerate's launcher was told, or the one for the number of processes.
 
     Raises:
@@ -126,7 +126,19 @@ def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) 
     return strategy
 
 
-def zero_stage(path: str) -> Strategy:
+def planned_strategy(
+    config: DistributedConfig, processes: int, environment: Mapping[str, str] | None = None
+) -> StrategyName:
+    """What `resolve_strategy` will say in each of so many processes that are started in this environment.
+
+    Raises:
+        UserError: as `resolve_strategy`.
+    """
+    ranks = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": processes}
+    return resolve_strategy(config, {**(environment or {}), **{name: str(value) for name, value in ranks.items()}})
+
+
+def zero_stage(path: str) -> StrategyName:
     """The strategy that a DeepSpeed JSON file is for.
 
     Raises:
@@ -153,12 +165,8 @@ def step_nodes(environment: Mapping[str, str]) -> Nodes | None:
     step = _number(environment, "SLURM_STEP_ID")
     if step >= FIRST_SPECIAL_STEP:
         return None
-    count = _number(
-        environment, "SLURM_STEP_NUM_NODES" if "SLURM_STEP_NUM_NODES" in environment else "SLURM_NNODES"
-    )
-    tasks = _number(
-        environment, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
-    )
+    count = _number(environment, "SLURM_STEP_NUM_NODES", "SLURM_NNODES")
+    tasks = _number(environment, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if tasks > count:
         raise UserError(
             f"srun started {tasks} tasks on {count} node{'s' if count > 1 else ''}; write --ntasks-per-node=1, "
@@ -190,7 +198,7 @@ def _first_host(nodelist: str) -> str:
         ) from error
 
 
-def _accelerate_strategy(environment: Mapping[str, str]) -> Strategy | None:
+def _accelerate_strategy(environment: Mapping[str, str]) -> StrategyName | None:
     """What `accelerate launch` was told to use, or None where it only starts processes."""
     if _is_true(environment, "ACCELERATE_USE_FSDP"):
         if environment.get("FSDP_VERSION") != "2":
@@ -205,8 +213,8 @@ def _accelerate_strategy(environment: Mapping[str, str]) -> Strategy | None:
     return _zero(int(stage) if stage.isdecimal() else stage, "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 
-def _zero(stage: object, source: str) -> Strategy:
-    for name in get_args(Strategy):
+def _zero(stage: object, source: str) -> StrategyName:
+    for name in get_args(StrategyName):
         if name == f"zero{stage}" and isinstance(stage, int):
             return name
     raise UserError(f"{source} is {stage}; write 1, 2 or 3 (ddp is for weights and states that are not shared)")

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.launch.environment import LAUNCHER_PID, Nodes, is_launched, resolve_strategy, step_nodes
+from grpo_cli.launch.environment import LAUNCHER_PID, Nodes, is_launched, planned_strategy, step_nodes
 from grpo_cli.launch.failures import STOP_SIGNALS, raise_outcome
 from grpo_cli.recipe.schema import Recipe
 
@@ -55,8 +55,7 @@ def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
             f"{local} processes on this machine are more than its {gpus} GPUs for training; "
             f"write --processes {gpus * nodes.count}"
         )
-    ranks = {"RANK": "0", "WORLD_SIZE": processes, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": local}
-    resolve_strategy(recipe.distributed, {**os.environ, **{name: str(value) for name, value in ranks.items()}})
+    planned_strategy(recipe.distributed, processes, os.environ)  # here, since each process would say what is wrong
     run_workers("grpo_cli.cli", arguments, processes, nodes)
     raise SystemExit(0)
 

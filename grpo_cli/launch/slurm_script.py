@@ -171,6 +171,12 @@ def job_for_recipe(
             raise UserError(f"{name} {value!r} is no value that sbatch takes")
     if not serve_nodes:
         _check_engine(recipe, nodes, gpus_per_node)
+    train_nodes, processes = nodes - serve_nodes, recipe.distributed.processes
+    if processes is not None and (processes % train_nodes or 0 < gpus_per_node * train_nodes < processes):
+        raise UserError(
+            f"distributed.processes is {processes}, which {train_nodes} training nodes of {gpus_per_node} GPUs "
+            "cannot share; change --nodes or --serve-nodes, or leave it empty"
+        )
     count = f"{nodes} nodes" if nodes > 1 else "one node"
     return Job(
         title=f"GRPO on {count}, made by grpo slurm from {path.name}.".replace("\n", " "),

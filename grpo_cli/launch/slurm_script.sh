@@ -4,7 +4,8 @@
 # @USAGE@
 #
 # The last SERVE_NODES nodes run `grpo serve`, one server each; all others train together. At the time limit, training
-# writes a checkpoint and the job goes back into the queue, to go on from there. docs/slurm.md says more.
+# writes a checkpoint and the job goes back into the queue, to go on from there. docs/slurm.md says more. This file is
+# made from grpo_cli/launch/slurm_script.sh.
 @OPTIONS@
 set -euo pipefail
 

@@ -21,6 +21,7 @@ from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.launch.environment import StrategyName
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import load_policy, load_tokenizer
@@ -174,7 +175,7 @@ def build_run(
     recipe: Recipe,
     objects: Objects,
     ranks: Ranks,
-    strategy: str = "none",
+    strategy: StrategyName = "none",
     *,
     with_reference: bool = True,
     note: Callable[[str], None] = print,
@@ -185,7 +186,7 @@ def build_run(
         recipe: of the run.
         objects: what a Python caller has.
         ranks: the processes that train together.
-        strategy: what they share; one of `distributed.strategy`, but not auto.
+        strategy: what they share.
         with_reference: load the model that the KL is measured against, where there is a KL.
         note: told what takes long.
 
@@ -211,9 +212,8 @@ def build_run(
     spread.prepare(model, optimizer)
     run_frozen = None if frozen is None else spread.prepare_frozen(frozen)
     autocast = autocast_for(recipe.model, ranks.device)
-    runs_itself = strategy in ("none", "ddp")
     with autocast():  # the self-check sees the precision that training will have
-        policy = PackedModel(model, None if runs_itself else spread.run, ranks.device)
+        policy = PackedModel(model, spread.run, ranks.device)
         reference = None
         if needs_reference:
             other = None if frozen is None else PackedModel(frozen, run_frozen, ranks.device)

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from grpo_cli.errors import UserError
+from grpo_cli.launch.environment import StrategyName
 from grpo_cli.recipe.schema import LoraConfig
-from grpo_cli.verbs.memory import GIB, MemoryPlan, Setup, Strategy, memory_plan
+from grpo_cli.verbs.memory import GIB, MemoryPlan, Setup, memory_plan
 from grpo_cli.verbs.shape import ModelSize
 
 ASSUMED_GPU_GIB = 80.0
@@ -18,7 +19,7 @@ MOST_PROCESSES = 512
 SMALLEST_MICROBATCH = 1024
 NVIDIA_SMI_TIMEOUT_S = 10.0
 
-STRENGTHS: tuple[Strategy, ...] = ("none", "ddp", "zero1", "zero2", "zero3")
+STRENGTHS: tuple[StrategyName, ...] = ("none", "ddp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from grpo_cli.launch.environment import StrategyName, planned_strategy
 from grpo_cli.recipe.schema import LoraConfig, Recipe
 from grpo_cli.verbs.shape import ModelShape, ModelSize
 
@@ -43,14 +43,12 @@ ASSUMED_PROMPT_TOKENS = 512
 SERVER_BYTES = 2
 """Of a weight in a rollout server: bfloat16."""
 
-Strategy = Literal["none", "ddp", "fsdp", "zero1", "zero2", "zero3"]
-
 
 @dataclass(frozen=True)
 class Setup:
     """The settings that memory depends on."""
 
-    strategy: Strategy
+    strategy: StrategyName
     processes: int
     weight_bytes: int
     """Of one trained weight."""
@@ -121,19 +119,20 @@ def prompt_tokens(recipe: Recipe) -> int:
 
 
 def setup_of(recipe: Recipe) -> Setup:
-    """The recipe's settings as they will be on a GPU that has bfloat16."""
+    """The recipe's settings as they will be on a GPU that has bfloat16.
+
+    Raises:
+        UserError: the strategy cannot be told, such as by a DeepSpeed file that is not there.
+    """
     model, generation, train = recipe.model, recipe.generation, recipe.train
     processes = recipe.distributed.processes or 1
-    strategy = recipe.distributed.strategy
-    if strategy == "auto":
-        strategy = "ddp" if processes > 1 else "none"
     weight_bytes = BYTES_PER_VALUE[model.dtype]
     prompt = prompt_tokens(recipe)
     longest = prompt + generation.max_completion_tokens
     group = prompt + generation.num_generations * generation.max_completion_tokens
     own_groups = math.ceil(train.prompts_per_step / processes)
     return Setup(
-        strategy=strategy,
+        strategy=planned_strategy(recipe.distributed, processes),
         processes=processes,
         weight_bytes=weight_bytes,
         compute_bytes=2 if model.compute_dtype == "auto" else BYTES_PER_VALUE[model.compute_dtype],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo_cli.launch.environment import StrategyName
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.strategies.base import Strategy
@@ -10,7 +11,7 @@ from grpo_cli.train.strategies.replicated import Replicated
 __all__ = ["Strategy", "make_strategy"]
 
 
-def make_strategy(name: str, recipe: Recipe, ranks: Ranks) -> Strategy:
+def make_strategy(name: StrategyName, recipe: Recipe, ranks: Ranks) -> Strategy:
     """The strategy of that name for this recipe."""
     if name == "fsdp":
         from grpo_cli.train.strategies.fsdp import FullyShardedDataParallel

@@ -36,12 +36,14 @@ class Strategy(Protocol):
         """Spread the model and its optimizer; both are changed in place."""
         ...
 
-    def prepare_frozen(self, model: Any) -> Compute:
+    def prepare_frozen(self, model: Any) -> Compute | None:
         """Spread a model that is not trained; return what runs it, as `run` does the policy."""
         ...
 
-    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        """`compute(*arguments)`, which may call the policy and any part of it, also for a backward pass."""
+    @property
+    def run(self) -> Compute | None:
+        """Calls a function with its arguments, which may compute with the policy and any part of it, also for a
+        backward pass. None where that needs nothing before or after."""
         ...
 
     def whole_model(self) -> AbstractContextManager[None]:

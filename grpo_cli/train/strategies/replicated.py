@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,7 +12,6 @@ import torch.distributed as dist
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.recipe.schema import ModelConfig
 from grpo_cli.train.strategies.base import (
-    Compute,
     OptimizerState,
     checked_norm,
     on_cpu,
@@ -33,6 +32,7 @@ class Replicated:
 
     runs_alike = False
     shards_weights = False
+    run = None
 
     def __init__(self, ranks: Ranks, max_grad_norm: float) -> None:
         self._ranks = ranks
@@ -45,12 +45,8 @@ class Replicated:
         self._model = model.to(self._ranks.device)
         self._optimizer = optimizer
 
-    def prepare_frozen(self, model: Any) -> Compute:
+    def prepare_frozen(self, model: Any) -> None:
         model.to(self._ranks.device)
-        return self.run
-
-    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
-        return compute(*arguments)
 
     def whole_model(self) -> AbstractContextManager[None]:
         return nullcontext()

@@ -94,10 +94,10 @@ class Zero:
             model=Root(model), optimizer=optimizer, config=deepspeed_config(self._recipe, self._stage)
         )
 
-    def prepare_frozen(self, model: Any) -> Compute:
+    def prepare_frozen(self, model: Any) -> Compute | None:
         if self._stage < 3:
             model.to(self._ranks.device)
-            return lambda compute, *arguments: compute(*arguments)
+            return None
         engine, *_ = self._deepspeed.initialize(
             model=Root(model), config=deepspeed_config(self._recipe, self._stage)
         )
