@@ -50,7 +50,7 @@ def run_ours(spec: Spec, reports: StepReports, folder: str) -> None:
     """`grpo train` with a callback that waits before each step."""
     from rich.console import Console
 
-    import grpo_cli
+    from grpo_cli.train.api import train
     from grpo_cli.train.callbacks import Callback, TrainState
 
     class Reporting(Callback):
@@ -64,7 +64,7 @@ def run_ours(spec: Spec, reports: StepReports, folder: str) -> None:
                 reports.wait()
 
     quiet = ["train.save_every=0", "logging.trackers=[]", "logging.print_completions=0"]
-    grpo_cli.train(
+    train(
         spec.recipe,
         callbacks=[Reporting()],
         overrides=[f"train.output_dir={folder}", f"train.seed={spec.seed}", *quiet],

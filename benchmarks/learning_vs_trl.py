@@ -155,6 +155,8 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path)
     options = parser.parse_args()
     num_steps = options.steps or load_recipe(options.recipe).train.max_steps
+    if num_steps is None:
+        parser.error(f"{options.recipe} has no train.max_steps; give --steps")
     runs = [one for one in read(options.results) if one.recipe == options.recipe]
     try:
         for seed in map(int, options.seeds.split(",")):
