@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class SpawnedServer:
         config: the recipe's `generation.server`.
         arguments: vLLM's engine arguments, as in `generation.vllm`.
         log: file for the server's output.
-        trainers: processes that train on this machine, each on a GPU.
+        training: the GPUs of this machine that the policy trains on, by torch's numbers.
     """
 
     def __init__(
@@ -57,19 +57,23 @@ class SpawnedServer:
         arguments: Mapping[str, Any],
         log: Path,
         *,
-        trainers: int = 1,
+        training: Collection[int] = (0,),
     ) -> None:
-        self._trainers = trainers
         self.port = config.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self._num_gpus = config.tensor_parallel_size * int(arguments.get("data_parallel_size", 1))
+        self._devices = server_devices(
+            torch.cuda.device_count(),
+            config.tensor_parallel_size * int(arguments.get("data_parallel_size", 1)),
+            os.environ.get("CUDA_VISIBLE_DEVICES"),
+            training,
+        )
         self._folder = Path(tempfile.mkdtemp(prefix="grpo-train-"))  # mode 0700
         self.key_file = self._folder / "key"
         self.key = make_key_file(self.key_file)
         base_model(model).config.save_pretrained(self._folder / "model")
         tokenizer.save_pretrained(self._folder / "model")
-        if torch.cuda.is_available() and torch.cuda.device_count() < self._num_gpus + trainers:
+        if torch.cuda.is_available() and self._devices is None:
             arguments = {"gpu_memory_utilization": SHARED_GPU_MEMORY, **arguments}
         self._command = [
             sys.executable, "-m", "grpo_cli.cli", "serve",
@@ -98,11 +102,8 @@ class SpawnedServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = as_if_not_launched(os.environ)
         prepare(environment)
-        devices = server_devices(
-            torch.cuda.device_count(), self._num_gpus, environment.get("CUDA_VISIBLE_DEVICES"), self._trainers
-        )
-        if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = devices
+        if self._devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices
         with self.log.open("ab") as log:
             # Its standard input closes when this process ends, in whatever way, and so it ends too.
             self._process = subprocess.Popen(
@@ -153,15 +154,16 @@ class SpawnedServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def server_devices(count: int, wanted: int, visible: str | None, trainers: int = 1) -> str | None:
-    """The last `wanted` of `count` GPUs, as CUDA_VISIBLE_DEVICES names them; the first ones train the policy.
+def server_devices(count: int, wanted: int, visible: str | None, training: Collection[int]) -> str | None:
+    """The last `wanted` of `count` GPUs that no policy trains on, as CUDA_VISIBLE_DEVICES names them.
 
     None where there are not enough for both: then they share, within SHARED_GPU_MEMORY.
     """
-    if count < wanted + trainers:
+    free = [index for index in range(count) if index not in training]
+    if len(free) < wanted:
         return None
     names = visible.split(",") if visible else [str(index) for index in range(count)]
-    return ",".join(names[count - wanted : count])
+    return ",".join(names[index] for index in free[-wanted:])
 
 
 def as_options(arguments: Mapping[str, Any]) -> list[str]:

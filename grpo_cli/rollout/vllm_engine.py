@@ -65,6 +65,8 @@ class VllmEngine:
         }
         if self._sleeps:
             arguments["gpu_memory_utilization"] = SHARED_GPU_MEMORY
+            if policy.device.index:  # left to itself, vLLM takes the first one
+                arguments["device_ids"] = [policy.device.index]
         else:
             arguments |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
         with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:

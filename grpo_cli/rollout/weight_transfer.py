@@ -112,7 +112,7 @@ class Sending(threading.Thread):
         if self._group.group is None:
             self._group.group = wire.join_group(
                 rendezvous.backend, self._group.store, 0, rendezvous.world_size, self._group.host,
-                self._group.timeout_s,
+                self._group.timeout_s, device,
             )  # fmt: skip
         for bucket in self._buckets:
             flat = torch.empty(bucket.size, dtype=torch.uint8, device=device)

@@ -128,7 +128,9 @@ DIGEST_BYTES = 32
 """Characters of a hexadecimal digest, and bytes of the message that carries it."""
 
 
-def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
+def join_group(
+    backend: str, store: Any, rank: int, world_size: int, host: str, timeout_s: float, device: torch.device
+) -> Any:
     """A process group of its own, beside whatever default group this process is in.
 
     Args:
@@ -138,6 +140,7 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
         world_size: the trainer and every worker.
         host: address of the interface that gloo uses.
         timeout_s: of the rendezvous and of each broadcast.
+        device: of this process, for nccl.
     """
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":
@@ -147,7 +150,7 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
         with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):  # else a broken transfer aborts the process
             group = nccl(store, rank, world_size, options)
         # The ranks connect at the first message, which must come while the environment is right for it.
-        broadcast(group, torch.zeros(1, dtype=torch.uint8, device="cuda"))
+        broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device))
         return group
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()

@@ -143,7 +143,7 @@ class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             host = _address_towards(rendezvous.host)
             with _unpinned_nccl(rendezvous.backend):
                 self._group = wire.join_group(
-                    rendezvous.backend, self._store, rank, rendezvous.world_size, host, timeout_s
+                    rendezvous.backend, self._store, rank, rendezvous.world_size, host, timeout_s, self.device
                 )
             self._group_name = rendezvous.group
         return self._group

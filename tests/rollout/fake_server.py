@@ -200,7 +200,9 @@ class FakeServer:
             store = wire.TCPStore(
                 meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=PATIENCE_S)
             )
-            group = wire.join_group(meeting.backend, store, 1, meeting.world_size, "127.0.0.1", PATIENCE_S)
+            group = wire.join_group(
+                meeting.backend, store, 1, meeting.world_size, "127.0.0.1", PATIENCE_S, torch.device("cpu")
+            )
             self._groups[meeting.group] = (group, store)
         group, _ = self._groups[meeting.group]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.rollout_server import RolloutServer, ServerAway, WrongWeights
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
+from tests.conftest import tiny_llama
 from tests.rollout.fake_server import PATIENCE_S, FakePolicy, FakeServer, tokens_of
 
 KEY = "correct-horse-battery-staple"
@@ -215,6 +219,48 @@ def test_a_server_without_room_is_sent_the_weights_by_broadcast(fake: FakeServer
     server.send_weights(V1, policy)
     assert_has(fake, policy, V1)
     assert fake.rendezvous[-1] is not None
+
+
+@pytest.fixture
+def gpu_of_thread(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """As if there were a GPU, by torch's own reading of a device; which one each thread has made current."""
+    chosen: dict[str, int] = {}
+
+    def choose(index: int) -> None:
+        chosen[threading.current_thread().name] = index
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", choose, raising=False)
+    return chosen
+
+
+def test_one_process_on_a_gpu_sends_its_weights(
+    fake: FakeServer, server: RolloutServer, way: str, gpu_of_thread: dict[str, int]
+) -> None:
+    model = tiny_llama()
+    assert server.send_weights(V1, PolicyWeights(model, device=Ranks().device)) > 0
+    assert (fake.weights, fake.refusing) == (V1, None)
+    assert torch.equal(fake.loaded["model.norm.weight"], model.model.norm.weight)
+    assert set(gpu_of_thread.values()) == {0}
+
+
+def test_the_thread_that_sends_by_nccl_computes_on_the_policy_s_gpu(
+    fake: FakeServer, server: RolloutServer, gpu_of_thread: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL itself takes two GPUs: here the ranks fail to meet."""
+    met: list[Any] = []
+
+    def meet(backend: str, *others: Any) -> Any:
+        met.append((backend, others[-1]))
+        raise RuntimeError("the ranks did not meet")
+
+    monkeypatch.setattr(RolloutServer, "_can_use_nccl", lambda *_: True)
+    monkeypatch.setattr(wire, "join_group", meet)
+    with pytest.raises(ServerAway):
+        server.send_weights(V1, PolicyWeights(tiny_llama(), device=torch.device("cuda", 1)))
+    assert ("nccl", torch.device("cuda", 1)) in met
+    assert set(gpu_of_thread.values()) == {1}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

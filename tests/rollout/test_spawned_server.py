@@ -116,22 +116,27 @@ def test_a_free_port_can_be_listened_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "wanted", "visible", "expected"),
+    ("count", "wanted", "visible", "training", "expected"),
     [
-        (0, 1, None, None),
-        (1, 1, None, None),
-        (2, 1, None, "1"),
-        (8, 2, None, "6,7"),
-        (8, 2, "", "6,7"),
-        (3, 2, "4,6,7", "6,7"),
-        (2, 1, "GPU-a,GPU-b", "GPU-b"),
-        (2, 2, "4,6", None),
+        (0, 1, None, [0], None),
+        (1, 1, None, [0], None),
+        (2, 1, None, [0], "1"),
+        (2, 1, None, [1], "0"),
+        (8, 2, None, [0], "6,7"),
+        (8, 2, "", [0], "6,7"),
+        (8, 2, None, [7], "5,6"),
+        (8, 2, None, range(6), "6,7"),
+        (8, 2, None, range(7), None),
+        (3, 2, "4,6,7", [0], "6,7"),
+        (3, 2, "4,6,7", [1], "4,7"),
+        (2, 1, "GPU-a,GPU-b", [0], "GPU-b"),
+        (2, 2, "4,6", [0], None),
     ],
 )
-def test_the_server_gets_the_last_gpus_where_there_are_enough(
-    count: int, wanted: int, visible: str | None, expected: str | None
+def test_the_server_gets_the_last_gpus_that_nobody_trains_on_where_there_are_enough(
+    count: int, wanted: int, visible: str | None, training: Any, expected: str | None
 ) -> None:
-    assert server_devices(count, wanted, visible) == expected
+    assert server_devices(count, wanted, visible, training) == expected
 
 
 def test_the_command_serves_the_policy_s_configuration_behind_a_key(spawn: Any) -> None:

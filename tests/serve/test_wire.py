@@ -20,6 +20,7 @@ from grpo_cli.serve.wire import ALIGNMENT, Bucket, Digest, fill, plan_buckets, t
 
 DTYPES = ["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 PATIENCE_S = 20.0
+CPU = torch.device("cpu")
 
 shapes = st.lists(st.integers(0, 9), max_size=3)
 
@@ -233,7 +234,7 @@ def test_a_gloo_group_brings_the_sender_s_bytes_to_every_other_rank() -> None:
 
     def receive(rank: int) -> None:
         mine = wire.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=PATIENCE_S))
-        group = wire.join_group("gloo", mine, rank, 3, "127.0.0.1", PATIENCE_S)
+        group = wire.join_group("gloo", mine, rank, 3, "127.0.0.1", PATIENCE_S, CPU)
         received[rank] = [torch.zeros_like(flat) for flat in sent]
         for flat in received[rank]:
             wire.broadcast(group, flat)
@@ -241,7 +242,7 @@ def test_a_gloo_group_brings_the_sender_s_bytes_to_every_other_rank() -> None:
     threads = [threading.Thread(target=receive, args=(rank,), daemon=True) for rank in (1, 2)]
     for thread in threads:
         thread.start()
-    group = wire.join_group("gloo", store, 0, 3, "127.0.0.1", PATIENCE_S)
+    group = wire.join_group("gloo", store, 0, 3, "127.0.0.1", PATIENCE_S, CPU)
     for flat in sent:
         wire.broadcast(group, flat)
     for thread in threads:
@@ -254,4 +255,4 @@ def test_a_gloo_group_brings_the_sender_s_bytes_to_every_other_rank() -> None:
 def test_a_rank_that_nobody_meets_gives_up() -> None:
     store = wire.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     with pytest.raises(RuntimeError):
-        wire.join_group("gloo", store, 0, 2, "127.0.0.1", 0.1)
+        wire.join_group("gloo", store, 0, 2, "127.0.0.1", 0.1, CPU)
