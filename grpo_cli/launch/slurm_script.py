@@ -20,6 +20,7 @@ from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
 from grpo_cli.recipe.load import load_recipe, read_yaml, server_overrides
 from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.serve.engine_arguments import as_options
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
 
@@ -237,10 +238,6 @@ def _serve_options(model: ModelConfig, arguments: Mapping[str, Any]) -> list[str
     options = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
     if model.trust_remote_code:
         options.append("--trust-remote-code")
-    if not arguments:
-        return options
-    from grpo_cli.rollout.spawned_server import as_options
-
     return [*options, *as_options(arguments)]
 
 

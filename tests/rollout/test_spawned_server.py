@@ -16,10 +16,11 @@ import psutil
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_cli.errors import RunError
+from grpo_cli.errors import RunError, ServerLost, UserError
 from grpo_cli.recipe.schema import ServerConfig
 from grpo_cli.rollout import spawned_server
-from grpo_cli.rollout.spawned_server import MAX_STARTS, SpawnedServer, as_options, free_port, server_devices
+from grpo_cli.rollout.spawned_server import MAX_STARTS, SpawnedServer, free_port, server_devices
+from grpo_cli.serve import engine_arguments
 from grpo_cli.serve.lock import read_key
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -90,26 +91,6 @@ def wait_for_end(server: SpawnedServer) -> None:
     server._process.wait(PATIENCE_S)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, []),
-        ({"max_model_len": 4096}, ["--max-model-len", "4096"]),
-        (
-            {"enforce_eager": True, "enable_prefix_caching": False},
-            ["--enforce-eager", "--no-enable-prefix-caching"],
-        ),
-        ({"quantization": None}, []),
-        ({"gpu_memory_utilization": 0.5, "dtype": "auto"}, ["--gpu-memory-utilization", "0.5", "--dtype", "auto"]),
-        ({"hf_overrides": {"a": [1, None]}}, ["--hf-overrides", '{"a": [1, null]}']),
-        ({"middleware": ["x", "y"]}, ["--middleware", '["x", "y"]']),
-        ({"swap_space": 0}, ["--swap-space", "0"]),
-    ],
-)
-def test_engine_arguments_become_options(arguments: dict[str, Any], expected: list[str]) -> None:
-    assert as_options(arguments) == expected
-
-
 def test_a_free_port_can_be_listened_on() -> None:
     with socket.create_server(("127.0.0.1", free_port())):
         pass
@@ -154,6 +135,14 @@ def test_the_command_serves_the_policy_s_configuration_behind_a_key(spawn: Any) 
     assert not list(Path(options["--model"]).glob("*.safetensors"))
     assert read_key(options["--api-key-file"]) == server.key
     assert server.key not in " ".join(command)
+
+
+def test_an_argument_that_splits_prompts_is_refused_by_its_key(
+    spawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_arguments, "is_cpu_build", lambda: True)
+    with pytest.raises(UserError, match=r"^generation\.vllm\.enable_chunked_prefill: "):
+        spawn(arguments={"enable-chunked-prefill": True})
 
 
 def test_key_and_model_are_for_the_user_alone_and_gone_afterwards(spawn: Any) -> None:
@@ -236,10 +225,23 @@ def test_a_server_that_ended_is_started_again_so_often_and_no_more(spawn: Any) -
         server.ensure_running()
         wait_for_end(server)
         assert server.log.read_text().count("loading") == count, "the log goes on"
-    with pytest.raises(RunError, match=rf"ended {MAX_STARTS} times; its log is {server.log}") as caught:
+    with pytest.raises(ServerLost, match=rf"ended {MAX_STARTS} times in a row; its log is {server.log}") as caught:
         server.ensure_running()
     assert "no such model" in str(caught.value)
     assert server.log.read_text().count("loading") == MAX_STARTS
+
+
+def test_a_server_that_has_generated_may_end_as_often_again(spawn: Any) -> None:
+    server = spawn(ENDS)
+    for _ in range(MAX_STARTS):
+        server.ensure_running()
+        wait_for_end(server)
+        server.has_generated()
+    for _ in range(MAX_STARTS):
+        server.ensure_running()
+        wait_for_end(server)
+    with pytest.raises(ServerLost):
+        server.ensure_running()
 
 
 def test_what_an_ended_server_left_running_goes_before_the_next_starts(spawn: Any) -> None:
@@ -289,7 +291,8 @@ def test_a_stopped_server_is_not_started_again(spawn: Any) -> None:
     server = spawn(STAYS)
     server.ensure_running()
     server.stop()
-    with pytest.raises(RunError):
+    server.has_generated()
+    with pytest.raises(RunError, match="was stopped"):
         server.ensure_running()
     assert not server.key_file.parent.exists()
 
