@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import torch
@@ -206,14 +206,15 @@ class RolloutServer:
         Raises:
             ServerAway: the transfer broke, which may be of the moment.
         """
-        wait((digest, committed), return_when=FIRST_EXCEPTION)
+        both: list[Future[Any]] = [digest, committed]
+        wait(both, return_when=FIRST_EXCEPTION)
         failure = digest.exception() if digest.done() else None
         if failure is None:
             return committed.result(), digest.result()
         is_of_network = isinstance(failure, RuntimeError | OSError)  # torch.distributed raises the former
         if not is_of_network or isinstance(failure, torch.OutOfMemoryError):
             raise failure
-        wait((committed,), timeout=LAST_WORD_S)
+        wait([committed], timeout=LAST_WORD_S)
         refusal = committed.exception() if committed.done() else None
         if refusal is not None and not isinstance(refusal, ServerAway):
             raise refusal
