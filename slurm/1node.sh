@@ -31,7 +31,8 @@ TRAIN_ARGS=${TRAIN_ARGS:-} # more words for grpo train, such as: --set train.max
 SERVE_ARGS=${SERVE_ARGS:-} # and for grpo serve
 RESUME=${RESUME:-} # 1 goes on from the last checkpoint in RUN_DIR; a requeued job always does
 START_TIMEOUT_S=${START_TIMEOUT_S:-3600} # longest wait for the servers
-STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-900} # longest wait for a checkpoint; a lost server takes generation.server.timeout_s
+SERVER_TIMEOUT_S=${SERVER_TIMEOUT_S:-600} # longest that training waits for a server; wins over the recipe
+STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-$((SERVER_TIMEOUT_S + 900))} # that, and a checkpoint
 GRPO=${GRPO:-grpo}
 train_args=(--set distributed.strategy=zero3)
 serve_args=()
@@ -143,7 +144,10 @@ task='
 
 if [[ -n $RESUME || ${SLURM_RESTART_COUNT:-0} -gt 0 ]]; then train_args+=(--resume); fi
 if [[ -n $MODEL ]]; then train_args+=(--set "model.name=$(yaml "$MODEL")"); fi
-if ((${#serve_nodes[@]})); then train_args+=(--set "generation.server.api_key_file=$(yaml "$key_file")"); fi
+if ((${#serve_nodes[@]})); then
+  train_args+=(--set "generation.server.api_key_file=$(yaml "$key_file")")
+  train_args+=(--set "generation.server.timeout_s=$SERVER_TIMEOUT_S")
+fi
 checkpoint_before=$(last_checkpoint)
 srun --job-name=train --export=ALL --nodes="$num_train" --ntasks="$num_train" --ntasks-per-node=1 \
   --nodelist="$(join "${train_nodes[@]}")" --cpu-bind=none --kill-on-bad-exit=1 \

@@ -33,7 +33,7 @@ class Ranks:
     Args:
         rank: of this process, from 0.
         world_size: processes in all.
-        device: of this process.
+        device: of this process; where there are GPUs, the current one if none is given.
         talk: process group for objects and CPU tensors, if there are several processes.
         owns_group: whether the default process group is not a caller's.
     """
@@ -48,7 +48,7 @@ class Ranks:
     ) -> None:
         self.rank = rank
         self.world_size = world_size
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or current_device()
         self._talk = talk
         self._owns_group = owns_group
 
@@ -66,9 +66,8 @@ class Ranks:
         if place.world_size == 1 and not needs_group:
             return cls()
         has_gpu = torch.cuda.is_available()
-        device = torch.device("cuda", place.local_rank) if has_gpu else torch.device("cpu")
-        if has_gpu:
-            torch.cuda.set_device(device)
+        if has_gpu and is_launched(os.environ):
+            torch.cuda.set_device(place.local_rank)
         is_own = not dist.is_initialized()
         if is_own:
             # A process that no launcher started meets nobody, and needs no address for it.
@@ -76,7 +75,7 @@ class Ranks:
             group = {} if is_launched(os.environ) else alone
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
         talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if place.world_size > 1 else None
-        return cls(place.rank, place.world_size, device, talk, is_own)
+        return cls(place.rank, place.world_size, current_device(), talk, is_own)
 
     @contextmanager
     def leaving_together(self) -> Iterator[None]:
@@ -148,6 +147,16 @@ class Ranks:
         """
         value: T = _value(self.tell(_outcome(work) if self.is_main else None))
         return value
+
+
+def current_device() -> torch.device:
+    """The GPU that this thread computes on, by its number, or the CPU where there is none.
+
+    A device without a number is whatever is current in the thread that uses it, and each thread begins with GPU 0.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _outcome(work: Callable[[], T]) -> T | Exception:

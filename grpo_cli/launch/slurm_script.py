@@ -6,6 +6,7 @@ import.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -19,15 +20,19 @@ from typing import Any
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
 from grpo_cli.recipe.load import load_recipe, read_yaml, server_overrides
-from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.recipe.schema import ModelConfig, Recipe, ServerConfig
+from grpo_cli.serve.engine_arguments import as_options
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
 
 VARIABLES = (
     "RECIPE", "MODEL", "RUN_DIR", "SERVE_NODES", "TP", "PORT", "TRAIN_ARGS", "SERVE_ARGS", "RESUME",
-    "START_TIMEOUT_S", "STOP_TIMEOUT_S", "GRPO",
+    "START_TIMEOUT_S", "SERVER_TIMEOUT_S", "STOP_TIMEOUT_S", "GRPO",
 )  # fmt: skip
 """What the environment of sbatch may set; `submit` keeps it from changing a script that was made for a recipe."""
+
+CHECKPOINT_S = 900
+"""Longest time that a checkpoint takes: a terabyte, as ZeRO-3 writes of a 72B model, at more than 1 GB/s."""
 
 FOLDER_OF_ITS_OWN = "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
 """The run folder of a script that is submitted again and again: the same one when the job is requeued."""
@@ -52,6 +57,8 @@ class Job:
     """As after `--set`."""
     serve_options: Sequence[str] = ()
     """Words of `grpo serve`."""
+    server_timeout_s: float = ServerConfig().timeout_s
+    """The recipe's `generation.server.timeout_s`: a script that stops waiting earlier gets no checkpoint."""
     time: str | None = None
     partition: str | None = None
     chdir: str | None = None
@@ -106,6 +113,8 @@ def render(job: Job) -> str:
         "GRPO": shlex.quote(job.grpo),
         "TRAIN_WORDS": shlex.join([word for setting in job.settings for word in ("--set", setting)]),
         "SERVE_WORDS": shlex.join(job.serve_options),
+        "SERVER_TIMEOUT_S": str(math.ceil(job.server_timeout_s)),
+        "CHECKPOINT_S": str(CHECKPOINT_S),
     }
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 
@@ -171,6 +180,7 @@ def job_for_recipe(
             raise UserError(f"{name} {value!r} is no value that sbatch takes")
     if not serve_nodes:
         _check_engine(recipe, nodes, gpus_per_node)
+    server = recipe.generation.server or ServerConfig()
     train_nodes, processes = nodes - serve_nodes, recipe.distributed.processes
     if processes is not None and (processes % train_nodes or 0 < gpus_per_node * train_nodes < processes):
         raise UserError(
@@ -191,6 +201,7 @@ def job_for_recipe(
         run_dir=str(Path(recipe.train.output_dir).expanduser()),
         settings=settings,
         serve_options=_serve_options(recipe.model, _vllm_arguments(path)) if serve_nodes else (),
+        server_timeout_s=server.timeout_s,
         time=time,
         partition=partition,
         chdir=os.getcwd(),
@@ -237,10 +248,6 @@ def _serve_options(model: ModelConfig, arguments: Mapping[str, Any]) -> list[str
     options = [word for name, value in given.items() if value is not None for word in (f"--{name}", value)]
     if model.trust_remote_code:
         options.append("--trust-remote-code")
-    if not arguments:
-        return options
-    from grpo_cli.rollout.spawned_server import as_options
-
     return [*options, *as_options(arguments)]
 
 

@@ -6,7 +6,6 @@ never be imported at the top: only inside what needs them. How completions are b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +131,7 @@ def _device(wanted: str | None) -> torch.device:
     if wanted is None:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)

@@ -7,8 +7,10 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 import torch
@@ -16,7 +18,13 @@ from pydantic import ValidationError
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.weight_transfer import CONNECT_TIMEOUT_S, SendingGroup, fill_memory, shares_memory
+from grpo_cli.rollout.weight_transfer import (
+    CONNECT_TIMEOUT_S,
+    SendingGroup,
+    fill_memory,
+    in_background,
+    shares_memory,
+)
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import (
     BeginWeights,
@@ -34,6 +42,9 @@ MAX_CONNECTIONS = 512
 
 LONGEST_PAUSE_S = 5.0
 """Between two attempts to reach a server that is away."""
+
+LAST_WORD_S = 5.0
+"""Time that a server has to tell of a broadcast that broke here, before this side's reason is told alone."""
 
 Answer = TypeVar("Answer", bound=Body)
 
@@ -180,18 +191,34 @@ class RolloutServer:
         group = self._group
         rendezvous = begin.model_copy(update={"rendezvous": group.rendezvous})
         self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, rendezvous)
-        sending = group.start_sending(buckets, policy)
+        digest = group.start_sending(buckets, policy)
         commit = CommitWeights(weights=begin.weights)
+        committed = in_background(partial(self._call, Committed, "POST", protocol.COMMIT_WEIGHTS, commit))
         try:
-            committed = self._call(Committed, "POST", protocol.COMMIT_WEIGHTS, commit)
-            return committed, sending.digest()
-        except Exception as error:
+            return self._outcome(committed, digest)
+        except Exception:
             self._group = None  # the workers have left it
-            if isinstance(sending.error, torch.OutOfMemoryError):
-                raise sending.error from error
-            if isinstance(error, ServerAway) and sending.error is not None:
-                raise ServerAway(f"{error}; the trainer: {sending.error}") from sending.error
             raise
+
+    def _outcome(self, committed: Future[Committed], digest: Future[str]) -> tuple[Committed, str]:
+        """The server's answer and what was sent, once both are there; the error of either at once.
+
+        Raises:
+            ServerAway: the transfer broke, which may be of the moment.
+        """
+        both: list[Future[Any]] = [digest, committed]
+        wait(both, return_when=FIRST_EXCEPTION)
+        failure = digest.exception() if digest.done() else None
+        if failure is None:
+            return committed.result(), digest.result()
+        is_of_network = isinstance(failure, RuntimeError | OSError)  # torch.distributed raises the former
+        if not is_of_network or isinstance(failure, torch.OutOfMemoryError):
+            raise failure
+        wait([committed], timeout=LAST_WORD_S)
+        refusal = committed.exception() if committed.done() else None
+        if refusal is not None and not isinstance(refusal, ServerAway):
+            raise refusal
+        raise ServerAway(f"{refusal or self.url}; the trainer: {failure}") from failure
 
     def _call(self, answer: type[Answer], method: str, path: str, body: Body | None = None) -> Answer:
         """Send a request and read its answer.

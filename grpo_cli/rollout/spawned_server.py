@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,21 +11,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grpo_cli.errors import RunError
+from grpo_cli.errors import RunError, ServerLost
 from grpo_cli.launch.environment import as_if_not_launched
 from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import ServerConfig
+from grpo_cli.serve.engine_arguments import as_options, refuse_splitting
 from grpo_cli.serve.environment import prepare
 from grpo_cli.serve.lock import make_key_file
 
 MAX_STARTS = 3
-"""A server that ends this often ends for a reason."""
+"""A server that ends this often without having generated in between ends for a reason."""
 
 STOP_TIMEOUT_S = 20.0
 
@@ -46,7 +46,10 @@ class SpawnedServer:
         config: the recipe's `generation.server`.
         arguments: vLLM's engine arguments, as in `generation.vllm`.
         log: file for the server's output.
-        trainers: processes that train on this machine, each on a GPU.
+        training: the GPUs of this machine that the policy trains on, by torch's numbers.
+
+    Raises:
+        UserError: an argument cannot be served with.
     """
 
     def __init__(
@@ -57,19 +60,24 @@ class SpawnedServer:
         arguments: Mapping[str, Any],
         log: Path,
         *,
-        trainers: int = 1,
+        training: Collection[int] = (0,),
     ) -> None:
-        self._trainers = trainers
+        refuse_splitting(arguments, "generation.vllm.{}".format)
         self.port = config.port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self._num_gpus = config.tensor_parallel_size * int(arguments.get("data_parallel_size", 1))
+        self._devices = server_devices(
+            torch.cuda.device_count(),
+            config.tensor_parallel_size * int(arguments.get("data_parallel_size", 1)),
+            os.environ.get("CUDA_VISIBLE_DEVICES"),
+            training,
+        )
         self._folder = Path(tempfile.mkdtemp(prefix="grpo-train-"))  # mode 0700
         self.key_file = self._folder / "key"
         self.key = make_key_file(self.key_file)
         base_model(model).config.save_pretrained(self._folder / "model")
         tokenizer.save_pretrained(self._folder / "model")
-        if torch.cuda.is_available() and torch.cuda.device_count() < self._num_gpus + trainers:
+        if torch.cuda.is_available() and self._devices is None:
             arguments = {"gpu_memory_utilization": SHARED_GPU_MEMORY, **arguments}
         self._command = [
             sys.executable, "-m", "grpo_cli.cli", "serve",
@@ -79,36 +87,42 @@ class SpawnedServer:
             *as_options(arguments),
         ]  # fmt: skip
         self._process: subprocess.Popen[bytes] | None = None
-        self._starts = 0
+        self._starts = 0  # since it last generated
+        self._is_stopped = False
 
     def ensure_running(self) -> None:
         """Start the server, again if it has ended.
 
         Raises:
-            RunError: it was started several times already.
+            ServerLost: it was started several times in a row already.
+            RunError: it was stopped for good.
         """
+        if self._is_stopped:  # a thread that still waits for an answer must not start it again
+            raise RunError("the rollout server was stopped at the end of the run")
         if self._process is not None and self._process.poll() is None:
             return
         if self._starts >= MAX_STARTS:
-            raise RunError(
-                f"the rollout server ended {MAX_STARTS} times; its log is {self.log}\n{self._last_lines()}"
+            raise ServerLost(
+                f"the rollout server ended {MAX_STARTS} times in a row; its log is {self.log}\n"
+                f"{self._last_lines()}"
             )
         self._kill_group()
         self._starts += 1
         self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = as_if_not_launched(os.environ)
         prepare(environment)
-        devices = server_devices(
-            torch.cuda.device_count(), self._num_gpus, environment.get("CUDA_VISIBLE_DEVICES"), self._trainers
-        )
-        if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = devices
+        if self._devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = self._devices
         with self.log.open("ab") as log:
             # Its standard input closes when this process ends, in whatever way, and so it ends too.
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
                 start_new_session=True,
             )  # fmt: skip
+
+    def has_generated(self) -> None:
+        """It works: an end that comes now is the first of a row."""
+        self._starts = 0
 
     def check(self) -> None:
         """Raise RunError if the server has ended."""
@@ -127,7 +141,7 @@ class SpawnedServer:
 
     def stop(self) -> None:
         """Ask the server to end, make it end, and remove what was made for it."""
-        self._starts = MAX_STARTS  # a thread that still waits for an answer must not start it again
+        self._is_stopped = True
         if self._process is not None:
             with contextlib.suppress(BrokenPipeError):
                 assert self._process.stdin is not None
@@ -153,31 +167,16 @@ class SpawnedServer:
             os.killpg(self._process.pid, signal.SIGKILL)
 
 
-def server_devices(count: int, wanted: int, visible: str | None, trainers: int = 1) -> str | None:
-    """The last `wanted` of `count` GPUs, as CUDA_VISIBLE_DEVICES names them; the first ones train the policy.
+def server_devices(count: int, wanted: int, visible: str | None, training: Collection[int]) -> str | None:
+    """The last `wanted` of `count` GPUs that no policy trains on, as CUDA_VISIBLE_DEVICES names them.
 
     None where there are not enough for both: then they share, within SHARED_GPU_MEMORY.
     """
-    if count < wanted + trainers:
+    free = [index for index in range(count) if index not in training]
+    if len(free) < wanted:
         return None
     names = visible.split(",") if visible else [str(index) for index in range(count)]
-    return ",".join(names[count - wanted : count])
-
-
-def as_options(arguments: Mapping[str, Any]) -> list[str]:
-    """`{max_model_len: 4096, enforce_eager: true}` as a command line."""
-    options: list[str] = []
-    for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            options.append(flag if value else f"--no-{flag[2:]}")
-        elif value is not None:
-            options += [flag, _as_text(value)]
-    return options
-
-
-def _as_text(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+    return ",".join(names[index] for index in free[-wanted:])
 
 
 def free_port() -> int:

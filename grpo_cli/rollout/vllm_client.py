@@ -63,7 +63,7 @@ class VllmClient:
         """Give every server the policy's present weights; return the bytes that were moved.
 
         Raises:
-            ServerLost: a server stayed away longer than `timeout_s`.
+            ServerLost: a server stayed away longer than `timeout_s`, or this engine's own ended again and again.
             RunError: it answers, but does not take the weights.
             ServerNeverReached: it has not answered once.
         """
@@ -126,7 +126,7 @@ class VllmClient:
 
         Raises:
             UserError: a prompt is longer than the servers take.
-            ServerLost: a server stayed away longer than `timeout_s`.
+            ServerLost: as `update_weights`.
             RunError: a prompt fails every time.
         """
         assert self.weights is not None, "update_weights comes before generate"
@@ -172,10 +172,14 @@ class VllmClient:
         reason: Exception | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
-                return server.generate(request)
+                response = server.generate(request)
             except (ServerAway, WrongWeights) as error:
                 reason = error
-            self._bring_up_to_date(server)
+                self._bring_up_to_date(server)
+                continue
+            if self.spawned is not None:
+                self.spawned.has_generated()
+            return response
         raise RunError(f"a prompt failed {MAX_ATTEMPTS} times: {reason}")
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:

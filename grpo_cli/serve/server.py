@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.serve.environment import is_cpu_build
+from grpo_cli.serve.engine_arguments import as_options, engine_defaults, refuse_splitting
 from grpo_cli.serve.lock import Lock, is_loopback, make_key_file
 
 KEY_FILE = Path("~/.config/grpo/server-key")
@@ -85,25 +85,21 @@ def vllm_arguments(options: ServeOptions) -> list[str]:
         name = argument.partition("=")[0].replace("_", "-")
         if name in OWN_OPTIONS:
             raise UserError(f"grpo serve {name}: {OWN_OPTIONS[name]}")
-    arguments = [
+    chosen = {
+        "dtype": options.dtype,
+        "max_model_len": options.max_model_len,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+    }
+    arguments = engine_defaults() | {name: value for name, value in chosen.items() if value is not None}
+    return [
         "--model", options.model,
         "--host", options.host,
         "--port", str(options.port),
         "--tensor-parallel-size", str(options.tp),
         "--data-parallel-size", str(options.dp),
+        *as_options(arguments),
+        *options.extra,
     ]  # fmt: skip
-    dtype = options.dtype or ("float32" if is_cpu_build() else None)
-    for name, value in (
-        ("--dtype", dtype),
-        ("--max-model-len", options.max_model_len),
-        ("--gpu-memory-utilization", options.gpu_memory_utilization),
-    ):
-        if value is not None:
-            arguments += [name, str(value)]
-    if is_cpu_build():
-        # Compiling takes minutes and gains little here; with blocks of 128 a short prompt would not be shared.
-        arguments += ["--enforce-eager", "--block-size", "32"]
-    return [*arguments, *options.extra]
 
 
 def parse(options: ServeOptions) -> Namespace:
@@ -129,6 +125,7 @@ def parse(options: ServeOptions) -> Namespace:
         validate_parsed_serve_args(arguments)
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"grpo serve: {error}") from error
+    refuse_splitting(vars(arguments), lambda name: f"grpo serve --{name.replace('_', '-')}")
     arguments.worker_extension_cls = "grpo_cli.serve.worker.WeightReceiver"
     arguments.weight_transfer_config = {"backend": "grpo"}
     arguments.logprobs_mode = "processed_logprobs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ TCPStore = dist.TCPStore
 
 ALIGNMENT = 64
 """Bytes; a tensor may be viewed in any dtype where it starts, and be summed up in words of eight."""
+
+FIND_TIMEOUT_S = 20.0
+"""torch asks again for as long, also where the other side is there and says that nobody listens."""
 
 BUCKET_BYTES = 64 * 2**20
 """Of a buffer that travels at once; a single larger tensor is a bucket of its own."""
@@ -128,7 +132,24 @@ DIGEST_BYTES = 32
 """Characters of a hexadecimal digest, and bytes of the message that carries it."""
 
 
-def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
+def find_sender(host: str, port: int, timeout_s: float) -> Any:
+    """The store of rank 0, which listens before anybody is told to come.
+
+    Args:
+        host, port: of rank 0.
+        timeout_s: of what is asked of the store.
+
+    Raises:
+        torch.distributed.DistNetworkError: nobody listens there, or not any more.
+    """
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=FIND_TIMEOUT_S))
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def join_group(
+    backend: str, store: Any, rank: int, world_size: int, host: str, timeout_s: float, device: torch.device
+) -> Any:
     """A process group of its own, beside whatever default group this process is in.
 
     Args:
@@ -138,16 +159,17 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
         world_size: the trainer and every worker.
         host: address of the interface that gloo uses.
         timeout_s: of the rendezvous and of each broadcast.
+        device: of this process, for nccl.
     """
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":
         nccl = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timeout
-        with _environment("TORCH_NCCL_BLOCKING_WAIT", "1"):  # else a broken transfer aborts the process
+        with _blocking_wait():
             group = nccl(store, rank, world_size, options)
         # The ranks connect at the first message, which must come while the environment is right for it.
-        broadcast(group, torch.zeros(1, dtype=torch.uint8, device="cuda"))
+        broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device))
         return group
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
@@ -157,16 +179,27 @@ def join_group(backend: str, store: Any, rank: int, world_size: int, host: str, 
     return gloo(store, rank, world_size, options)
 
 
+_one_at_a_time = threading.Lock()
+
+
 @contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        del os.environ[name]
-        if before is not None:
-            os.environ[name] = before
+def _blocking_wait() -> Iterator[None]:
+    """Inside, a group is made whose broken transfer raises in the thread that waits, and does not end the process.
+
+    A group reads this as it is made, from the environment alone: `ProcessGroupNCCL.Options` has no such field. It
+    must not stay: it would hold for training's groups too, and for programs that this process starts.
+    """
+    name = "TORCH_NCCL_BLOCKING_WAIT"
+    with _one_at_a_time:  # each server is sent weights from a thread of its own
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = before
 
 
 def broadcast(group: Any, flat: torch.Tensor) -> None:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -137,13 +136,11 @@ class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self.shutdown()
             parallel = self.parallel_config
             rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-            self._store = wire.TCPStore(
-                rendezvous.host, rendezvous.port, is_master=False, timeout=timedelta(seconds=timeout_s)
-            )
+            self._store = wire.find_sender(rendezvous.host, rendezvous.port, timeout_s)
             host = _address_towards(rendezvous.host)
             with _unpinned_nccl(rendezvous.backend):
                 self._group = wire.join_group(
-                    rendezvous.backend, self._store, rank, rendezvous.world_size, host, timeout_s
+                    rendezvous.backend, self._store, rank, rendezvous.world_size, host, timeout_s, self.device
                 )
             self._group_name = rendezvous.group
         return self._group

@@ -72,8 +72,9 @@ def _client(
     if server.spawn:
         log = Path(recipe.train.output_dir).expanduser() / "server.log"
         note(f"starting a rollout server; its log is {log}")
-        trainers = placement(os.environ).local_world_size
-        spawned = SpawnedServer(policy.model, tokenizer, server, generation.vllm, log, trainers=trainers)
+        local = placement(os.environ).local_world_size
+        training = range(local) if local > 1 else [weights.device.index or 0]
+        spawned = SpawnedServer(policy.model, tokenizer, server, generation.vllm, log, training=training)
         spawned.ensure_running()
         key = spawned.key
     elif server.api_key_file is not None:

@@ -54,6 +54,45 @@ def test_a_process_that_no_launcher_started_is_alone(monkeypatch: pytest.MonkeyP
     assert not torch.distributed.is_initialized()
 
 
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What torch says of CUDA where there are two; the numbers of the devices that were made current."""
+    chosen = [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: chosen[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(torch.device("cuda", device).index))
+    return chosen
+
+
+def test_one_process_on_a_gpu_names_its_device(two_gpus: list[int]) -> None:
+    assert Ranks().device == torch.device("cuda", 0)
+    assert Ranks.join(needs_group=False).device == torch.device("cuda", 0)
+
+
+def test_one_process_computes_on_the_device_that_its_caller_chose(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups: list[Any] = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: groups.append(args))
+    two_gpus.append(1)
+    assert Ranks().device == torch.device("cuda", 1)
+    for needs_group in (False, True):
+        assert Ranks.join(needs_group=needs_group).device == torch.device("cuda", 1)
+    assert groups == [("cpu:gloo,cuda:nccl",)]
+    assert two_gpus == [0, 1], "nobody chose another one"
+
+
+def test_a_launched_process_makes_the_device_of_its_local_rank_the_current_one(
+    two_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **kwargs: "talk")
+    assert Ranks.join(needs_group=False).device == torch.device("cuda", 1)
+    assert two_gpus == [0, 1]
+
+
 # Three processes
 
 

@@ -19,6 +19,7 @@ from transformers import (
 
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import RewardConfig
+from grpo_cli.reward import reward_model
 from grpo_cli.reward.registry import resolve_rewards
 from grpo_cli.reward.reward_model import RewardModel
 from grpo_cli.reward.scorer import Scorer, ScoringBatch
@@ -153,6 +154,13 @@ def test_scoring_leaves_no_gradient_and_no_dropout(model: str) -> None:
     reward = RewardModel(model)
     assert not reward.model.training
     assert not any(parameter.requires_grad for parameter in reward.model.parameters())
+
+
+def test_by_default_it_computes_on_the_gpu_that_the_process_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert reward_model._device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert reward_model._device(None) == torch.device("cuda", 1)
 
 
 def test_bfloat16_weights_give_floats(model: str) -> None:

@@ -9,7 +9,6 @@ import socket
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -197,10 +196,10 @@ class FakeServer:
             return lambda bucket: whole[bucket.start : bucket.start + bucket.size]
         meeting = begun.rendezvous
         if meeting.group not in self._groups:
-            store = wire.TCPStore(
-                meeting.host, meeting.port, is_master=False, timeout=timedelta(seconds=PATIENCE_S)
+            store = wire.find_sender(meeting.host, meeting.port, PATIENCE_S)
+            group = wire.join_group(
+                meeting.backend, store, 1, meeting.world_size, "127.0.0.1", PATIENCE_S, torch.device("cpu")
             )
-            group = wire.join_group(meeting.backend, store, 1, meeting.world_size, "127.0.0.1", PATIENCE_S)
             self._groups[meeting.group] = (group, store)
         group, _ = self._groups[meeting.group]
 

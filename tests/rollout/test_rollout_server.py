@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -13,9 +15,14 @@ import pytest
 import torch
 
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.launch.ranks import Ranks
+from grpo_cli.rollout import rollout_server
+from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.rollout_server import RolloutServer, ServerAway, WrongWeights
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
+from tests.conftest import tiny_llama
+from tests.rollout import fake_server
 from tests.rollout.fake_server import PATIENCE_S, FakePolicy, FakeServer, tokens_of
 
 KEY = "correct-horse-battery-staple"
@@ -217,6 +224,49 @@ def test_a_server_without_room_is_sent_the_weights_by_broadcast(fake: FakeServer
     assert fake.rendezvous[-1] is not None
 
 
+@pytest.fixture
+def gpu_of_thread(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """As if there were a GPU, by torch's own reading of a device; which one each thread has made current."""
+    chosen: dict[str, int] = {}
+
+    def choose(index: int) -> None:
+        chosen[threading.current_thread().name] = index
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", choose, raising=False)
+    return chosen
+
+
+def test_one_process_on_a_gpu_sends_its_weights(
+    fake: FakeServer, server: RolloutServer, way: str, gpu_of_thread: dict[str, int]
+) -> None:
+    model = tiny_llama()
+    assert server.send_weights(V1, PolicyWeights(model, device=Ranks().device)) > 0
+    assert (fake.weights, fake.refusing) == (V1, None)
+    assert torch.equal(fake.loaded["model.norm.weight"], model.model.norm.weight)
+    assert set(gpu_of_thread.values()) == {0}
+
+
+def test_the_thread_that_sends_by_nccl_computes_on_the_policy_s_gpu(
+    fake: FakeServer, server: RolloutServer, gpu_of_thread: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL itself takes two GPUs: here the ranks fail to meet."""
+    met: list[Any] = []
+
+    def meet(backend: str, *others: Any) -> Any:
+        met.append((backend, others[-1]))
+        raise RuntimeError("the ranks did not meet")
+
+    monkeypatch.setattr(rollout_server, "LAST_WORD_S", 0.1)
+    monkeypatch.setattr(RolloutServer, "_can_use_nccl", lambda *_: True)
+    monkeypatch.setattr(wire, "join_group", meet)
+    with pytest.raises(ServerAway):
+        server.send_weights(V1, PolicyWeights(tiny_llama(), device=torch.device("cuda", 1)))
+    assert ("nccl", torch.device("cuda", 1)) in met
+    assert set(gpu_of_thread.values()) == {1}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_server_gets_every_tensor_in_its_own_dtype(
     fake: FakeServer, server: RolloutServer, way: str, dtype: str
@@ -273,6 +323,46 @@ def test_after_a_broken_transfer_the_workers_are_met_anew(fake: FakeServer, serv
     assert_has(fake, FakePolicy(2), V2)
     first, second, third = (meeting.group for meeting in fake.rendezvous)
     assert first == second != third
+
+
+@pytest.mark.parametrize("moment", ["before the ranks meet", "in the middle"])
+def test_what_goes_wrong_while_sending_is_raised_at_once(
+    fake: FakeServer, server: RolloutServer, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the workers have waited long enough: here six times PATIENCE_S, in earnest ten minutes."""
+    fake.probe.unlink()
+    commit, join_group, fill, worker_is_done = fake.commit, wire.join_group, wire.fill, threading.Event()
+
+    def watched_commit(request: Any) -> Any:
+        try:
+            return commit(request)
+        finally:
+            worker_is_done.set()
+
+    def no_group(backend: str, store: Any, rank: int, *others: Any) -> Any:
+        if rank == 0:
+            raise KeyError("a variable")
+        return join_group(backend, store, rank, *others)
+
+    def no_third_bucket(bucket: wire.Bucket, *others: Any) -> None:
+        if "t2" in bucket.names:
+            raise KeyError("a variable")
+        fill(bucket, *others)
+
+    start = time.monotonic()
+    with monkeypatch.context() as patch:
+        patch.setattr(fake, "commit", watched_commit)
+        patch.setattr(fake_server, "PATIENCE_S", 6 * PATIENCE_S)
+        patch.setattr(wire, "FIND_TIMEOUT_S", 0.5)
+        patch.setattr(wire, "plan_buckets", partial(wire.plan_buckets, bucket_bytes=64))
+        broken = ("fill", no_third_bucket) if moment == "in the middle" else ("join_group", no_group)
+        patch.setattr(wire, *broken)
+        with pytest.raises(KeyError, match="a variable"):
+            server.send_weights(V1, FakePolicy(1))
+        assert worker_is_done.wait(6 * PATIENCE_S)
+    assert time.monotonic() - start < 3 * PATIENCE_S
+    server.send_weights(V2, FakePolicy(2))
+    assert_has(fake, FakePolicy(2), V2)
 
 
 @pytest.mark.parametrize(

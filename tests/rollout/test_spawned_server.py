@@ -16,10 +16,11 @@ import psutil
 import pytest
 from transformers import AutoConfig, AutoTokenizer
 
-from grpo_cli.errors import RunError
+from grpo_cli.errors import RunError, ServerLost, UserError
 from grpo_cli.recipe.schema import ServerConfig
 from grpo_cli.rollout import spawned_server
-from grpo_cli.rollout.spawned_server import MAX_STARTS, SpawnedServer, as_options, free_port, server_devices
+from grpo_cli.rollout.spawned_server import MAX_STARTS, SpawnedServer, free_port, server_devices
+from grpo_cli.serve import engine_arguments
 from grpo_cli.serve.lock import read_key
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -90,48 +91,33 @@ def wait_for_end(server: SpawnedServer) -> None:
     server._process.wait(PATIENCE_S)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ({}, []),
-        ({"max_model_len": 4096}, ["--max-model-len", "4096"]),
-        (
-            {"enforce_eager": True, "enable_prefix_caching": False},
-            ["--enforce-eager", "--no-enable-prefix-caching"],
-        ),
-        ({"quantization": None}, []),
-        ({"gpu_memory_utilization": 0.5, "dtype": "auto"}, ["--gpu-memory-utilization", "0.5", "--dtype", "auto"]),
-        ({"hf_overrides": {"a": [1, None]}}, ["--hf-overrides", '{"a": [1, null]}']),
-        ({"middleware": ["x", "y"]}, ["--middleware", '["x", "y"]']),
-        ({"swap_space": 0}, ["--swap-space", "0"]),
-    ],
-)
-def test_engine_arguments_become_options(arguments: dict[str, Any], expected: list[str]) -> None:
-    assert as_options(arguments) == expected
-
-
 def test_a_free_port_can_be_listened_on() -> None:
     with socket.create_server(("127.0.0.1", free_port())):
         pass
 
 
 @pytest.mark.parametrize(
-    ("count", "wanted", "visible", "expected"),
+    ("count", "wanted", "visible", "training", "expected"),
     [
-        (0, 1, None, None),
-        (1, 1, None, None),
-        (2, 1, None, "1"),
-        (8, 2, None, "6,7"),
-        (8, 2, "", "6,7"),
-        (3, 2, "4,6,7", "6,7"),
-        (2, 1, "GPU-a,GPU-b", "GPU-b"),
-        (2, 2, "4,6", None),
+        (0, 1, None, [0], None),
+        (1, 1, None, [0], None),
+        (2, 1, None, [0], "1"),
+        (2, 1, None, [1], "0"),
+        (8, 2, None, [0], "6,7"),
+        (8, 2, "", [0], "6,7"),
+        (8, 2, None, [7], "5,6"),
+        (8, 2, None, range(6), "6,7"),
+        (8, 2, None, range(7), None),
+        (3, 2, "4,6,7", [0], "6,7"),
+        (3, 2, "4,6,7", [1], "4,7"),
+        (2, 1, "GPU-a,GPU-b", [0], "GPU-b"),
+        (2, 2, "4,6", [0], None),
     ],
 )
-def test_the_server_gets_the_last_gpus_where_there_are_enough(
-    count: int, wanted: int, visible: str | None, expected: str | None
+def test_the_server_gets_the_last_gpus_that_nobody_trains_on_where_there_are_enough(
+    count: int, wanted: int, visible: str | None, training: Any, expected: str | None
 ) -> None:
-    assert server_devices(count, wanted, visible) == expected
+    assert server_devices(count, wanted, visible, training) == expected
 
 
 def test_the_command_serves_the_policy_s_configuration_behind_a_key(spawn: Any) -> None:
@@ -149,6 +135,14 @@ def test_the_command_serves_the_policy_s_configuration_behind_a_key(spawn: Any) 
     assert not list(Path(options["--model"]).glob("*.safetensors"))
     assert read_key(options["--api-key-file"]) == server.key
     assert server.key not in " ".join(command)
+
+
+def test_an_argument_that_splits_prompts_is_refused_by_its_key(
+    spawn: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_arguments, "is_cpu_build", lambda: True)
+    with pytest.raises(UserError, match=r"^generation\.vllm\.enable_chunked_prefill: "):
+        spawn(arguments={"enable-chunked-prefill": True})
 
 
 def test_key_and_model_are_for_the_user_alone_and_gone_afterwards(spawn: Any) -> None:
@@ -231,10 +225,23 @@ def test_a_server_that_ended_is_started_again_so_often_and_no_more(spawn: Any) -
         server.ensure_running()
         wait_for_end(server)
         assert server.log.read_text().count("loading") == count, "the log goes on"
-    with pytest.raises(RunError, match=rf"ended {MAX_STARTS} times; its log is {server.log}") as caught:
+    with pytest.raises(ServerLost, match=rf"ended {MAX_STARTS} times in a row; its log is {server.log}") as caught:
         server.ensure_running()
     assert "no such model" in str(caught.value)
     assert server.log.read_text().count("loading") == MAX_STARTS
+
+
+def test_a_server_that_has_generated_may_end_as_often_again(spawn: Any) -> None:
+    server = spawn(ENDS)
+    for _ in range(MAX_STARTS):
+        server.ensure_running()
+        wait_for_end(server)
+        server.has_generated()
+    for _ in range(MAX_STARTS):
+        server.ensure_running()
+        wait_for_end(server)
+    with pytest.raises(ServerLost):
+        server.ensure_running()
 
 
 def test_what_an_ended_server_left_running_goes_before_the_next_starts(spawn: Any) -> None:
@@ -284,7 +291,8 @@ def test_a_stopped_server_is_not_started_again(spawn: Any) -> None:
     server = spawn(STAYS)
     server.ensure_running()
     server.stop()
-    with pytest.raises(RunError):
+    server.has_generated()
+    with pytest.raises(RunError, match="was stopped"):
         server.ensure_running()
     assert not server.key_file.parent.exists()
 

@@ -463,7 +463,10 @@ class Spawned:
 
     def __init__(self, fake: FakeServer) -> None:
         self.fake = fake
-        self.started, self.checked, self.stopped = 0, 0, 0
+        self.started, self.checked, self.generated, self.stopped = 0, 0, 0, 0
+
+    def has_generated(self) -> None:
+        self.generated += 1
 
     def ensure_running(self) -> None:
         if self.fake._http is None:
@@ -489,11 +492,33 @@ def test_a_server_of_one_s_own_is_started_again_and_stopped(
     update(client, 3)
     assert spawned.started == 1
     assert spawned.checked >= 1
+    assert spawned.generated == 0, "taking weights is not generating"
     fake.die()
     assert_from(generate(client), 3)
     assert spawned.started == 2
+    assert spawned.generated == len(fake.generated) > 0
     client.close()
     assert spawned.stopped == 1
+
+
+@pytest.mark.parametrize("call", [lambda client: update(client, 1), lambda client: generate(client)])
+def test_a_server_of_one_s_own_that_ends_again_and_again_is_lost(
+    fake: FakeServer, policy: FakePolicy, call: Any
+) -> None:
+    spawned = Spawned(fake)
+    client = VllmClient(
+        [RolloutServer(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256}, spawned=spawned
+    )  # type: ignore[arg-type]
+    update(client, 0)
+    fake.die()
+
+    def given_up() -> None:
+        raise ServerLost("the rollout server ended 3 times in a row")
+
+    spawned.ensure_running = given_up  # type: ignore[method-assign]
+    with pytest.raises(ServerLost, match="3 times in a row"):
+        call(client)
+    client.close()
 
 
 def test_a_server_of_one_s_own_that_ended_is_not_waited_for(fake: FakeServer, policy: FakePolicy) -> None:

@@ -45,6 +45,19 @@ def test_the_kind_of_build_is_told_by_the_package(build: str) -> None:
     assert environment.is_cpu_build() == (build == "cpu")
 
 
+@pytest.mark.parametrize(("version", "expected"), [("0.32.0", False), ("0.32.0+cpu", True)])
+def test_a_cpu_build_from_source_is_told_by_its_version(
+    version: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version_of(name: str) -> str:
+        if name == "vllm":
+            return version
+        raise environment.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(environment.importlib.metadata, "version", version_of)
+    assert environment.is_cpu_build() == expected
+
+
 @on_both
 def test_nothing_is_sent_home_and_only_a_cpu_build_is_told_about_threads(build: str) -> None:
     variables: dict[str, str] = {}

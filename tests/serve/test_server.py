@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from grpo_cli.errors import UserError
-from grpo_cli.serve import server
+from grpo_cli.serve import engine_arguments, server
 from grpo_cli.serve.server import OWN_OPTIONS, ServeOptions, find_key, parse, serve, vllm_arguments
 
 KEY = "correct-horse-battery-staple"
@@ -21,7 +21,7 @@ LOCAL = ServeOptions(model="folder", host="127.0.0.1", port=8000, api_key_file=N
 
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    monkeypatch.setattr(server, "is_cpu_build", lambda: request.param == "cpu")
+    monkeypatch.setattr(engine_arguments, "is_cpu_build", lambda: request.param == "cpu")
     return str(request.param)
 
 
@@ -161,6 +161,22 @@ def test_the_user_s_later_option_wins(build: str) -> None:
     assert parsed().block_size == 32
     assert parsed("--block-size", "16").block_size == 16
     assert parsed("--no-enforce-eager").enforce_eager is False
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    "extra", [["--enable-chunked-prefill"], ["--enable_chunked_prefill"], ["--long-prefill-token-threshold=9"]]
+)
+def test_on_a_cpu_an_option_that_splits_prompts_is_refused(build: str, extra: list[str]) -> None:
+    assert parsed().enable_chunked_prefill is False
+    with pytest.raises(UserError, match=r"^grpo serve --(enable-chunked-prefill|long-prefill-token-threshold): "):
+        parsed(*extra)
+
+
+@on_gpu
+def test_on_a_gpu_vllm_decides_how_prompts_are_computed(build: str) -> None:
+    assert parsed().enable_chunked_prefill is None
+    assert parsed("--enable-chunked-prefill").enable_chunked_prefill is True
 
 
 @pytest.mark.parametrize("option", ["--allowed-origins", "--allowed_origins"])

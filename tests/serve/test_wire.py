@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import threading
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +24,8 @@ from grpo_cli.serve.wire import ALIGNMENT, Bucket, Digest, fill, plan_buckets, t
 
 DTYPES = ["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 PATIENCE_S = 20.0
+CPU = torch.device("cpu")
+BLOCKING_WAIT = "TORCH_NCCL_BLOCKING_WAIT"
 
 shapes = st.lists(st.integers(0, 9), max_size=3)
 
@@ -232,8 +238,8 @@ def test_a_gloo_group_brings_the_sender_s_bytes_to_every_other_rank() -> None:
     received: dict[int, list[torch.Tensor]] = {}
 
     def receive(rank: int) -> None:
-        mine = wire.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=PATIENCE_S))
-        group = wire.join_group("gloo", mine, rank, 3, "127.0.0.1", PATIENCE_S)
+        mine = wire.find_sender("127.0.0.1", store.port, PATIENCE_S)
+        group = wire.join_group("gloo", mine, rank, 3, "127.0.0.1", PATIENCE_S, CPU)
         received[rank] = [torch.zeros_like(flat) for flat in sent]
         for flat in received[rank]:
             wire.broadcast(group, flat)
@@ -241,7 +247,7 @@ def test_a_gloo_group_brings_the_sender_s_bytes_to_every_other_rank() -> None:
     threads = [threading.Thread(target=receive, args=(rank,), daemon=True) for rank in (1, 2)]
     for thread in threads:
         thread.start()
-    group = wire.join_group("gloo", store, 0, 3, "127.0.0.1", PATIENCE_S)
+    group = wire.join_group("gloo", store, 0, 3, "127.0.0.1", PATIENCE_S, CPU)
     for flat in sent:
         wire.broadcast(group, flat)
     for thread in threads:
@@ -251,7 +257,55 @@ def test_a_gloo_group_brings_the_sender_s_bytes_to_every_other_rank() -> None:
         assert all(map(torch.equal, flats, sent))
 
 
+def test_a_sender_that_is_gone_is_not_waited_for_as_long_as_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "FIND_TIMEOUT_S", 0.2)
+    store = wire.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
+    port = store.port
+    found = wire.find_sender("127.0.0.1", port, 600)
+    assert found.timeout == timedelta(seconds=600)
+    del store, found
+    start = time.monotonic()
+    with pytest.raises(RuntimeError):
+        wire.find_sender("127.0.0.1", port, 600)
+    assert time.monotonic() - start < PATIENCE_S
+
+
 def test_a_rank_that_nobody_meets_gives_up() -> None:
     store = wire.TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False)
     with pytest.raises(RuntimeError):
-        wire.join_group("gloo", store, 0, 2, "127.0.0.1", 0.1)
+        wire.join_group("gloo", store, 0, 2, "127.0.0.1", 0.1, CPU)
+
+
+class NcclGroup:
+    """Stands for ProcessGroupNCCL, which reads the environment as it is made."""
+
+    Options = SimpleNamespace
+    made: list[str | None]
+
+    def __init__(self, *_: Any) -> None:
+        before = os.environ.get(BLOCKING_WAIT)
+        time.sleep(0.002)
+        self.made += [before, os.environ.get(BLOCKING_WAIT)]
+
+    def broadcast(self, flats: list[torch.Tensor], options: Any) -> Any:
+        assert [flat.device for flat in flats] == [torch.device("meta")]
+        return SimpleNamespace(wait=lambda: None)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_groups_of_many_servers_are_made_at_the_same_time(
+    before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each with a wait that raises, on the device of its own side, and the environment is as it was."""
+    monkeypatch.setattr(NcclGroup, "made", [], raising=False)
+    monkeypatch.setattr(wire.dist, "ProcessGroupNCCL", NcclGroup, raising=False)
+    if before is not None:
+        monkeypatch.setenv(BLOCKING_WAIT, before)
+
+    def join(rank: int) -> Any:
+        return wire.join_group("nccl", None, rank, 16, "127.0.0.1", PATIENCE_S, torch.device("meta"))
+
+    with ThreadPoolExecutor(16) as pool:
+        assert len(list(pool.map(join, range(16)))) == 16
+    assert NcclGroup.made == ["1"] * 32
+    assert os.environ.get(BLOCKING_WAIT) == before

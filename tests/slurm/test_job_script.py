@@ -44,7 +44,7 @@ def test_four_nodes_train_against_the_fifth_and_it_ends_with_them(submit: Submit
         command = log.splitlines()[0]
         for part in (
             "--set distributed.strategy=zero3 --set a=1 --server node5:8000", "--set model.name='it''s a model'",
-            f"generation.server.api_key_file='runs/{job.name}/server-key'",
+            f"generation.server.api_key_file='runs/{job.name}/server-key'", "generation.server.timeout_s=600",
         ):  # fmt: skip
             assert part in command
         assert "--resume" not in command

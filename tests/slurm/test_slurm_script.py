@@ -14,10 +14,20 @@ import pytest
 import yaml
 
 from grpo_cli.errors import UserError
-from grpo_cli.launch.slurm_script import EXAMPLES, TEMPLATE, VARIABLES, Job, job_for_recipe, render, submit
+from grpo_cli.launch.slurm_script import (
+    CHECKPOINT_S,
+    EXAMPLES,
+    TEMPLATE,
+    VARIABLES,
+    Job,
+    job_for_recipe,
+    render,
+    submit,
+)
 from tests.slurm.cluster import SCRIPTS
 
 BASH = shutil.which("bash")
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture
@@ -103,6 +113,22 @@ def test_the_environment_overrides_every_variable() -> None:
     assert {name: values[name] for name in VARIABLES} == {
         name: shlex.quote(value) for name, value in given.items()
     }
+
+
+@pytest.mark.parametrize("name", [*EXAMPLES, "unique_chars_72b.yaml", "slow.yaml"])
+def test_the_script_waits_longer_than_training_waits_for_a_lost_server(name: str, tmp_path: Path) -> None:
+    """Training then still has its checkpoint to write."""
+    slow = {"engine": "vllm_server", "server": {"urls": ["a"], "timeout_s": 7200.5}}
+    path = write(tmp_path / name, generation=slow) if name == "slow.yaml" else RECIPES / name
+    job = EXAMPLES[name] if name in EXAMPLES else plan(path, serve_nodes=1)
+    script = render(job)
+    values = variables_of(script, SLURM_JOB_NAME="name", SLURM_JOB_ID="7")
+    expected = {"unique_chars_72b.yaml": "1800", "slow.yaml": "7201"}.get(name, "600")
+    assert values["SERVER_TIMEOUT_S"] == expected
+    assert int(values["STOP_TIMEOUT_S"]) == int(expected) + CHECKPOINT_S
+    assert '--set "generation.server.timeout_s=$SERVER_TIMEOUT_S"' in script
+    given = {"SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "7", "SERVER_TIMEOUT_S": "1000"}
+    assert variables_of(script, **given)["STOP_TIMEOUT_S"] == str(1000 + CHECKPOINT_S)
 
 
 def test_another_recipe_does_not_keep_the_examples_model() -> None:

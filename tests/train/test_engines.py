@@ -109,9 +109,9 @@ def test_a_server_of_one_s_own_is_started_and_told_of(build: Any, monkeypatch: p
         url, key = "http://127.0.0.1:8123", KEY
 
         def __init__(
-            self, model: Any, tokenizer: Any, config: Any, arguments: Any, log: Path, *, trainers: int
+            self, model: Any, tokenizer: Any, config: Any, arguments: Any, log: Path, *, training: Any
         ) -> None:
-            assert trainers == 1
+            assert list(training) == [0]
             self.config, self.arguments, self.log = config, arguments, log
 
         def ensure_running(self) -> None:
