@@ -112,14 +112,18 @@ class RowLayout:
 
     def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`; the row is the only one."""
-        if inputs.window is not None:
-            self.windows[inputs.layer] = inputs.window
+        self.note_window(inputs)
         if inputs.query.device.type != "cpu":
             return self._flex(inputs)
         attended: torch.Tensor = _BranchedAttention.apply(
             inputs.query, inputs.key, inputs.value, self.branches.groups, inputs.scale, inputs.window
         )
         return attended
+
+    def note_window(self, inputs: LayerInputs) -> None:
+        """Remember what the layer said of its window."""
+        if inputs.window is not None:
+            self.windows[inputs.layer] = inputs.window
 
     def _flex(self, inputs: LayerInputs) -> torch.Tensor:
         """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
