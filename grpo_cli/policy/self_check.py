@@ -1,10 +1,11 @@
 """What of a model's log-probabilities can be computed the fast ways, asked of the model itself on fifteen tokens.
 
-Whether a model may share prompts is two questions, and a low precision's noise must answer neither. Is its structure
-right, so that every layer hands positions, layout and window to its kernel and nothing else mixes tokens? That is
-asked in float32, where packed and plain rows agree to rounding or not at all. Does the kernel of this device work in
-the precision of training? That is asked of each layer by itself, against dense attention over the same queries, keys
-and values: differences do not add up over layers, and what rounding may do is bounded by the values' size.
+Whether a model may share prompts is two questions, and a low precision's noise must answer neither. Is its
+structure right, so that every layer hands positions, layout and window to its kernel and nothing else mixes
+tokens? That is asked in float32, where packed and plain rows agree to rounding or not at all. Does this device's
+kernel work in the precision of training? That is asked of each layer by itself, against dense attention over the
+same queries, keys and values: differences do not add up over layers, and what rounding may do is bounded by the
+size of the values.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ class _WatchedLayout(RowLayout):
     def __init__(self, branches: Branches) -> None:
         super().__init__(branches)
         self.found: dict[int, tuple[float, float, float]] = {}
-        """By layer: the error as a share of the values, and what another first branch moves in others and itself."""
+        """By layer: the error as a share of the values, what another first branch moves in others, in itself."""
 
     def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`."""

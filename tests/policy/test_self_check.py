@@ -20,7 +20,7 @@ CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config}
 
 
 def noisy(name: str) -> Any:
-    """A model with so many layers and such weights that bfloat16 moves log-probabilities by more than 0.15 nats."""
+    """A model so deep and of such weights that bfloat16 moves log-probabilities by more than 0.15 nats."""
     return build(CONFIGS[name](**DEEP), spread=0.3)
 
 
@@ -62,8 +62,7 @@ def test_wrong_positions_are_found_out_under_the_same_noise(seed: int) -> None:
             assert "nats from those of plain rows" in str(why_not_shared(PackedModel(model), seed))
 
 
-def test_half_weights_are_compared_without_a_second_model() -> None:
-    """The largest float32 tensor is one lifted weight, and the weights themselves stay what they are."""
+def test_half_weights_are_lifted_where_they_are_used_and_stay_what_they_are() -> None:
     model = noisy("llama").to(torch.bfloat16)
     with torch.no_grad():
         assert why_not_shared(PackedModel(model)) is None
