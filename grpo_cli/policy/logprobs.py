@@ -77,7 +77,7 @@ class PackedModel:
             layout = attention.RowLayout(pack.branches)
         plain_head = self.has_plain_head if plain_head is None else plain_head
         chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient, layout, plain_head)
-        return _unflatten(chosen, pack.mask), _unflatten(entropy, pack.mask)
+        return _unflatten(chosen, pack), _unflatten(entropy, pack)
 
     def _chosen(
         self,
@@ -88,7 +88,7 @@ class PackedModel:
         plain_head: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `token_logprobs`, (N,) of the unmasked places."""
-        targets = pack.targets[pack.mask]  # (N,)
+        targets = pack.targets.flatten()[pack.places]  # (N,)
         if plain_head:
             hidden = self._hidden_states(pack, layout)
             # Asked for anew each time, and late: where weights are shared out, it is whole only now.
@@ -111,12 +111,11 @@ class PackedModel:
     def _logits(self, pack: Pack, layout: attention.TokenLayout | None) -> torch.Tensor:
         """(N, V) of the places that predict completion tokens."""
         width = pack.input_ids.shape[1]
-        columns, places = torch.unique(pack.predictors % width, return_inverse=True)
-        output = self.model(**_inputs(pack, layout), logits_to_keep=columns)
+        output = self.model(**_inputs(pack, layout), logits_to_keep=pack.columns)
         logits: torch.Tensor = output.logits
         if logits.shape[1] == width:  # a model that takes no notice of `logits_to_keep`
-            logits = logits[:, columns]
-        return logits[pack.predictors // width, places]
+            logits = logits[:, pack.columns]
+        return logits[pack.predictors // width, pack.column_places]
 
     @property
     def config(self) -> Any:
@@ -176,6 +175,6 @@ def _inputs(pack: Pack, layout: attention.TokenLayout | None) -> dict[str, Any]:
     return inputs | {"attention_mask": pack.input_ids.new_ones(1, 1, 1, 1), attention.LAYOUT: layout}
 
 
-def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _unflatten(values: torch.Tensor, pack: Pack) -> torch.Tensor:
     """(N,) values of the unmasked places, in row order, to (B, T)."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+    return values.new_zeros(pack.mask.numel()).index_copy(0, pack.places, values).view(pack.mask.shape)

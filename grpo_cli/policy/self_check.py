@@ -115,7 +115,7 @@ def _check_structure(policy: PackedModel, seed: int) -> None:
     def logprobs(groups: list[Group], shared_prompt: bool) -> torch.Tensor:
         (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
         pack = pack.to(policy.device)
-        layout = None if pack.branches is None else _DenseLayout(pack.branches)
+        layout = None if pack.branches is None else DenseLayout(pack.branches)
         logprobs, _ = policy.token_logprobs(pack, 1.0, layout=layout, plain_head=False)
         windows.update(layout.windows if layout else {})
         return logprobs[pack.samples.argsort()]
@@ -181,7 +181,7 @@ def _shared_pack(policy: PackedModel, seed: int) -> Pack:
     return pack.to(policy.device)
 
 
-class _DenseLayout(RowLayout):
+class DenseLayout(RowLayout):
     """The row under a dense mask: exact in any precision, and no kernel has to be compiled for it."""
 
     def attend(self, inputs: LayerInputs) -> torch.Tensor:
