@@ -15,6 +15,7 @@ import torch
 
 from grpo_cli.algorithm.kl import token_kl
 from grpo_cli.algorithm.sampler_correction import sampler_metrics
+from grpo_cli.algorithm.transfer import to_host
 
 if TYPE_CHECKING:
     from grpo_cli.recipe.schema import LossConfig
@@ -35,6 +36,45 @@ class LossOutput:
     """Means over this micro-batch's tokens or completions, or extremes (names ending in min, max)."""
     weights: dict[str, float]
     """For each mean, the number of tokens or completions behind it: its weight over micro-batches."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the metrics of a micro-batch are taken from: they are computed when they are read, since that waits for
+    the device."""
+
+    indicators: dict[str, torch.Tensor]
+    """Metric name to (B, T) or (B, 1) values that are averaged."""
+    mask: torch.Tensor  # (B, T)
+    sampler: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None
+    """Log-probabilities of the old policy and of the sampler, and the importance ratio."""
+
+    def on_host(self) -> Measured:
+        """The same on the CPU, to be read after `transfer.wait`."""
+        sampler = None
+        if self.sampler is not None:
+            old, sampled, ratio = self.sampler
+            sampler = to_host(old), to_host(sampled), None if ratio is None else to_host(ratio)
+        indicators = {name: to_host(values) for name, values in self.indicators.items()}
+        return Measured(indicators, to_host(self.mask), sampler)
+
+    def summary(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The metrics, and the weights of those that are means; see `LossOutput`."""
+        metrics, weights = _summarise(self.indicators, self.mask)
+        if self.sampler is not None:
+            old, sampled, ratio = self.sampler
+            of_sampler = sampler_metrics(old, sampled, self.mask, ratio)
+            metrics, weights = metrics | of_sampler[0], weights | of_sampler[1]
+        return metrics, weights
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """A loss whose metrics nobody has waited for yet."""
+
+    loss: torch.Tensor
+    """Scalar, already divided by the step's normaliser: add up over micro-batches."""
+    measured: Measured
 
 
 @dataclass(frozen=True)
@@ -59,7 +99,7 @@ def policy_loss(
     sampling_logprobs: torch.Tensor | None = None,
     entropies: torch.Tensor | None = None,
     importance_ratio: torch.Tensor | None = None,
-    entropy_threshold: float | None = None,
+    entropy_threshold: float | torch.Tensor | None = None,
 ) -> LossOutput:
     """Loss of one micro-batch.
 
@@ -78,8 +118,39 @@ def policy_loss(
             whole optimizer step; taken from this micro-batch if not given.
 
     Returns:
-        LossOutput.
+        LossOutput. Its metrics are numbers, so a device is waited for.
     """
+    output = measured_loss(
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        config,
+        normalizer=normalizer,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        entropies=entropies,
+        importance_ratio=importance_ratio,
+        entropy_threshold=entropy_threshold,
+    )
+    return LossOutput(output.loss, *output.measured.summary())
+
+
+def measured_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    config: LossConfig,
+    *,
+    normalizer: float,
+    ref_logprobs: torch.Tensor | None = None,
+    sampling_logprobs: torch.Tensor | None = None,
+    entropies: torch.Tensor | None = None,
+    importance_ratio: torch.Tensor | None = None,
+    entropy_threshold: float | torch.Tensor | None = None,
+) -> MeasuredLoss:
+    """As `policy_loss`, without waiting for a device."""
     mask = mask.to(logprobs.dtype)
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages  # (B, 1) or (B, T)
     log_ratio = logprobs - old_logprobs
@@ -113,11 +184,8 @@ def policy_loss(
         token_loss = token_loss + config.beta * kl
 
     loss = _weighted_token_sum(token_loss, mask, config) / max(normalizer, 1.0)
-    metrics, weights = _summarise(indicators, mask)
-    if sampling_logprobs is not None:
-        of_sampler = sampler_metrics(old_logprobs, sampling_logprobs, mask, importance_ratio)
-        metrics, weights = metrics | of_sampler[0], weights | of_sampler[1]
-    return LossOutput(loss, metrics, weights)
+    sampler = None if sampling_logprobs is None else (old_logprobs, sampling_logprobs, importance_ratio)
+    return MeasuredLoss(loss, Measured(indicators, mask, sampler))
 
 
 def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_tokens: int) -> float:
@@ -179,15 +247,42 @@ def on_policy_mask(
     return ((advantages >= 0) | (mean_drift <= threshold)).to(mask.dtype)
 
 
-def high_entropy_threshold(entropies: torch.Tensor, mask: torch.Tensor, quantile: float) -> float:
+def high_entropy_threshold(entropies: torch.Tensor, mask: torch.Tensor, quantile: float) -> torch.Tensor:
     """Entropy that the top `quantile` of the unmasked tokens reach ("80/20", arXiv:2506.01939); inf if none.
 
     Lowered by ENTROPY_SLACK, so that rounding does not decide about the token that sits on the quantile.
+
+    Returns:
+        () in float64.
     """
-    unmasked = entropies.detach()[mask.bool()].float()
-    if unmasked.numel() == 0:
-        return math.inf
-    return float(torch.quantile(unmasked, 1 - quantile)) - ENTROPY_SLACK
+    return masked_quantile(entropies.detach().float(), mask.bool(), 1 - quantile).double() - ENTROPY_SLACK
+
+
+def masked_quantile(values: torch.Tensor, mask: torch.Tensor, quantile: float) -> torch.Tensor:
+    """What `torch.quantile` gives for the unmasked values, which it refuses to do for more than 2^24 of them.
+
+    Interpolated between the two nearest, its place in the order rounded to the values' precision as there. NaN if
+    one of them is, inf if there is none. Waits for no device.
+
+    Args:
+        values: of any shape.
+        mask: bool, of the same shape.
+        quantile: between 0 and 1.
+
+    Returns:
+        ()
+    """
+    if values.numel() == 0:
+        return values.new_full((), math.inf)
+    ordered = torch.where(mask, values, math.inf).flatten().sort().values
+    count = mask.sum()
+    last = (count - 1).clamp(min=0)
+    place = last.to(values.dtype) * quantile
+    below, above = place.floor().long(), place.ceil().long()
+    lower, upper = (ordered.take(end.minimum(last)) for end in (below, above))
+    found = lower.lerp(upper, place - below)
+    found = torch.where((mask & values.isnan()).any(), math.nan, found)
+    return torch.where(count > 0, found, math.inf)
 
 
 def _clipped(

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from grpo_cli.algorithm.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Group:
@@ -65,28 +67,36 @@ class Branches:
         return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
 
     def to(self, device: torch.device) -> Branches:
-        return Branches(
-            self.groups, self.group_ids.to(device), self.branch_ids.to(device), self.positions.to(device)
-        )
+        parts = (to_device(part, device) for part in (self.group_ids, self.branch_ids, self.positions))
+        return Branches(self.groups, *parts)
 
 
 @dataclass(frozen=True)
 class Pack:
-    """What one forward pass needs: R rows of L tokens that hold B completions of at most T tokens."""
+    """What one forward pass needs: R rows of L tokens that hold B completions of at most T tokens.
+
+    Places are found when it is built: to look for them on a device would be to wait for it.
+    """
 
     input_ids: torch.Tensor  # (R, L)
     position_ids: torch.Tensor  # (R, L)
     attention_mask: torch.Tensor | None  # (R, L) of plain rows
     branches: Branches | None  # of a shared-prompt row
     predictors: torch.Tensor  # (N,) places in the flattened rows whose hidden states predict completion tokens
+    columns: torch.Tensor  # (C,) in which there are predictors, in whatever rows
+    column_places: torch.Tensor  # (N,) of each predictor among the C columns
     targets: torch.Tensor  # (B, T) completion token ids, 0 on padding
     mask: torch.Tensor  # (B, T) bool, True on the N completion tokens
-    samples: torch.Tensor  # (B,) where each completion stands in the step's tensors
+    places: torch.Tensor  # (N,) of these in the flattened mask
+    samples: torch.Tensor  # (B,) where each completion stands in the step's tensors: on the CPU, where those are
 
     def to(self, device: torch.device) -> Pack:
-        moved: dict[str, Any] = {
-            name: value if value is None else value.to(device) for name, value in vars(self).items()
-        }
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor) and name != "samples":
+                moved[name] = to_device(value, device)
+            else:
+                moved[name] = value.to(device) if isinstance(value, Branches) else value
         return Pack(**moved)
 
 
@@ -149,8 +159,11 @@ def empty_pack(*, shared_prompt: bool) -> Pack:
         attention_mask=None if shared_prompt else torch.ones_like(one),
         branches=branches_of([1], [[]]) if shared_prompt else None,
         predictors=none,
+        columns=none,
+        column_places=none,
         targets=torch.zeros(0, 1, dtype=torch.long),
         mask=torch.zeros(0, 1, dtype=torch.bool),
+        places=none,
         samples=none,
     )
 
@@ -189,8 +202,18 @@ def _build(groups: Sequence[Group], shared_prompt: bool) -> Pack:
     lengths = torch.tensor([len(completion) for completion in completions])
     mask = torch.arange(targets.shape[1]) < lengths[:, None]  # (B, T)
     samples = torch.tensor([sample for group in groups for sample in group.samples])
-    layout = _shared_prompt_layout if shared_prompt else _row_layout
-    return Pack(**layout(groups), targets=targets, mask=mask, samples=samples)
+    layout = _shared_prompt_layout(groups) if shared_prompt else _row_layout(groups)
+    width = layout["input_ids"].shape[1]
+    columns, column_places = torch.unique(layout["predictors"] % width, return_inverse=True)
+    return Pack(
+        **layout,
+        columns=columns,
+        column_places=column_places,
+        targets=targets,
+        mask=mask,
+        places=mask.flatten().nonzero().squeeze(1),
+        samples=samples,
+    )
 
 
 def _shared_prompt_layout(groups: Sequence[Group]) -> dict[str, Any]:

@@ -13,20 +13,21 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_cli.algorithm.packing import BranchedGroup, Branches
+from grpo_cli.errors import RunError
+from grpo_cli.policy.block_mask import block_mask, bucket
 
 KERNEL = "shared_prompt"
 LAYOUT = "token_layout"
 """Keyword argument of a model's forward that says how its tokens see each other."""
-
-SMALLEST_BUCKET = 512
-"""FlexAttention sees rows of this length times powers of two, so that it is compiled a few times, not for each."""
 
 COMPILED_VARIANTS = 64
 """Shapes and modes that FlexAttention may be compiled for."""
@@ -112,8 +113,7 @@ class RowLayout:
 
     def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`; the row is the only one."""
-        if inputs.window is not None:
-            self.windows[inputs.layer] = inputs.window
+        self.note_window(inputs)
         if inputs.query.device.type != "cpu":
             return self._flex(inputs)
         attended: torch.Tensor = _BranchedAttention.apply(
@@ -121,50 +121,53 @@ class RowLayout:
         )
         return attended
 
+    @property
+    def _is_lone_prompt(self) -> bool:
+        return len(self.branches.groups) == 1 and not self.branches.groups[0].branch_lengths
+
+    def note_window(self, inputs: LayerInputs) -> None:
+        """Remember what the layer said of its window."""
+        if inputs.window is not None:
+            self.windows[inputs.layer] = inputs.window
+
     def _flex(self, inputs: LayerInputs) -> torch.Tensor:
         """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
         length, window = inputs.query.shape[2], inputs.window
+        if self._is_lone_prompt and (window is None or length <= window):
+            parts = inputs.query, inputs.key, inputs.value
+            return scaled_dot_product_attention(*parts, is_causal=True, scale=inputs.scale, enable_gqa=True)
         if window not in self._block_masks:
             self._block_masks[window] = block_mask(self.branches, window)
         padding = (0, 0, 0, bucket(length) - length)
-        query, key, value = (
-            torch.nn.functional.pad(part, padding).contiguous()
-            for part in (inputs.query, inputs.key, inputs.value)
-        )
-        attended: torch.Tensor = _compiled_flex_attention()(
-            query, key, value, block_mask=self._block_masks[window], scale=inputs.scale, enable_gqa=True
-        )
+        parts = tuple(pad(part, padding).contiguous() for part in (inputs.query, inputs.key, inputs.value))
+        mask = self._block_masks[window]
+        attended = compiled_flex_attention(*parts, block_mask=mask, scale=inputs.scale, enable_gqa=True)
         return attended[:, :, :length]
 
 
-def bucket(length: int) -> int:
-    """The least of SMALLEST_BUCKET times a power of two that holds `length`."""
-    return SMALLEST_BUCKET * 2 ** max(0, math.ceil(math.log2(length / SMALLEST_BUCKET)))
+def compiled_flex_attention(*inputs: torch.Tensor, **options: Any) -> torch.Tensor:
+    """FlexAttention in one kernel.
 
-
-def block_mask(branches: Branches, window: int | None) -> BlockMask:
-    """What `Branches.sees` says, for a row that is padded to its bucket; padding sees padding."""
-    length = bucket(len(branches.positions))
-    padding = (0, length - len(branches.positions))
-    padded = Branches(
-        branches.groups,
-        torch.nn.functional.pad(branches.group_ids, padding, value=-1),
-        torch.nn.functional.pad(branches.branch_ids, padding),
-        torch.nn.functional.pad(branches.positions, padding),
-    )
-
-    def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return padded.sees(query, key, window)
-
-    return create_block_mask(visible, None, None, length, length, device=str(branches.positions.device))
+    Raises:
+        RunError: it would have to be compiled for more than COMPILED_VARIANTS shapes and modes.
+    """
+    # Each bucket compiles anew for generation, scoring and training, with and without a window. torch keeps the
+    # limit for each thread, that of backward passes included, in which gradient checkpointing computes again.
+    with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):
+        try:
+            attended: torch.Tensor = _compiled()(*inputs, **options)
+        except FailOnRecompileLimitHit as error:
+            raise RunError(
+                f"FlexAttention has been compiled {COMPILED_VARIANTS} times, and is asked for one shape more; "
+                "set model.attn_implementation to eager, or train.max_tokens_per_microbatch to one pack size"
+            ) from error
+    return attended
 
 
 @functools.cache
-def _compiled_flex_attention() -> Any:
-    # Past this limit torch falls back to whole score matrices with no more than a warning. Each bucket compiles
-    # anew for generation, scoring and training, with and without a window.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_VARIANTS)
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled() -> Any:
+    # As a whole, or past the limit torch falls back to whole score matrices with no more than a warning.
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 class _BranchedAttention(torch.autograd.Function):

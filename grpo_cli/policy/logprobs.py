@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from grpo_cli.algorithm.packing import Group, Pack, pack_groups
-from grpo_cli.policy import attention
+from grpo_cli.algorithm.packing import Pack
+from grpo_cli.policy import attention, self_check
 from grpo_cli.policy.model import base_model, evaluating
 from grpo_cli.policy.output_head import OutputHead, chosen_logprobs
-
-logger = logging.getLogger("grpo_cli")
-
-SELF_CHECK_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.15}
-"""Largest difference in log-probability that rounding may cause between two ways to compute it."""
-
-SHARED_LAYERS = {"full_attention", "sliding_attention", "global"}
-"""Kinds of layers, as configurations name them, that can compute a shared-prompt row."""
 
 
 class PackedModel:
     """A causal language model of transformers and the fastest right way to its log-probabilities.
 
-    Found out once, on a few tokens: whether the model computes the same from a shared-prompt pack as from plain
+    Found out once, by `self_check`: whether the model computes the same from a shared-prompt pack as from plain
     rows, and whether its output head is a matrix that can be applied in chunks of tokens. Whatever fails there is
     computed the plain way.
 
@@ -40,16 +31,32 @@ class PackedModel:
     ) -> None:
         self.model = model
         self.device: torch.device = device or next(model.parameters()).device
-        self.has_plain_head = False
-        self.shares_prompts = False
-        self._is_whole = run is None
+        self.is_whole = run is None
+        """Whether this process runs the model by itself."""
         self._run = run or _call
         with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
-            self._check_head()
-            self._check_shared_prompts()
+            self.has_plain_head = self_check.has_plain_head(self)
+            self.why_not_shared = self_check.why_not_shared(self)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether it takes shared-prompt packs."""
+        return self.why_not_shared is None
+
+    def take_plain_rows(self, why: str) -> None:
+        """Share no prompts any more, for a reason that lies elsewhere."""
+        self.why_not_shared = why
+        if self.config._attn_implementation == attention.KERNEL:
+            base_model(self.model).set_attn_implementation("sdpa")
 
     def token_logprobs(
-        self, pack: Pack, temperature: float, *, entropy_gradient: bool = False
+        self,
+        pack: Pack,
+        temperature: float,
+        *,
+        entropy_gradient: bool = False,
+        layout: attention.TokenLayout | None = None,
+        plain_head: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each completion token and entropy of the distribution it was drawn from.
 
@@ -60,18 +67,29 @@ class PackedModel:
             pack: on the model's device.
             temperature: of sampling.
             entropy_gradient: let gradients flow through the entropies.
+            layout: what computes the attention of a shared-prompt pack, if not `RowLayout`.
+            plain_head: apply the output head in chunks; `has_plain_head` if not given.
 
         Returns:
             Two (B, T) tensors, 0 on padding.
         """
-        chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient)
-        return _unflatten(chosen, pack.mask), _unflatten(entropy, pack.mask)
+        if layout is None and pack.branches is not None:
+            layout = attention.RowLayout(pack.branches)
+        plain_head = self.has_plain_head if plain_head is None else plain_head
+        chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient, layout, plain_head)
+        return _unflatten(chosen, pack), _unflatten(entropy, pack)
 
-    def _chosen(self, pack: Pack, temperature: float, entropy_gradient: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    def _chosen(
+        self,
+        pack: Pack,
+        temperature: float,
+        entropy_gradient: bool,
+        layout: attention.TokenLayout | None,
+        plain_head: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `token_logprobs`, (N,) of the unmasked places."""
-        layout = None if pack.branches is None else attention.RowLayout(pack.branches)
-        targets = pack.targets[pack.mask]  # (N,)
-        if self.has_plain_head:
+        targets = pack.targets.flatten()[pack.places]  # (N,)
+        if plain_head:
             hidden = self._hidden_states(pack, layout)
             # Asked for anew each time, and late: where weights are shared out, it is whole only now.
             head = OutputHead.of(self.model)
@@ -84,103 +102,33 @@ class PackedModel:
             chosen, entropy = logprobs_of_logits(logits, targets, temperature, entropy_gradient=entropy_gradient)
         return chosen, entropy
 
-    def _hidden_states(self, pack: Pack, layout: attention.RowLayout | None) -> torch.Tensor:
+    def _hidden_states(self, pack: Pack, layout: attention.TokenLayout | None) -> torch.Tensor:
         """(N, D) of the places that predict completion tokens."""
         output = base_model(self.model).get_decoder()(**_inputs(pack, layout))
         hidden: torch.Tensor = output.last_hidden_state
         return hidden.flatten(0, 1)[pack.predictors]
 
-    def _logits(self, pack: Pack, layout: attention.RowLayout | None) -> torch.Tensor:
+    def _logits(self, pack: Pack, layout: attention.TokenLayout | None) -> torch.Tensor:
         """(N, V) of the places that predict completion tokens."""
         width = pack.input_ids.shape[1]
-        columns, places = torch.unique(pack.predictors % width, return_inverse=True)
-        output = self.model(**_inputs(pack, layout), logits_to_keep=columns)
+        output = self.model(**_inputs(pack, layout), logits_to_keep=pack.columns)
         logits: torch.Tensor = output.logits
         if logits.shape[1] == width:  # a model that takes no notice of `logits_to_keep`
-            logits = logits[:, columns]
-        return logits[pack.predictors // width, places]
-
-    def _check_head(self) -> None:
-        """Take the chunked head if it gives what the model itself gives."""
-        groups, _ = _self_check_groups(self._config.vocab_size)
-        (pack,) = pack_groups(groups, 64, shared_prompt=False)
-        pack = pack.to(self.device)
-        expected, _ = self.token_logprobs(pack, 1.0)
-        self.has_plain_head = OutputHead.of(self.model) is not None
-        try:
-            actual, _ = self.token_logprobs(pack, 1.0)
-        except (RuntimeError, ValueError, TypeError, AttributeError):
-            self.has_plain_head = False
-            return
-        if (actual - expected).abs().max() > self._tolerance:
-            self.has_plain_head = False
-
-    def _check_shared_prompts(self) -> None:
-        config = self._config
-        kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-        if config._attn_implementation not in ("sdpa", attention.KERNEL) or not SHARED_LAYERS.issuperset(kinds):
-            return
-        attention.install(base_model(self.model))
-        try:
-            self.shares_prompts = self._computes_shared_prompts()
-        except Exception as error:  # of any kind: the model's code, its hooks and a GPU's compiler run in there
-            logger.debug(f"prompts are not shared: {type(error).__name__}: {error}")
-        if not self.shares_prompts:
-            base_model(self.model).set_attn_implementation("sdpa")
-
-    def _computes_shared_prompts(self) -> bool:
-        """Ask the model: a layer that drops the layout, the positions or its window gives itself away."""
-        groups, changed = _self_check_groups(self._config.vocab_size)
-
-        def logprobs(groups: list[Group], shared_prompt: bool) -> torch.Tensor:
-            (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
-            logprobs, _ = self.token_logprobs(pack.to(self.device), 1.0)
-            return logprobs[pack.samples.argsort()]
-
-        packed = logprobs(groups, True)
-        difference = (packed - logprobs(groups, False)).abs().max().item()
-        # Where one completion's tokens move another's log-probabilities, however little, something leaks.
-        moved = (packed - logprobs(changed, True)).abs()
-        leak, effect = moved[1:].max().item(), moved[0].max().item()
-        same = difference < self._tolerance and leak < 1e-3 * effect and self._windows_arrive(groups)
-        return same and self._has_gradient(groups)
-
-    def _windows_arrive(self, groups: list[Group]) -> bool:
-        """Whether every layer with a sliding window tells the kernel so; these rows are too short to show it."""
-        config = self._config
-        (pack,) = pack_groups(groups, 64)
-        pack = pack.to(self.device)
-        assert pack.branches is not None
-        layout = attention.RowLayout(pack.branches)
-        self._run(self._hidden_states, pack, layout)
-        window = getattr(config, "sliding_window", None)
-        if not window or not getattr(config, "use_sliding_window", True):
-            return not layout.windows
-        kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
-        sliding = {layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"}
-        return layout.windows == dict.fromkeys(sliding, window)
-
-    def _has_gradient(self, groups: list[Group]) -> bool:
-        """Whether the kernel's backward pass runs, rather than fail after a whole rollout.
-
-        Not asked where others run the model: their bookkeeping of gradients is for optimizer steps.
-        """
-        trained = next((p for p in self.model.parameters() if p.requires_grad), None)
-        if trained is None or not self._is_whole:
-            return True
-        (pack,) = pack_groups(groups, 64)
-        with torch.enable_grad():
-            logprobs, _ = self.token_logprobs(pack.to(self.device), 1.0)
-            (gradient,) = torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)
-        return gradient is None or bool(gradient.isfinite().all())
+            logits = logits[:, pack.columns]
+        return logits[pack.predictors // width, pack.column_places]
 
     @property
-    def _config(self) -> Any:
+    def config(self) -> Any:
+        """Of the model, or of its part that reads text."""
         return self.model.config.get_text_config()
 
     @property
-    def _tolerance(self) -> float:
-        return SELF_CHECK_TOLERANCE.get(forward_dtype(self.model, self.device), 0.15)
+    def dtype(self) -> torch.dtype:
+        """The precision that a forward pass runs in, autocast considered."""
+        if torch.is_autocast_enabled(self.device.type):
+            return torch.get_autocast_dtype(self.device.type)
+        dtype: torch.dtype = next(self.model.parameters()).dtype
+        return dtype
 
 
 def _call(compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -198,14 +146,6 @@ def logprobs_of_logits(
         probabilities = (scaled - log_total[:, None]).exp()
         entropy = log_total - (probabilities * scaled).sum(-1)
     return chosen, entropy
-
-
-def forward_dtype(model: Any, device: torch.device) -> torch.dtype:
-    """The precision that a forward pass of `model` on `device` runs in, autocast considered."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.get_autocast_dtype(device.type)
-    dtype: torch.dtype = next(model.parameters()).dtype
-    return dtype
 
 
 def steady_positions(model: Any) -> int | None:
@@ -227,7 +167,7 @@ def steady_positions(model: Any) -> int | None:
     return min(limits, default=None)
 
 
-def _inputs(pack: Pack, layout: attention.RowLayout | None) -> dict[str, Any]:
+def _inputs(pack: Pack, layout: attention.TokenLayout | None) -> dict[str, Any]:
     inputs = {"input_ids": pack.input_ids, "position_ids": pack.position_ids, "use_cache": False}
     if layout is None:
         return inputs | {"attention_mask": pack.attention_mask}
@@ -235,15 +175,6 @@ def _inputs(pack: Pack, layout: attention.RowLayout | None) -> dict[str, Any]:
     return inputs | {"attention_mask": pack.input_ids.new_ones(1, 1, 1, 1), attention.LAYOUT: layout}
 
 
-def _unflatten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def _unflatten(values: torch.Tensor, pack: Pack) -> torch.Tensor:
     """(N,) values of the unmasked places, in row order, to (B, T)."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
-
-
-def _self_check_groups(vocab_size: int) -> tuple[list[Group], list[Group]]:
-    """Two groups of random tokens, and the same with another first completion."""
-    tokens = torch.randint(vocab_size, (15,), generator=torch.Generator().manual_seed(0)).tolist()
-    other = Group(tokens[8:9], [tokens[9:12]], [2])
-    groups = [Group(tokens[:3], [tokens[3:6], tokens[6:8]], [0, 1]), other]
-    changed = [Group(tokens[:3], [tokens[12:], tokens[6:8]], [0, 1]), other]
-    return groups, changed
+    return values.new_zeros(pack.mask.numel()).index_copy(0, pack.places, values).view(pack.mask.shape)

@@ -103,8 +103,8 @@ def chosen_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target under softmax(logits / temperature), and that distribution's entropy.
 
-    The product runs in autocast's precision where there is one, else in the weight's; everything after it, and the
-    sum of the weight's gradient over chunks, in float32 (float64 where both hidden states and weight are).
+    The product runs in autocast's precision where there is one, else in the wider of hidden states' and weight's;
+    everything after it, and the sum of the weight's gradient over chunks, in float32 (float64 where both are).
 
     Args:
         hidden: (N, D), what the output head is applied to.
@@ -118,7 +118,7 @@ def chosen_logprobs(
         Two (N,) tensors.
     """
     device = hidden.device.type
-    dtype = head.weight.dtype
+    dtype = torch.promote_types(head.weight.dtype, hidden.dtype)
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     trained = any(tensor is not None and tensor.requires_grad for tensor in (head.weight, head.bias))

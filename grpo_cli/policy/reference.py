@@ -44,10 +44,6 @@ class Reference:
         self._policy = policy
         self._own = other
 
-    @property
-    def shares_prompts(self) -> bool:
-        return (self._own or self._policy).shares_prompts
-
     @contextmanager
     def model(self) -> Iterator[PackedModel]:
         """The reference model, for forward passes only."""

@@ -6,7 +6,7 @@ between two steps and going on elsewhere changes nothing.
 
 from __future__ import annotations
 
-from grpo_cli.algorithm.losses import groups_to_forward, loss_normalizer, policy_loss
+from grpo_cli.algorithm.losses import groups_to_forward, loss_normalizer, measured_loss
 from grpo_cli.algorithm.packing import plan_minibatches
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.train.collect import collect_groups, kept_advantages, rows_of
@@ -63,7 +63,7 @@ def train_loop(run: Run, session: Session) -> None:
                         logprobs, entropies = run.policy.token_logprobs(
                             pack, temperature, entropy_gradient=loss_config.entropy_coef > 0
                         )
-                    output = policy_loss(
+                    output = measured_loss(
                         logprobs,
                         tensors.old_logprobs_of(pack, logprobs),
                         tensors.share(advantages, pack),

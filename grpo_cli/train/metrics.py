@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
-from grpo_cli.algorithm.losses import LossOutput
+from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
+from grpo_cli.algorithm.transfer import wait
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.checkpoint import write_text
@@ -24,29 +25,46 @@ Metrics = dict[str, float]
 
 
 class MetricMeans:
-    """Combines the metrics of micro-batches: means by their weights, the others by extremes."""
+    """Combines the metrics of micro-batches: means by their weights, the others by extremes.
+
+    Numbers are read from the device at the end, all at once.
+    """
 
     def __init__(self) -> None:
+        self._unread: list[Callable[[], tuple[Metrics, Metrics]]] = []
+        """Metrics and the weights of the means among them, in the order in which they came."""
         self._sums: dict[str, float] = defaultdict(float)
         self._weights: dict[str, float] = defaultdict(float)
         self._extremes: Metrics = {}
 
-    def add(self, output: LossOutput) -> None:
-        for name, weight in output.weights.items():
-            self.add_value(name, output.metrics[name], weight)
-        self._add_extremes({name: value for name, value in output.metrics.items() if name not in output.weights})
+    def add(self, output: LossOutput | MeasuredLoss) -> None:
+        if isinstance(output, MeasuredLoss):
+            self._unread.append(output.measured.on_host().summary)
+        else:
+            numbers = output.metrics, output.weights
+            self._unread.append(lambda: numbers)
+
+    def add_value(self, name: str, value: float, weight: float = 1.0) -> None:
+        self._unread.append(lambda: ({name: value}, {name: weight}))
+
+    def _read(self) -> None:
+        wait()
+        for numbers in self._unread:
+            metrics, weights = numbers()
+            for name, weight in weights.items():
+                self._sums[name] += metrics[name] * weight
+                self._weights[name] += weight
+            self._add_extremes({name: value for name, value in metrics.items() if name not in weights})
+        self._unread.clear()
 
     def _add_extremes(self, values: Metrics) -> None:
         for name, value in values.items():
             pick = min if name.endswith(("_min", "/min")) else max
             self._extremes[name] = pick(self._extremes.get(name, value), value)
 
-    def add_value(self, name: str, value: float, weight: float = 1.0) -> None:
-        self._sums[name] += value * weight
-        self._weights[name] += weight
-
     def result(self, ranks: Ranks) -> Metrics:
         """The metrics of all micro-batches of all ranks."""
+        self._read()
         joined = MetricMeans()
         for sums, weights, extremes in ranks.gather((dict(self._sums), dict(self._weights), self._extremes)):
             for name, total in sums.items():

@@ -6,7 +6,7 @@ All that can be wrong with a recipe's files, rewards and model is found here, be
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,11 +124,14 @@ class Run:
     dataset: PromptDataset
     eval_dataset: PromptDataset | None
     sampler: PromptSampler
-    shared_prompt: bool
-    """Whether policy and reference take shared-prompt packs."""
     max_steps: int
     notes: list[str] = field(default_factory=list)
     """What the user should know before the run starts."""
+
+    @property
+    def shared_prompt(self) -> bool:
+        """Whether policy and reference, on all ranks, take shared-prompt packs."""
+        return self.policy.shares_prompts
 
     def to_device(self, pack: Pack) -> Pack:
         return pack.to(self.ranks.device)
@@ -212,12 +215,11 @@ def build_run(
     spread.prepare(model, optimizer)
     run_frozen = None if frozen is None else spread.prepare_frozen(frozen)
     autocast = autocast_for(recipe.model, ranks.device)
-    with autocast():  # the self-check sees the precision that training will have
+    with autocast():  # the self-check runs the kernels in the precision that training will have
         policy = PackedModel(model, spread.run, ranks.device)
-        reference = None
-        if needs_reference:
-            other = None if frozen is None else PackedModel(frozen, run_frozen, ranks.device)
-            reference = Reference(policy, other)
+        other = None if frozen is None else PackedModel(frozen, run_frozen, ranks.device)
+    reference = Reference(policy, other) if needs_reference else None
+    agree_on_sharing(ranks, {"the policy": policy} | ({} if other is None else {"the reference": other}))
     engine = build_engine(recipe, policy, tokenizer, autocast, note, ranks, spread)
     run = Run(
         recipe=recipe,
@@ -235,11 +237,19 @@ def build_run(
         dataset=dataset,
         eval_dataset=eval_dataset,
         sampler=PromptSampler(len(dataset), recipe.train.prompts_per_step, recipe.train.seed, recipe.data.shuffle),
-        shared_prompt=policy.shares_prompts and (reference is None or reference.shares_prompts),
         max_steps=recipe.train.number_of_steps(len(dataset)),
     )
     run.notes = list(_notes(run))
     return run
+
+
+def agree_on_sharing(ranks: Ranks, models: Mapping[str, PackedModel]) -> None:
+    """Have all models of all ranks share prompts, or none: where one cannot, all know the first reason."""
+    own = [f"{name}: {model.why_not_shared}" for name, model in models.items() if not model.shares_prompts]
+    reasons = [reason for of_rank in ranks.gather(own) for reason in of_rank]
+    for model in models.values():
+        if reasons:
+            model.take_plain_rows(reasons[0])
 
 
 def _notes(run: Run) -> Sequence[str]:
@@ -254,7 +264,8 @@ def _notes(run: Run) -> Sequence[str]:
             notes.append(f"{data.rows.setting}: {done} of {total} prompts over {limit} tokens")
     notes.extend(unused_settings(run.recipe, conversational=run.dataset.rows.conversational))
     if not run.shared_prompt:
-        notes.append("prompts cannot be shared in this model's layers: each completion is a padded row of its own")
+        why = run.policy.why_not_shared
+        notes.append(f"prompts are not shared, each completion is a padded row of its own: {why}")
     return notes
 
 
@@ -264,7 +275,8 @@ def autocast_for(config: ModelConfig, device: torch.device) -> Autocast:
     Raises:
         UserError: bfloat16 is asked for on a GPU that has none.
     """
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    # Emulated bfloat16, which torch counts as support otherwise, is slower than float32.
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     wanted = config.compute_dtype
     if wanted == "auto":
         wanted = "bfloat16" if device.type == "cuda" and has_bfloat16 else "float32"

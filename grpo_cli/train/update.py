@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo_cli.algorithm.losses import LossOutput, groups_to_forward, high_entropy_threshold
+from grpo_cli.algorithm.losses import MeasuredLoss, groups_to_forward, high_entropy_threshold
 from grpo_cli.algorithm.packing import Group, Pack, deal_groups, empty_pack, pack_groups
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
+from grpo_cli.algorithm.transfer import to_device, to_host, wait
 from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import evaluating
@@ -40,7 +41,8 @@ def packs_of(run: Run, groups: Sequence[Group]) -> list[Pack]:
 
 @dataclass(frozen=True)
 class StepTensors:
-    """What belongs to a step's N completions of at most T tokens; the `…_of` methods give a pack's share of it."""
+    """What belongs to a step's N completions of at most T tokens, on the CPU; the `…_of` methods give a pack's
+    share of it, on its device."""
 
     trained: torch.Tensor  # (N,) False for completions that stay out of the loss
     mask: torch.Tensor  # (N, T) 1 on tokens that are trained on
@@ -48,6 +50,8 @@ class StepTensors:
     ref_logprobs: torch.Tensor | None  # (N, T)
     old_logprobs: torch.Tensor  # (N, T) under the policy that sampled, where `has_old` says so
     has_old: torch.Tensor  # (N,)
+    kept_logprobs: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The same of packs that were not scored beforehand, by their first sample: (B, T), on their device."""
 
     @classmethod
     def prepare(cls, run: Run, rollout: Rollout, kept: Sequence[int]) -> StepTensors:
@@ -97,12 +101,9 @@ class StepTensors:
 
     def old_logprobs_of(self, pack: Pack, logprobs: torch.Tensor) -> torch.Tensor:
         """(B, T); those of the policy itself while nothing has been updated since the rollout: they are kept."""
-        samples = pack.samples.cpu()
-        if self.has_old[samples].all():
+        if self.has_old[pack.samples].all():
             return self.share(self.old_logprobs, pack)
-        self.old_logprobs[samples, : pack.mask.shape[1]] = logprobs.detach().cpu()
-        self.has_old[samples] = True
-        return logprobs.detach()
+        return self.kept_logprobs.setdefault(int(pack.samples[0]), logprobs.detach())
 
     def sampler_ratio_of(
         self, pack: Pack, logprobs: torch.Tensor, config: SamplerCorrectionConfig | None
@@ -120,10 +121,10 @@ class StepTensors:
     @staticmethod
     def share(values: torch.Tensor, pack: Pack) -> torch.Tensor:
         """(N,) or (N, T) values of the whole step to the (B,) or (B, T) of a pack, on its device."""
-        share = values[pack.samples.to(values.device)]
+        share = values[pack.samples]
         if share.dim() == 2:
             share = share[:, : pack.mask.shape[1]]
-        return share.to(pack.mask.device)
+        return to_device(share, pack.mask.device)
 
 
 @torch.no_grad()
@@ -136,13 +137,19 @@ def _score(
     entropies: torch.Tensor | None = None,
 ) -> None:
     """Fill the given (N, T) tensors with the log-probabilities and entropies of `packs` under `model`."""
+    targets = [logprobs, entropies]
+    found: list[list[torch.Tensor | None]] = []
     with evaluating(model.model):
         for pack in packs:
             with run.autocast():
                 outputs = model.token_logprobs(run.to_device(pack), run.recipe.generation.temperature)
-            for target, values in zip((logprobs, entropies), outputs, strict=True):
-                if target is not None:
-                    target[pack.samples, : pack.mask.shape[1]] = values.cpu()
+            pairs = zip(outputs, targets, strict=True)
+            found.append([None if target is None else to_host(values) for values, target in pairs])
+    wait()
+    for pack, outputs_on_host in zip(packs, found, strict=True):
+        for target, values in zip(targets, outputs_on_host, strict=True):
+            if target is not None and values is not None:
+                target[pack.samples, : pack.mask.shape[1]] = values
 
 
 class OptimizerStep:
@@ -152,7 +159,7 @@ class OptimizerStep:
         self._run = run
         self._scheduler = session.scheduler
         self._step = step
-        self._loss = 0.0
+        self._losses: list[torch.Tensor] = []
         self.entropy_threshold = self._entropy_threshold(packs, tensors)
         run.strategy.zero_grad()
 
@@ -166,11 +173,11 @@ class OptimizerStep:
         _score(self._run, self._run.policy, packs, entropies=entropies)
         for pack in packs:
             mask[pack.samples, : pack.mask.shape[1]] = tensors.mask_of(pack)
-        return high_entropy_threshold(ranks.sum(entropies), ranks.sum(mask), quantile)
+        return high_entropy_threshold(ranks.sum(entropies), ranks.sum(mask), quantile).item()
 
-    def backward(self, output: LossOutput) -> None:
+    def backward(self, output: MeasuredLoss) -> None:
         self._run.strategy.backward(output.loss)
-        self._loss += output.loss.item()
+        self._losses.append(to_host(output.loss))
 
     def apply(self, means: MetricMeans) -> None:
         """Clip the gradient, update the policy, and note loss, gradient norm and learning rate.
@@ -178,7 +185,8 @@ class OptimizerStep:
         Raises:
             RunError: the gradient is not finite; the policy is not to be used any more.
         """
-        loss = sum(self._run.ranks.gather(self._loss))
+        wait()
+        loss = sum(self._run.ranks.gather(sum((loss.item() for loss in self._losses), 0.0)))
         try:
             norm = self._run.strategy.step()
         except GradientNotFinite as error:

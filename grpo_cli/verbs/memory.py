@@ -25,6 +25,10 @@ HEAD_BLOCK_BYTES = 64 * 2**20
 CACHE_TOKENS = 65_536
 """As in `train.run`, `policy.output_head` and `rollout.memory`, for a GPU. Those modules need torch."""
 
+MASK_BLOCK = 128
+SMALLEST_MASK = 512
+"""As in `policy.block_mask`: tokens of a block, and of the shortest of the rows that others are padded to."""
+
 DDP_BUCKET_BYTES = 64 * 2**20
 """Gradients that are summed in one call under `ddp`."""
 
@@ -272,6 +276,7 @@ def training_parts(setup: Setup, parameters: int, shape: ModelShape | None) -> l
     kept = residual if setup.gradient_checkpointing else layer
     how = "each layer's input" if setup.gradient_checkpointing else "all that backward needs"
     parts.append(Part("activations", tokens * shape.layers * kept, f"{tokens} tokens, {how}"))
+    parts.append(Part("block mask", block_mask_bytes(tokens), "of FlexAttention"))
     flowing = 3 * setup.compute_bytes * shape.intermediate + 2 * residual
     again = layer if setup.gradient_checkpointing else 0
     in_layer = [
@@ -283,6 +288,12 @@ def training_parts(setup: Setup, parameters: int, shape: ModelShape | None) -> l
     at_head += _gathered(setup, shape, at_head=True)
     at_head += _gradient_buffer(setup, shape)
     return parts + max(in_layer, at_head, key=total)
+
+
+def block_mask_bytes(tokens: int) -> int:
+    """Four orders of the blocks of a row, in 4 bytes an entry, and one in 8 while it is sorted."""
+    length = SMALLEST_MASK * 2 ** max(0, math.ceil(math.log2(tokens / SMALLEST_MASK)))
+    return (length // MASK_BLOCK) ** 2 * (4 * 4 + 8)
 
 
 def head_bytes(setup: Setup, shape: ModelShape) -> int:

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from grpo_cli.algorithm.losses import groups_to_forward, high_entropy_threshold, loss_normalizer, policy_loss
+from grpo_cli.algorithm.losses import (
+    groups_to_forward,
+    high_entropy_threshold,
+    loss_normalizer,
+    masked_quantile,
+    policy_loss,
+)
 from grpo_cli.recipe.schema import LossConfig
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())["cases"]
@@ -169,3 +178,36 @@ def test_completions_without_an_advantage_have_a_gradient_of_exactly_zero(loss_t
     assert output.loss.item() == 0
     assert logprobs.grad is not None
     assert not logprobs.grad.any()
+
+
+values_and_masks = st.lists(
+    st.tuples(st.floats(-100, 100, width=32) | st.sampled_from([0.0, 1.0]), st.booleans()), min_size=1, max_size=60
+).filter(lambda pairs: any(kept for _, kept in pairs))
+
+
+@settings(deadline=None)
+@given(values_and_masks, st.floats(0, 1) | st.sampled_from([0.0, 0.2, 0.5, 0.8, 1.0]), st.booleans())
+def test_a_quantile_is_torchs_to_the_bit(pairs: list[tuple[float, bool]], quantile: float, has_nan: bool) -> None:
+    values = torch.tensor([value for value, _ in pairs])
+    mask = torch.tensor([kept for _, kept in pairs])
+    if has_nan:
+        values[0] = math.nan
+    expected = torch.quantile(values[mask], quantile)
+    torch.testing.assert_close(masked_quantile(values, mask, quantile), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_the_entropy_threshold_of_more_tokens_than_torchs_quantile_takes() -> None:
+    count = 2**24 + 3
+    entropies = torch.arange(count, dtype=torch.float32).flip(0) / count
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(entropies, 0.8)
+    threshold = high_entropy_threshold(entropies, torch.ones(count), 0.2)
+    assert threshold.item() == pytest.approx(0.8, abs=2e-5)
+    kept = (entropies >= threshold).float().mean().item()
+    assert kept == pytest.approx(0.2, abs=2e-5)
+    assert masked_quantile(entropies, torch.ones(count, dtype=torch.bool), 1.0) == entropies.max()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (2, 3)])
+def test_no_token_at_all_has_no_entropy_high_enough(shape: tuple[int, int]) -> None:
+    assert high_entropy_threshold(torch.ones(shape), torch.zeros(shape), 0.2) == math.inf

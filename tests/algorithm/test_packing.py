@@ -179,13 +179,24 @@ def test_no_groups_make_no_packs() -> None:
     assert pack_groups([], 10) == []
 
 
-def test_a_pack_moves_whole_to_a_device() -> None:
+def test_a_pack_moves_to_a_device_but_for_what_indexes_tensors_on_the_host() -> None:
     (pack,) = pack_groups([Group([7], [[50]], [0])], 10)
     moved = pack.to(torch.device("meta"))
-    parts = [*vars(moved).values(), *vars(moved.branches).values()]
-    tensors = [part for part in parts if isinstance(part, torch.Tensor)]
-    assert len(tensors) == 6 + 3
-    assert all(tensor.device.type == "meta" for tensor in tensors)
+    parts = vars(moved) | vars(moved.branches)
+    tensors = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
+    assert tensors.pop("samples").device.type == "cpu"
+    assert len(tensors) == 8 + 3
+    assert all(tensor.device.type == "meta" for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("shared_prompt", [True, False])
+def test_a_pack_knows_the_places_that_would_have_to_be_looked_for(shared_prompt: bool) -> None:
+    groups = [Group([1, 2], [[3, 4, 5], [], [6]], [0, 1, 2]), Group([7], [[8, 9], [1]], [3, 4])]
+    (pack,) = pack_groups(groups, 100, shared_prompt=shared_prompt)
+    assert torch.equal(pack.targets.flatten()[pack.places], pack.targets[pack.mask])
+    columns = pack.predictors % pack.input_ids.shape[1]
+    assert torch.equal(pack.columns[pack.column_places], columns)
+    assert torch.equal(pack.columns, columns.unique())
 
 
 def test_a_window_hides_what_lies_further_back_in_the_sequence() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,12 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from grpo_cli.algorithm.packing import Branches, branches_of
+from grpo_cli.errors import RunError
 from grpo_cli.policy import attention
-from grpo_cli.policy.attention import LayerInputs, RowLayout, block_mask, bucket, shared_prompt_attention
+from grpo_cli.policy.attention import (
+    LayerInputs,
+    RowLayout,
+    compiled_flex_attention,
+    shared_prompt_attention,
+)
 
 HEADS, HEAD_DIM, SCALE = 6, 8, 0.3
 
@@ -90,16 +96,60 @@ def test_lower_precision_stays_close(dtype: torch.dtype) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("window", [None, 4])
-def test_the_block_mask_of_flex_attention_says_the_same(window: int | None) -> None:
-    branches = branches_of([5, 3], [[4, 2], [7]])
-    query, key, value = (part.detach() for part in inputs(len(branches.positions), 2, torch.float32))
-    padding = (0, 0, 0, bucket(query.shape[2]) - query.shape[2])
-    padded = [torch.nn.functional.pad(part, padding) for part in (query, key, value)]
-    mask = block_mask(branches, window)
-    actual: Any = flex_attention(*padded, block_mask=mask, scale=SCALE, enable_gqa=True)
-    expected = dense(branches, [query, key, value], window)
-    torch.testing.assert_close(actual[:, :, : query.shape[2]], expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("window", [None, 40, 41])
+def test_a_lone_prompt_needs_no_mask(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """What a GPU does with it: plain causal attention, nothing to build and nothing to compile."""
+    monkeypatch.delattr(attention, "block_mask")
+    branches = branches_of([40], [[]])
+    parts = inputs(40, 2, torch.float32)
+    actual = RowLayout(branches)._flex(LayerInputs(0, *parts, SCALE, window))
+    torch.testing.assert_close(actual, dense(branches, parts, window), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("row", "window"), [(([40], [[]]), 39), (([40, 1], [[], []]), None), (([40], [[1]]), None)]
+)
+def test_other_rows_are_masked_once_for_all_their_layers(
+    monkeypatch: pytest.MonkeyPatch, row: tuple[list[int], list[list[int]]], window: int | None
+) -> None:
+    built = []
+    monkeypatch.setattr(attention, "block_mask", lambda *arguments: built.append(arguments))
+    monkeypatch.setattr(attention, "compiled_flex_attention", lambda query, key, value, **_: query)
+    layout = RowLayout(branches_of(*row))
+    for layer in range(3):
+        layout._flex(LayerInputs(layer, *inputs(len(layout.branches.positions), 2), SCALE, window))
+    assert built == [(layout.branches, window)]
+
+
+def shapes_in_a_second_thread(count: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What FlexAttention gives, or raises, for rows of `count` lengths in a thread that has set nothing."""
+    compiled = torch.compile(lambda row: row.cos(), backend="eager", dynamic=False, fullgraph=True)
+    monkeypatch.setattr(attention, "_compiled", lambda: compiled)
+
+    def attend(length: int) -> Any:
+        try:
+            return compiled_flex_attention(torch.zeros(length)).sum().item()
+        except RunError as error:
+            return error
+
+    torch._dynamo.reset()
+    with ThreadPoolExecutor(1) as pool:
+        return list(pool.map(attend, range(2, 2 + count)))
+
+
+def test_a_second_thread_may_compile_as_many_shapes_as_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps its limit of 8 for each thread, and past it computes whole score matrices."""
+    assert shapes_in_a_second_thread(20, monkeypatch) == list(range(2, 22))
+    assert torch._dynamo.config.recompile_limit < attention.COMPILED_VARIANTS, (
+        "what others compile has torch's limit"
+    )
+
+
+def test_one_shape_too_many_is_told_rather_than_computed_the_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "COMPILED_VARIANTS", 5)
+    found = shapes_in_a_second_thread(6, monkeypatch)
+    assert found[:5] == [2, 3, 4, 5, 6]
+    assert "FlexAttention has been compiled 5 times" in str(found[5])
 
 
 @pytest.mark.gpu
@@ -115,12 +165,6 @@ def test_flex_attention_on_a_gpu_attends_as_the_dense_mask_says(window: int | No
     grads = torch.autograd.grad(actual.square().sum(), on_gpu)
     for grad, part in zip(grads, torch.autograd.grad(expected.square().sum(), parts), strict=True):
         torch.testing.assert_close(grad.cpu(), part, rtol=2e-2, atol=2e-2)
-
-
-def test_few_lengths_are_compiled() -> None:
-    buckets = {bucket(length) for length in range(1, 20_000, 7)}
-    assert buckets == {512, 1024, 2048, 4096, 8192, 16384, 32768}
-    assert all(bucket(length) >= length for length in range(1, 20_000, 7))
 
 
 @pytest.mark.parametrize("arguments", [{"softcap": 30.0}, {"s_aux": torch.ones(6)}, {"dropout": 0.1}])

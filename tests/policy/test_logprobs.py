@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.policy import attention
-from grpo_cli.policy.logprobs import PackedModel, forward_dtype
+from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import without_dropout
 from grpo_cli.policy.output_head import OutputHead
 from tests.conftest import tiny_llama
@@ -359,9 +359,10 @@ def test_the_self_check_allows_for_the_rounding_of_each_precision(dtype: torch.d
 
 
 def test_precision_of_a_forward_is_that_of_autocast_where_there_is_one() -> None:
-    model = tiny_llama()
-    assert forward_dtype(model, model.device) == torch.float32
+    policy = PackedModel(tiny_llama())
+    assert policy.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert forward_dtype(model, model.device) == torch.bfloat16
-        assert PackedModel(model).shares_prompts
-    assert forward_dtype(model.to(torch.bfloat16), model.device) == torch.bfloat16
+        assert policy.dtype == torch.bfloat16
+        assert PackedModel(policy.model).shares_prompts
+    policy.model.to(torch.bfloat16)
+    assert policy.dtype == torch.bfloat16

@@ -42,7 +42,6 @@ def test_the_reference_is_the_start_model_however_the_policy_moves(
     policy = PackedModel(load_policy(config))
     start = logprobs(PackedModel(tiny_llama().eval()))
     reference = reference_of(policy, config)
-    assert reference.shares_prompts
     train_a_little(policy.model)
     with reference.model() as model:
         torch.testing.assert_close(logprobs(model), start)
@@ -59,11 +58,3 @@ def test_another_model_can_be_the_reference(tiny_model_dir: Path, tmp_path: Path
     config = ModelConfig(name=str(tiny_model_dir), reference=str(tmp_path))
     with reference_of(PackedModel(load_policy(config)), config).model() as model:
         torch.testing.assert_close(logprobs(model), logprobs(PackedModel(other)))
-
-
-def test_a_reference_that_cannot_share_prompts_says_so(tiny_model_dir: Path, tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path)
-    config = ModelConfig(name=str(tiny_model_dir), reference=str(tmp_path), attn_implementation="eager")
-    policy = PackedModel(tiny_llama())
-    assert policy.shares_prompts
-    assert not reference_of(policy, config).shares_prompts

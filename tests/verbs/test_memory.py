@@ -164,7 +164,7 @@ def test_activations_of_a_layer_are_what_autograd_keeps(kind: str, weights: int,
 def test_constants_are_those_of_the_code() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    from grpo_cli.policy import output_head
+    from grpo_cli.policy import block_mask, output_head
     from grpo_cli.rollout.memory import CACHE_TOKENS
     from grpo_cli.train.run import MICROBATCH_TOKENS
     from grpo_cli.train.strategies.replicated import BUCKET_BYTES
@@ -174,6 +174,7 @@ def test_constants_are_those_of_the_code() -> None:
     assert defaults.sub_group_size == memory.SUB_GROUP_ELEMENTS
     assert output_head.CHUNK_BYTES["cuda"] == memory.HEAD_CHUNK_BYTES
     assert output_head.BLOCK_BYTES["cuda"] == memory.HEAD_BLOCK_BYTES
+    assert (block_mask.BLOCK, block_mask.SMALLEST_BUCKET) == (memory.MASK_BLOCK, memory.SMALLEST_MASK)
     assert memory.CACHE_TOKENS == CACHE_TOKENS
     assert MICROBATCH_TOKENS["cuda"] == memory.AUTOMATIC_MICROBATCH_TOKENS
     assert memory.DDP_BUCKET_BYTES == BUCKET_BYTES
@@ -251,6 +252,18 @@ def test_without_checkpointing_a_pack_of_the_72b_model_needs_hundreds_of_gibibyt
     # each of 80 layers and 8192 tokens: 2 x (8 x 8192 + 4) + 2 x (2 x 8192 + 2 x 1024) + 4 x 64 + 8 x 29568 bytes
     found = phase(setup_72b(gradient_checkpointing=False), "training")
     assert found["activations"] * GIB == 8192 * 80 * (131_080 + 36_864 + 256 + 236_544)
+
+
+def test_the_block_mask_of_a_long_pack_is_counted() -> None:
+    import torch
+
+    from grpo_cli.algorithm.packing import branches_of
+    from grpo_cli.policy.block_mask import block_mask
+
+    mask = block_mask(branches_of([2000], [[1500] * 20]), None)
+    kept = sum(part.nbytes for part in mask.as_tuple() if isinstance(part, torch.Tensor))
+    counted = phase(setup_72b(pack_tokens=32_000), "training")["block mask"] * GIB
+    assert 256**2 * 4 * 4 <= kept <= counted == 256**2 * 24
 
 
 def test_the_transformers_engine_gathers_a_sharded_model_on_every_gpu() -> None:
