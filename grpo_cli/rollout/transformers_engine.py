@@ -13,6 +13,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel, steady_positions
 from grpo_cli.policy.model import evaluating
 from grpo_cli.recipe.schema import GenerationConfig
+from grpo_cli.rollout.casts import weights_cast_once
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded, sample_uniforms
 from grpo_cli.rollout.memory import Memory, RowMemory
 from grpo_cli.rollout.sampling import logits_processors, sample_tokens
@@ -55,7 +56,6 @@ class TransformersEngine:
     def close(self) -> None:
         """Nothing to let go of."""
 
-    @torch.inference_mode()
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -70,7 +70,7 @@ class TransformersEngine:
             UserError: a sequence may become longer than the model's rotary embeddings are the same for.
         """
         self._check_lengths(prompts)
-        with evaluating(self.policy.model), self.autocast():
+        with evaluating(self.policy.model), weights_cast_once(self.policy.model, self.autocast):
             batch = _Batch(self, prompts, keys, num_generations)
             memory = self._memory(prompts, num_generations)
             # Prompts of like length are in memory together, so that little of it is empty; the longest come

@@ -230,8 +230,10 @@ def generation_parts(setup: Setup, parameters: int, shape: ModelShape | None) ->
     if setup.engine == "transformers":
         if setup.shards_weights:
             parts.append(Part("gathered weights", parameters * setup.weight_bytes, "the whole model on every GPU"))
-        if setup.has_autocast and setup.strategy != "zero3":
-            parts.append(Part("weights in bfloat16", parameters * setup.compute_bytes, "kept by autocast"))
+        if setup.has_autocast:
+            cast = parameters if shape is None else shape.matrix_parameters
+            cast += trained_parameters(setup, parameters, shape) if setup.lora else 0
+            parts.append(Part("weights in bfloat16", cast * setup.compute_bytes, "cast once for the rollout"))
         if shape is not None:
             cache = setup.cached_tokens * 2 * shape.layers * shape.kv_width * setup.compute_bytes
             parts.append(Part("keys and values", cache, f"{setup.cached_tokens} tokens"))

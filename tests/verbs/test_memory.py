@@ -272,6 +272,49 @@ def test_autocast_keeps_a_second_set_of_float32_weights() -> None:
     assert found["weights in bfloat16"] == pytest.approx(72_706_203_648 * 2 / GIB)
 
 
+@pytest.mark.parametrize("strategy", ["none", "ddp", "zero2", "zero3", "fsdp"])
+def test_a_rollout_holds_the_weights_that_it_has_cast(strategy: Any) -> None:
+    lora = LoraConfig(r=4)
+    for adapter in (None, lora):
+        setup = setup_72b(strategy=strategy, engine="transformers", weight_bytes=4, lora=adapter)
+        shape = PUBLISHED["Qwen/Qwen2.5-72B"]
+        cast = shape.parameters - shape.embedding_parameters - (2 * shape.layers + 1) * shape.hidden
+        cast += shape.adapter_parameters(lora) if adapter else 0
+        assert phase(setup, "generation")["weights in bfloat16"] == pytest.approx(2 * cast / GIB)
+    assert "weights in bfloat16" not in phase(setup_72b(engine="transformers"), "generation")
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+    ],
+)
+def test_what_a_rollout_casts_is_counted_from_the_configuration(kind: str, changes: dict[str, Any]) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = small_model(kind, **changes)
+    sizes = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    cast: dict[int, int] = {}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in sizes:
+                cast[args[0].data_ptr()] = sizes[args[0].data_ptr()]
+            return func(*args, **(kwargs or {}))
+
+    with Casts(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.tensor([[1, 2]]))
+    found = shape_of(written(model.config))
+    assert found is not None
+    assert found.matrix_parameters == sum(cast.values())
+
+
 def test_a_completion_that_does_not_fit_the_budget_makes_a_longer_pack() -> None:
     recipe = load_recipe(
         RECIPE_72B, ["generation.max_completion_tokens=20000", "train.max_tokens_per_microbatch=4096"]
