@@ -284,6 +284,30 @@ def test_a_rollout_holds_the_weights_that_it_has_cast(strategy: Any) -> None:
     assert "weights in bfloat16" not in phase(setup_72b(engine="transformers"), "generation")
 
 
+def test_a_rollout_draws_from_the_logits_of_all_its_rows() -> None:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LogitsProcessorList
+
+    from grpo_cli.rollout.sampling import sample_tokens
+
+    rows, vocabulary = 16, 4096
+    arguments = (torch.rand(rows, dtype=torch.float64), 0.7, LogitsProcessorList(), torch.zeros(rows, 1))
+    logits = torch.randn(rows, vocabulary, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        sample_tokens(logits, *arguments)
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak == pytest.approx(memory.SAMPLING_BYTES * rows * vocabulary, rel=0.01)
+    setup = setup_of(load_recipe(RECIPE_72B, ["generation={num_generations: 4, max_completion_tokens: 64}"]))
+    assert setup.cached_rows == 4 * setup.cached_tokens // (512 + 4 * 64)
+    expected = setup.cached_rows * 152_064 * (2 + memory.SAMPLING_BYTES) / GIB
+    assert phase(setup, "generation")["sampling"] == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
