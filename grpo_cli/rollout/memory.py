@@ -1,6 +1,6 @@
 """Where the keys and values of the rows that are being generated are kept.
 
-R rows, one for each unfinished completion, in an order that the engine and its memory keep alike: `prefill` adds
+R rows, one for each unfinished completion, in an order that the batch and its memory keep alike: `prefill` adds
 the rows of new groups at the end, `keep` lets finished ones go.
 """
 
@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -35,7 +36,7 @@ class Memory(Protocol):
         """Add the (R,) tokens, one to each row; return (R, V) logits of the next."""
         ...
 
-    def keep(self, places: torch.Tensor) -> None:
+    def keep(self, places: np.ndarray) -> None:
         """Let row i be what row places[i] was; the others go."""
         ...
 
@@ -114,15 +115,30 @@ class RowMemory:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def keep(self, places: torch.Tensor) -> None:
+    def keep(self, places: np.ndarray) -> None:
         """See `Memory.keep`."""
-        self.attention_mask = self.attention_mask[places]
-        self.positions = self.positions[places]
-        if len(places):
-            self.cache.reorder_cache(places)
+        kept = on_device(places, self.positions.device)
+        self.attention_mask = self.attention_mask[kept]
+        self.positions = self.positions[kept]
+        if len(kept):
+            self.cache.reorder_cache(kept)
 
 
 def cache_name(model: Any) -> str:
     """The argument in which the model takes its cache and the output in which it gives it back."""
     takes_state = "cache_params" in inspect.signature(base_model(model).forward).parameters  # state-space models
     return "cache_params" if takes_state else "past_key_values"
+
+
+def filled_holes(is_alive: np.ndarray) -> np.ndarray:
+    """(K,) places of the K living ones, where the last of them fill the holes, so that few have to move."""
+    alive = is_alive.nonzero()[0]
+    places = np.arange(len(alive))
+    places[~is_alive[: len(alive)]] = alive[alive >= len(alive)]
+    return places
+
+
+def on_device(values: Any, device: torch.device) -> torch.Tensor:
+    """A tensor of these numbers; a GPU is not waited for."""
+    tensor = torch.tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

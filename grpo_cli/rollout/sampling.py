@@ -36,7 +36,7 @@ def sample_tokens(
     scaled = logits.float() / temperature  # (R, V)
     processed = processors(history, scaled) if processors else scaled
     peak = processed.amax(-1, keepdim=True)
-    cumulative = (processed - peak).exp_().cumsum(-1, dtype=torch.float64)  # (R, V), up to a factor for each row
+    cumulative = (processed - peak).exp_().double().cumsum_(-1)  # (R, V), up to a factor for each row
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, uniforms[:, None] * total, right=True).clamp_(max=logits.shape[1] - 1)
     log_total = scaled.logsumexp(-1, keepdim=True) if processors else peak + total.log().float()

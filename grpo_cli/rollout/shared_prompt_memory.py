@@ -1,21 +1,24 @@
 """Keys and values in memory that is laid out once: a prompt's are kept once for its whole group.
 
 A decoding step reads each prompt's keys and values once for all rows of the group, and each row's own behind them;
-nothing is concatenated or repeated. Rows that finish make room for waiting groups at once.
+nothing is concatenated or repeated. Rows that finish make room for waiting groups at once. Where what is and how
+long it is is known to the host, which never asks a GPU for it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from grpo_cli.algorithm.packing import branches_of
 from grpo_cli.policy.attention import LAYOUT, LayerInputs, RowLayout
 from grpo_cli.rollout import memory
+from grpo_cli.rollout.decode_graphs import DecodeGraphs, bucketed
+from grpo_cli.rollout.decode_layout import DecodeLayout, DecodeShape, LayerMemory, grid_cells
+from grpo_cli.rollout.memory import filled_holes, on_device
 
 PREFILL_TOKENS = 8_192
 """Prompt tokens in one forward pass; a longer prompt has one of its own."""
@@ -29,22 +32,36 @@ class SharedPromptMemory:
         prompts: all that will be generated for.
         num_generations: G.
         max_completion_tokens: T + 1: a row's last token is never fed.
+        graphs: replay decoding steps, where that is possible.
     """
 
     def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], num_generations: int, max_completion_tokens: int
+        self,
+        model: Any,
+        prompts: Sequence[Sequence[int]],
+        num_generations: int,
+        max_completion_tokens: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
+        self.graphs = graphs
         self.group_size = num_generations
         self.prompt_width = max(map(len, prompts), default=0)
         self.row_width = max(max_completion_tokens - 1, 1)
         tokens = self.prompt_width + num_generations * self.row_width
         self.slots = min(len(prompts), max(1, memory.CACHE_TOKENS // tokens))
-        self.layers: dict[int, _LayerMemory] = {}
-        device = model.device
-        self.prompt_lengths = torch.zeros(0, dtype=torch.long, device=device)  # (A,) of the groups in memory
-        self.group_of = torch.zeros(0, dtype=torch.long, device=device)  # (R,) < A
-        self.lengths = torch.zeros(0, dtype=torch.long, device=device)  # (R,) tokens of the row's own
+        self.layers: dict[int, LayerMemory] = {}
+        none = np.zeros(0, dtype=np.int64)
+        self.prompt_lengths = none  # (A,) of the groups in memory
+        self.group_of = none  # (R,) < A
+        self.lengths = none  # (R,) tokens of the row's own
+        # What the device knows of the rows, at addresses that stay: lengths, lengths of their prompts, cells in
+        # the grid of the groups and in the padded grid.
+        capacity = self.slots * num_generations
+        self.told = torch.zeros(4, capacity, dtype=torch.long, device=model.device)
+        self.fed = torch.zeros(capacity, dtype=torch.long, device=model.device)
+        self.has_full_grid = True
+        """Whether row i has cell i and no cell is empty."""
 
     def room(self, waiting: Sequence[Sequence[int]]) -> int:
         """See `Memory.room`."""
@@ -58,6 +75,7 @@ class SharedPromptMemory:
             if end == len(prompts) or sum(map(len, prompts[start : end + 1])) > PREFILL_TOKENS:
                 logits.append(self._prefill(prompts[start:end]))
                 start = end
+        self._tell_device()
         return torch.cat(logits).repeat_interleave(self.group_size, 0)
 
     def _prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
@@ -65,25 +83,37 @@ class SharedPromptMemory:
         device = self.model.device
         first = len(self.prompt_lengths)
         branches = branches_of([len(prompt) for prompt in prompts], [[]] * len(prompts)).to(device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        lengths = np.array([len(prompt) for prompt in prompts])
         logits = self._forward(
             torch.tensor([[token for prompt in prompts for token in prompt]], device=device),
             branches.positions[None],
             _PrefillLayout(self, branches, first),
-            logits_to_keep=lengths.cumsum(0) - 1,
+            logits_to_keep=on_device(lengths.cumsum() - 1, device),
         )
-        groups = torch.arange(first, first + len(prompts), device=device)
-        self.prompt_lengths = torch.cat([self.prompt_lengths, lengths])
-        self.group_of = torch.cat([self.group_of, groups.repeat_interleave(self.group_size)])
-        self.lengths = torch.cat([self.lengths, self.lengths.new_zeros(len(prompts) * self.group_size)])
+        groups = np.arange(first, first + len(prompts))
+        self.prompt_lengths = np.concatenate([self.prompt_lengths, lengths])
+        self.group_of = np.concatenate([self.group_of, groups.repeat(self.group_size)])
+        self.lengths = np.concatenate([self.lengths, np.zeros(len(prompts) * self.group_size, dtype=np.int64)])
         return logits[0]
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `Memory.decode`."""
-        positions = self.prompt_lengths[self.group_of] + self.lengths  # (R,)
-        logits = self._forward(tokens[:, None], positions[:, None], _DecodeLayout(self))
+        num_rows, exact = len(tokens), self._shape()
+        padded = self._padded(exact)
+        logits = None
+        if self.graphs is not None:
+            self.fed[:num_rows] = tokens
+            logits = self.graphs.run(padded, lambda: self._decode(self.fed, self._padded_layout(padded)))
+        if logits is None:
+            logits = self._decode(tokens, self._layout(exact))
+        self.told[0, : padded.rows] += 1
         self.lengths = self.lengths + 1
-        return logits[:, -1]
+        return logits[:num_rows]
+
+    def _decode(self, tokens: torch.Tensor, layout: DecodeLayout) -> torch.Tensor:
+        """(R, V) for the first R tokens, as many as the layout has rows."""
+        positions = layout.prompt_lengths + layout.lengths
+        return self._forward(tokens[: layout.shape.rows, None], positions[:, None], layout)[:, -1]
 
     def _forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, layout: Any, **arguments: Any
@@ -98,59 +128,105 @@ class SharedPromptMemory:
         ).logits
         return logits
 
-    def keep(self, places: torch.Tensor) -> None:
+    def _shape(self) -> DecodeShape:
+        """Of the next step, nothing rounded up."""
+        return DecodeShape(
+            rows=len(self.group_of),
+            groups=len(self.prompt_lengths),
+            widest=int(np.bincount(self.group_of).max()),
+            prompt_width=int(self.prompt_lengths.max()),
+            length=int(self.lengths.max()) + 1,
+        )
+
+    def _padded(self, exact: DecodeShape) -> DecodeShape:
+        """The next step as it is replayed. There are never more rows than cells, so that each has its own."""
+        if self.graphs is None:
+            return exact
+        groups = bucketed(exact.groups, 4, self.slots)
+        widest = bucketed(exact.widest, 4, self.group_size)
+        return DecodeShape(
+            rows=bucketed(exact.rows, 8, groups * widest),
+            groups=groups,
+            widest=widest,
+            prompt_width=bucketed(exact.prompt_width, 64, self.prompt_width),
+            length=bucketed(exact.length, 64, self.row_width),
+        )
+
+    def _layout(self, shape: DecodeShape) -> DecodeLayout:
+        """With what the host knows put to use."""
+        lengths, prompt_lengths, cells, _ = self.told[:, : shape.rows]
+        shortest, longest = int(self.lengths.min()), int(self.lengths.max())
+        is_ragged = shortest < longest or int(self.prompt_lengths.min()) < shape.prompt_width
+        oldest = int((self.prompt_lengths[self.group_of] + self.lengths).max())
+        return DecodeLayout(
+            shape,
+            self.layer,
+            lengths,
+            prompt_lengths,
+            None if self.has_full_grid else cells,
+            common_length=longest if shortest == longest else None,
+            hides=lambda window: is_ragged or (window is not None and oldest >= window),
+        )
+
+    def _padded_layout(self, shape: DecodeShape) -> DecodeLayout:
+        """The same computation whatever the rows are, as long as they fit into the shape."""
+        lengths, prompt_lengths, _, cells = self.told[:, : shape.rows]
+        return DecodeLayout(shape, self.layer, lengths, prompt_lengths, cells)
+
+    def _tell_device(self) -> None:
+        """Write what it must know of the rows. Those that only pad are empty, each with a cell that is free."""
+        if not len(self.group_of):
+            return
+        exact = self._shape()
+        padded = self._padded(exact)
+        told = np.zeros((4, padded.rows), dtype=np.int64)
+        told[0, : exact.rows] = self.lengths
+        told[1, : exact.rows] = self.prompt_lengths[self.group_of]
+        told[2, : exact.rows] = cells = grid_cells(self.group_of, exact.widest)
+        told[3, : exact.rows] = wider = grid_cells(self.group_of, padded.widest)
+        free = np.setdiff1d(np.arange(padded.groups * padded.widest), wider)
+        told[3, exact.rows :] = free[: padded.rows - exact.rows]
+        self.told[:, : padded.rows] = on_device(told, self.told.device)
+        self.has_full_grid = np.array_equal(cells, np.arange(exact.groups * exact.widest))
+
+    def keep(self, places: np.ndarray) -> None:
         """See `Memory.keep`."""
         longest = int(self.lengths.max())
-        _move(places, [part[:, :, :longest] for layer in self.layers.values() for part in layer.rows])
+        self._move(places, [part[:, :, :longest] for layer in self.layers.values() for part in layer.rows])
         self.lengths = self.lengths[places]
         group_of = self.group_of[places]
-        is_alive = torch.zeros(len(self.prompt_lengths), dtype=torch.bool, device=places.device)
+        is_alive = np.zeros(len(self.prompt_lengths), dtype=bool)
         is_alive[group_of] = True
         if not is_alive.all():
             groups = filled_holes(is_alive)
-            _move(groups, [part for layer in self.layers.values() for part in layer.prompts])
+            self._move(groups, [part for layer in self.layers.values() for part in layer.prompts])
             self.prompt_lengths = self.prompt_lengths[groups]
-            new_place = torch.empty_like(is_alive, dtype=torch.long)
-            new_place[groups] = torch.arange(len(groups), device=places.device)
+            new_place = np.zeros(len(is_alive), dtype=np.int64)
+            new_place[groups] = np.arange(len(groups))
             group_of = new_place[group_of]
         self.group_of = group_of
+        self._tell_device()
 
-    def layer(self, index: int, like: torch.Tensor) -> _LayerMemory:
+    def _move(self, places: np.ndarray, buffers: list[torch.Tensor]) -> None:
+        """Let entry i of each buffer be what entry places[i] was."""
+        moved = (places != np.arange(len(places))).nonzero()[0]
+        if len(moved):
+            targets, sources = on_device(np.stack([moved, places[moved]]), self.told.device)
+            for buffer in buffers:
+                buffer[targets] = buffer[sources]
+
+    def layer(self, index: int, like: torch.Tensor) -> LayerMemory:
         """The memory of a layer, made on first use for (…, K, L, D) keys such as these."""
         if index not in self.layers:
             _, heads, _, head_dim = like.shape
             prompts = (self.slots, heads, self.prompt_width, head_dim)
             rows = (self.slots * self.group_size, heads, self.row_width, head_dim)
-            self.layers[index] = _LayerMemory(
+            self.layers[index] = LayerMemory(
                 # Zeros, as what no token has written to is read too, with weight zero.
                 prompts=(like.new_zeros(prompts), like.new_zeros(prompts)),
                 rows=(like.new_zeros(rows), like.new_zeros(rows)),
             )
         return self.layers[index]
-
-
-@dataclass(frozen=True)
-class _LayerMemory:
-    """Keys and values of one layer."""
-
-    prompts: tuple[torch.Tensor, torch.Tensor]  # two (S, K, W, D)
-    rows: tuple[torch.Tensor, torch.Tensor]  # two (S·G, K, T, D)
-
-
-def filled_holes(is_alive: torch.Tensor) -> torch.Tensor:
-    """(K,) places of the K living ones, where the last of them fill the holes, so that few have to move."""
-    alive = is_alive.nonzero().squeeze(1)
-    places = torch.arange(len(alive), device=alive.device)
-    places[~is_alive[: len(alive)]] = alive[alive >= len(alive)]
-    return places
-
-
-def _move(places: torch.Tensor, buffers: list[torch.Tensor]) -> None:
-    """Let entry i of each buffer be what entry places[i] was."""
-    moved = (places != torch.arange(len(places), device=places.device)).nonzero().squeeze(1)
-    if moved.numel():
-        for buffer in buffers:
-            buffer[moved] = buffer[places[moved]]
 
 
 class _PrefillLayout(RowLayout):
@@ -168,86 +244,3 @@ class _PrefillLayout(RowLayout):
             for slot, group in enumerate(self.branches.groups, start=self.first):
                 buffer[slot, :, : group.prompt_length] = part[0, :, group.start : group.end]
         return super().attend(inputs)
-
-
-class _DecodeLayout:
-    """One new token for each row: it sees its group's prompt, its row and itself.
-
-    The softmax runs over the scores of both parts side by side; (A, Q) is the grid of the A groups and the rows of
-    the fullest one, in which a group's rows meet their prompt in one matrix product.
-    """
-
-    def __init__(self, owner: SharedPromptMemory) -> None:
-        self.owner = owner
-        self.num_groups = len(owner.prompt_lengths)
-        self.prompt_width = int(owner.prompt_lengths.max())
-        lengths, device = owner.lengths, owner.lengths.device
-        shortest, longest = int(lengths.min()), int(lengths.max())
-        self.length = longest + 1
-        self.common_length = longest if shortest == longest else None
-        self.rows = torch.arange(len(lengths), device=device)
-        order = torch.sort(owner.group_of, stable=True)
-        sizes = torch.bincount(owner.group_of, minlength=self.num_groups)
-        starts = sizes.cumsum(0) - sizes
-        place = torch.empty_like(self.rows)
-        place[order.indices] = self.rows - starts[order.values]
-        self.widest = int(sizes.max())
-        grid = owner.group_of * self.widest + place  # (R,)
-        self.grid = None if torch.equal(grid, torch.arange(self.num_groups * self.widest, device=device)) else grid
-        self.biases: dict[int | None, torch.Tensor | None] = {}
-
-    def attend(self, inputs: LayerInputs) -> torch.Tensor:
-        """See `TokenLayout.attend`; L is 1."""
-        memory_of_layer = self.owner.layer(inputs.layer, inputs.key)
-        new = (inputs.key, inputs.value)
-        num_rows, heads, _, head_dim = inputs.query.shape
-        own_keys, own_values = (
-            self._stored(buffer, part) for buffer, part in zip(memory_of_layer.rows, new, strict=True)
-        )  # (R, K, t, D)
-        prompt_keys, prompt_values = (
-            buffer[: self.num_groups, :, : self.prompt_width] for buffer in memory_of_layer.prompts
-        )  # (A, K, W, D)
-        queries = (inputs.query * inputs.scale).unflatten(1, (own_keys.shape[1], -1)).squeeze(3)  # (R, K, H/K, D)
-        prompt_scores = self._to_rows(self._to_grid(queries) @ prompt_keys.mT)  # (R, K, H/K, W)
-        scores = torch.cat([prompt_scores, queries @ own_keys.mT], -1).float()
-        bias = self._bias(inputs.window)
-        weights = (scores if bias is None else scores + bias).softmax(-1).to(inputs.value.dtype)
-        prompt_weights, own_weights = weights.split([prompt_scores.shape[-1], self.length], -1)
-        attended = self._to_rows(self._to_grid(prompt_weights) @ prompt_values) + own_weights @ own_values
-        return attended.reshape(num_rows, heads, 1, head_dim)
-
-    def _stored(self, buffer: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """Write each row's (K, 1, D) behind what it has; return all rows up to the longest."""
-        if self.common_length is not None:
-            buffer[: len(self.rows), :, self.common_length] = part[:, :, 0]
-        else:
-            buffer[self.rows, :, self.owner.lengths] = part[:, :, 0]
-        return buffer[: len(self.rows), :, : self.length]
-
-    def _to_grid(self, values: torch.Tensor) -> torch.Tensor:
-        """(R, K, H/K, X) to (A, K, Q·H/K, X)."""
-        if self.grid is not None:
-            cells = values.new_zeros(self.num_groups * self.widest, *values.shape[1:])
-            values = cells.index_copy_(0, self.grid, values)
-        return values.unflatten(0, (self.num_groups, self.widest)).transpose(1, 2).flatten(2, 3)
-
-    def _to_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """(A, K, Q·H/K, X) to (R, K, H/K, X)."""
-        rows = values.unflatten(2, (self.widest, -1)).transpose(1, 2).flatten(0, 1)
-        return rows if self.grid is None else rows[self.grid]
-
-    def _bias(self, window: int | None) -> torch.Tensor | None:
-        """(R, 1, 1, W + t), minus infinity on what a row must not see; None if it may see everything."""
-        if window not in self.biases:
-            owner = self.owner
-            prompt_lengths = owner.prompt_lengths[owner.group_of][:, None]  # (R, 1)
-            lengths = owner.lengths[:, None]
-            prompt_places = torch.arange(self.prompt_width, device=lengths.device)
-            own_places = torch.arange(self.length, device=lengths.device)
-            hidden = torch.cat([prompt_places >= prompt_lengths, own_places > lengths], 1)  # (R, W + t)
-            if window is not None:
-                prompt_ages = prompt_lengths + lengths - prompt_places
-                hidden |= torch.cat([prompt_ages, lengths - own_places], 1) >= window
-            bias = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -math.inf)
-            self.biases[window] = bias[:, None, None] if hidden.any() else None
-        return self.biases[window]

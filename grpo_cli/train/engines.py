@@ -40,7 +40,7 @@ def build_engine(
     """
     generation = recipe.generation
     if generation.engine == "transformers":
-        own = TransformersEngine(policy, tokenizer, generation, autocast)
+        own = TransformersEngine(policy, tokenizer, generation, autocast, note)
         is_alone = ranks.world_size == 1 and not strategy.shards_weights
         return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
     weights = PolicyWeights(policy.model, strategy, ranks.device)

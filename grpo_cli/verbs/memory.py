@@ -44,6 +44,9 @@ CUDA_BYTES = 2 * GIB
 ASSUMED_PROMPT_TOKENS = 512
 """Longest prompt where `data.max_prompt_tokens` does not say."""
 
+SAMPLING_BYTES = 16
+"""Of a logit while a token is drawn: itself in float32, its exponential twice, the second time in float64."""
+
 SERVER_BYTES = 2
 """Of a weight in a rollout server: bfloat16."""
 
@@ -66,6 +69,8 @@ class Setup:
     """A completion is never split: no forward pass can be promised to be smaller."""
     cached_tokens: int
     """Tokens whose keys and values the transformers engine keeps at once."""
+    cached_rows: int
+    """Completions that it generates at once."""
     engine: str
     lora: LoraConfig | None
     has_reference: bool
@@ -135,6 +140,7 @@ def setup_of(recipe: Recipe) -> Setup:
     longest = prompt + generation.max_completion_tokens
     group = prompt + generation.num_generations * generation.max_completion_tokens
     own_groups = math.ceil(train.prompts_per_step / processes)
+    cached_groups = min(own_groups, max(1, CACHE_TOKENS // group))
     return Setup(
         strategy=planned_strategy(recipe.distributed, processes),
         processes=processes,
@@ -144,7 +150,8 @@ def setup_of(recipe: Recipe) -> Setup:
         cpu_offload=recipe.distributed.cpu_offload,
         pack_tokens=max(train.max_tokens_per_microbatch or max(AUTOMATIC_MICROBATCH_TOKENS, 2 * prompt), longest),
         shortest_pack=longest,
-        cached_tokens=min(own_groups, max(1, CACHE_TOKENS // group)) * group,
+        cached_tokens=cached_groups * group,
+        cached_rows=cached_groups * generation.num_generations,
         engine=generation.engine,
         lora=model.lora,
         has_reference=recipe.loss.beta > 0 and (model.reference is not None or model.lora is None),
@@ -234,11 +241,15 @@ def generation_parts(setup: Setup, parameters: int, shape: ModelShape | None) ->
     if setup.engine == "transformers":
         if setup.shards_weights:
             parts.append(Part("gathered weights", parameters * setup.weight_bytes, "the whole model on every GPU"))
-        if setup.has_autocast and setup.strategy != "zero3":
-            parts.append(Part("weights in bfloat16", parameters * setup.compute_bytes, "kept by autocast"))
+        if setup.has_autocast:
+            cast = parameters if shape is None else shape.matrix_parameters
+            cast += trained_parameters(setup, parameters, shape) if setup.lora else 0
+            parts.append(Part("weights in bfloat16", cast * setup.compute_bytes, "cast once for the rollout"))
         if shape is not None:
             cache = setup.cached_tokens * 2 * shape.layers * shape.kv_width * setup.compute_bytes
             parts.append(Part("keys and values", cache, f"{setup.cached_tokens} tokens"))
+            drawn_from = setup.cached_rows * shape.vocabulary * (setup.compute_bytes + SAMPLING_BYTES)
+            parts.append(Part("sampling", drawn_from, f"logits of {setup.cached_rows} tokens, summed in float64"))
     return parts
 
 

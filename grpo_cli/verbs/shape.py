@@ -69,6 +69,12 @@ class ModelShape:
         return self.vocabulary * self.hidden
 
     @property
+    def matrix_parameters(self) -> int:
+        """Of linear maps, the output head among them: what autocast casts. Norms and a mere embedding stay."""
+        norms = 2 * self.hidden + 2 * self.head_dim * self.norms_heads
+        return self.layers * (self.layer_parameters - norms) + self.embedding_parameters
+
+    @property
     def parameters(self) -> int:
         return self.layers * self.layer_parameters + (2 - self.tied) * self.embedding_parameters + self.hidden
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -17,7 +18,9 @@ from transformers import (
 
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.rollout import memory, shared_prompt_memory
-from grpo_cli.rollout.shared_prompt_memory import SharedPromptMemory, filled_holes
+from grpo_cli.rollout.decode_graphs import DecodeGraphs
+from grpo_cli.rollout.memory import filled_holes
+from grpo_cli.rollout.shared_prompt_memory import SharedPromptMemory
 
 HEADS: dict[str, Any] = {
     "vocab_size": 97,
@@ -60,9 +63,9 @@ def build(name: str) -> Any:
 class Rows:
     """The memory beside plain lists of what every row has read."""
 
-    def __init__(self, model: Any, num_generations: int) -> None:
+    def __init__(self, model: Any, num_generations: int, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
-        self.memory = SharedPromptMemory(model, PROMPTS, num_generations, NEW_TOKENS)
+        self.memory = SharedPromptMemory(model, PROMPTS, num_generations, NEW_TOKENS, graphs)
         self.group_size = num_generations
         self.sequences: list[list[int]] = []
         self.generator = torch.Generator().manual_seed(0)
@@ -81,7 +84,7 @@ class Rows:
         self.check(logits, self.sequences)
 
     def keep(self, *places: int) -> None:
-        self.memory.keep(torch.tensor(places, dtype=torch.long))
+        self.memory.keep(np.array(places, dtype=np.int64))
         self.sequences = [self.sequences[place] for place in places]
 
     def check(self, logits: torch.Tensor, sequences: list[list[int]]) -> None:
@@ -162,7 +165,7 @@ def test_a_prompt_is_kept_once_for_its_group() -> None:
     ],
 )
 def test_the_last_fill_the_holes(alive: list[bool], expected: list[int]) -> None:
-    places = filled_holes(torch.tensor(alive)).tolist()
+    places = filled_holes(np.array(alive)).tolist()
     assert sorted(places) == sorted(expected)
     moved = sum(place != index for index, place in enumerate(places))
     assert moved == sum(place != index for index, place in enumerate(expected))

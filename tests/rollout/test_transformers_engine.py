@@ -35,7 +35,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout import memory
-from grpo_cli.rollout.engine import Completion, SampleKey, sample_uniforms
+from grpo_cli.rollout.engine import Completion, SampleKey, decoded, sample_uniforms
 from grpo_cli.rollout.sampling import logits_processors, sample_tokens
 from grpo_cli.rollout.transformers_engine import TransformersEngine, eos_token_ids
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -285,9 +285,8 @@ def test_a_stop_string_cuts_the_text_and_ends_the_row() -> None:
 
 
 def test_the_earliest_of_several_stop_strings_cuts() -> None:
-    engine = engine_of(tiny_llama(), stop=["b", "cd", "abc"])
-    encode = byte_tokenizer().encode
-    texts = [engine.completion(encode(text), [], True).text for text in ("xxabcd", "xxcdab", "none")]
+    tokenizer, stop = byte_tokenizer(), ["b", "cd", "abc"]
+    texts = [decoded(tokenizer, tokenizer.encode(text), stop) for text in ("xxabcd", "xxcdab", "none")]
     assert texts == ["xx", "xx", "none"]
 
 

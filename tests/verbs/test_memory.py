@@ -285,6 +285,73 @@ def test_autocast_keeps_a_second_set_of_float32_weights() -> None:
     assert found["weights in bfloat16"] == pytest.approx(72_706_203_648 * 2 / GIB)
 
 
+@pytest.mark.parametrize("strategy", ["none", "ddp", "zero2", "zero3", "fsdp"])
+def test_a_rollout_holds_the_weights_that_it_has_cast(strategy: Any) -> None:
+    lora = LoraConfig(r=4)
+    for adapter in (None, lora):
+        setup = setup_72b(strategy=strategy, engine="transformers", weight_bytes=4, lora=adapter)
+        shape = PUBLISHED["Qwen/Qwen2.5-72B"]
+        cast = shape.parameters - shape.embedding_parameters - (2 * shape.layers + 1) * shape.hidden
+        cast += shape.adapter_parameters(lora) if adapter else 0
+        assert phase(setup, "generation")["weights in bfloat16"] == pytest.approx(2 * cast / GIB)
+    assert "weights in bfloat16" not in phase(setup_72b(engine="transformers"), "generation")
+
+
+def test_a_rollout_draws_from_the_logits_of_all_its_rows() -> None:
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+    from transformers import LogitsProcessorList
+
+    from grpo_cli.rollout.sampling import sample_tokens
+
+    rows, vocabulary = 16, 4096
+    arguments = (torch.rand(rows, dtype=torch.float64), 0.7, LogitsProcessorList(), torch.zeros(rows, 1))
+    logits = torch.randn(rows, vocabulary, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        sample_tokens(logits, *arguments)
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    assert peak == pytest.approx(memory.SAMPLING_BYTES * rows * vocabulary, rel=0.01)
+    setup = setup_of(load_recipe(RECIPE_72B, ["generation={num_generations: 4, max_completion_tokens: 64}"]))
+    assert setup.cached_rows == 4 * setup.cached_tokens // (512 + 4 * 64)
+    expected = setup.cached_rows * 152_064 * (2 + memory.SAMPLING_BYTES) / GIB
+    assert phase(setup, "generation")["sampling"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 32}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+    ],
+)
+def test_what_a_rollout_casts_is_counted_from_the_configuration(kind: str, changes: dict[str, Any]) -> None:
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    model = small_model(kind, **changes)
+    sizes = {parameter.data_ptr(): parameter.numel() for parameter in model.parameters()}
+    cast: dict[int, int] = {}
+
+    class Casts(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in sizes:
+                cast[args[0].data_ptr()] = sizes[args[0].data_ptr()]
+            return func(*args, **(kwargs or {}))
+
+    with Casts(), torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(torch.tensor([[1, 2]]))
+    found = shape_of(written(model.config))
+    assert found is not None
+    assert found.matrix_parameters == sum(cast.values())
+
+
 def test_a_completion_that_does_not_fit_the_budget_makes_a_longer_pack() -> None:
     recipe = load_recipe(
         RECIPE_72B, ["generation.max_completion_tokens=20000", "train.max_tokens_per_microbatch=4096"]

@@ -113,11 +113,16 @@ class Zero:
             return
         # The hooks that fetch a layer's weights and let them go again would fight with those that stay.
         offload = self._engine.optimizer.parameter_offload
+        # DeepSpeed has put another function in the place of torch's, whose weights autocast casts at every call.
+        functions: Any = torch.nn.functional
+        linear = functions.linear
         with self._deepspeed.zero.GatheredParameters(list(self._model.parameters())):
             offload._remove_module_hooks()
+            functions.linear = torch._C._nn.linear
             try:
                 yield
             finally:
+                functions.linear = linear
                 offload._register_deepspeed_module(offload.module)
 
     def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
