@@ -1,4 +1,4 @@
-"""What a GPU's seconds and bytes are held against: counted operations, peaks, published figures. Pure, no torch."""
+"""What a GPU's seconds and bytes are held against: counted operations, peaks, published figures. No torch."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Decoder:
 def training_flops(decoder: Decoder, rows: Sequence[int]) -> float:
     """Operations of forward and backward over causal rows of these lengths.
 
-    Matrix products take 2 FLOPs for each weight and token forward, 2 for the gradient of their input and 2 for that
-    of their weight, which a frozen weight has not. In each layer a row of T tokens has T²/2 pairs that attend:
-    forward 4 FLOPs for each pair and unit of width, backward twice as many. What is computed a second time is not
-    counted, nor norms, rotations and the softmax.
+    Matrix products take 2 FLOPs for each weight and token forward, 2 for the gradient of their input and 2 for
+    that of their weight, which a frozen weight has not. In each layer a row of T tokens has T²/2 pairs that
+    attend: forward 4 FLOPs for each pair and unit of width, backward twice as many. What is computed a second time
+    is not counted, nor norms, rotations and the softmax.
     """
     tokens = sum(rows)
     per_token = 4 * decoder.weights + 6 * decoder.adapter if decoder.adapter else 6 * decoder.weights

@@ -38,8 +38,12 @@ PIECES = {
     "qwen2.5-1.5b-1024x128": Rollout("random-qwen2.5-1.5b", 1024, 128),
 }
 REHEARSED = {"tiny": Rollout("random-tiny", 24, 8, 4, 2)}
-SWITCH = "cuda_graphs"
-"""The engine's attribute that says whether decoding is captured in graphs."""
+
+
+def ways(engine: Any) -> dict[str, Any]:
+    """What to set the engine's `graphs` to for each way to decode; None is without."""
+    graphs = getattr(engine, "graphs", None)
+    return {"eager": None} | ({} if graphs is None else {"graphs": graphs})
 
 
 def measure(rollout: Rollout, run: Any, device: str) -> float:
@@ -68,37 +72,47 @@ def rows_of(piece: str, rollout: Rollout, floor: float, seconds: Mapping[str, fl
     ]  # fmt: skip
 
 
+def recipe(rollout: Rollout, folder: str) -> dict[str, Any]:
+    return {
+        "generation": {"num_generations": rollout.group_size, "max_completion_tokens": rollout.completion},
+        "train": {"output_dir": folder, "max_steps": 1, "prompts_per_step": rollout.prompts},
+    }
+
+
 def run(piece: str, device: str, rehearse: bool) -> Finding:
     rollout = (REHEARSED if rehearse else PIECES)[piece]
     read_bytes = rates(device, 1 if rehearse else 12)["read_bytes"]
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        sections = {
-            "generation": {
-                "num_generations": rollout.group_size,
-                "max_completion_tokens": rollout.completion,
-            },
-            "train": {"output_dir": folder, "max_steps": 1, "prompts_per_step": rollout.prompts},
-        }
-        built, _ = make_run(rollout.model, device, sections, prompts=rollout.prompts, prompt=rollout.prompt)
+        built, _ = make_run(
+            rollout.model,
+            device,
+            recipe(rollout, folder),
+            prompts=rollout.prompts,
+            prompt=rollout.prompt,
+            note=lambda text: notes.append(f"{piece}: {text}."),
+        )
     size = ModelSize.of(built.model)
     floor = 2 * (size.body + size.head) * rollout.completion / read_bytes
-    if not hasattr(built.engine, SWITCH):
-        rows = rows_of(piece, rollout, floor, {"eager": measure(rollout, built, device)})
-        return Finding(rows, notes=[f"{piece}: the engine has no CUDA graphs."])
     seconds = {}
-    for way, on in (("eager", False), ("graphs", True)):
-        setattr(built.engine, SWITCH, on)
+    for way, graphs in ways(built.engine).items():
+        built.engine.graphs = graphs
         seconds[way] = measure(rollout, built, device)
-    notes = [] if getattr(built.engine, SWITCH) else [f"{piece}: the engine switched its graphs off."]
+    if "graphs" not in seconds:
+        notes.append(f"{piece}: the engine has no CUDA graphs here.")
     return Finding(rows_of(piece, rollout, floor, seconds), notes=notes)
 
+
+ABOUT = f"""
+Rollouts of our own engine, 8 prompts × 8 completions of forced length in bfloat16: medians of {REPEATS} after
+one. The floor is reading every weight in bfloat16 once for each token of a completion at the memory rate
+measured beside it. A token's time is the rollout's over a completion's tokens, prompts included.
+"""
 
 PART = Part(
     name="decode",
     title="Decoding",
-    about="Rollouts of our own engine, 8 prompts × 8 completions of forced length in bfloat16: medians of "
-    f"{REPEATS} after one. The floor is reading every weight in bfloat16 once for each token of a completion at the "
-    "memory rate measured beside it. A token's time is the rollout's over a completion's tokens, prompts included.",
+    about=ABOUT,
     columns=("piece", "decoding", "s", "ms a token", "tokens/s", "of memory floor", "faster"),
     limit_s=300,
     pieces=tuple(PIECES),

@@ -31,7 +31,7 @@ class Size:
 SIZES = {False: Size("random-qwen2.5-0.5b", 100, 16, 16, 32), True: Size("random-tiny", 20, 4, 8, 12)}
 LEARNING_RATE = 3e-4
 TEMPERATURE = 0.3
-"""Below 1, where a random model's tokens are not all alike likely and some are seen often enough to be learnt of."""
+"""Low, since a random model's tokens are about alike likely: each would be seen too rarely to be learnt of."""
 
 
 def recipe(size: Size, folder: str, device: str) -> dict[str, Any]:
@@ -72,14 +72,14 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     import torch
     from rich.console import Console
 
-    import grpo_cli
+    from grpo_cli.train.api import train
     from rewards.diversity import reward_num_unique_chars
 
     size = SIZES[rehearse]
     tokenizer = letter_tokenizer(RANDOM_MODELS[size.model]["vocab_size"])
     model = random_model(size.model, device, torch.float32)
     with tempfile.TemporaryDirectory() as folder:
-        result = grpo_cli.train(
+        result = train(
             recipe(size, f"{folder}/run", device),
             model=model,
             tokenizer=tokenizer,
@@ -91,12 +91,16 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     return finding(piece, [row["reward"] for row in rows], [row["time/step"] for row in rows])
 
 
+ABOUT = f"""
+`grpo_cli.train` on a Qwen2.5-0.5B shape with random weights, in bfloat16 autocast, rewarded for distinct
+characters (`reward_num_unique_chars`): completions of 32 tokens, seven of eight tokens say the same character.
+Mean rewards of the first and of the last {ENDS} steps.
+"""
+
 PART = Part(
     name="learn",
     title="Learning",
-    about="`grpo_cli.train` on a Qwen2.5-0.5B shape with random weights, in bfloat16 autocast, rewarded for distinct "
-    "characters (`reward_num_unique_chars`): completions of 32 tokens, seven of eight tokens say the same character. "
-    f"Mean rewards of the first and of the last {ENDS} steps.",
+    about=ABOUT,
     columns=("run", "steps", "first reward", "last reward", "s a step"),
     limit_s=540,
     pieces=("qwen2.5-0.5b",),

@@ -78,7 +78,9 @@ def finding(piece: str, planned: Mapping[str, float], measured: Mapping[str, flo
 
 
 def run(piece: str, device: str, rehearse: bool) -> Finding:
-    name, prompt, completion, prompts = ("random-tiny", 24, 8, 2) if rehearse else ("random-qwen2.5-0.5b", 1024, 128, 8)
+    name, prompt, completion, prompts = (
+        ("random-tiny", 24, 8, 2) if rehearse else ("random-qwen2.5-0.5b", 1024, 128, 8)
+    )
     with tempfile.TemporaryDirectory() as folder:
         sections = recipe(MODELS[piece], prompt, completion, prompts, f"{folder}/run")
         built, objects = make_run(name, device, sections, prompts=prompts, prompt=prompt)
@@ -89,13 +91,16 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     return finding(piece, planned, peaks.allocated)
 
 
+ABOUT = """
+Three steps of Qwen2.5-0.5B, 8 prompts of 1024 tokens × 8 completions of 128, engine transformers: what `grpo
+check` expects of each phase (without its estimate for CUDA itself) beside `torch.cuda.max_memory_allocated` in
+it. `full` and `checkpointing` train float32 weights, `lora` rank 16 over bfloat16.
+"""
+
 PART = Part(
     name="memory",
     title="The memory plan",
-    about="Three steps of Qwen2.5-0.5B, 8 prompts of 1024 tokens × 8 completions of 128, engine transformers: what "
-    "`grpo check` expects of each phase (without its estimate for CUDA itself) beside "
-    "`torch.cuda.max_memory_allocated` in it. `full` and `checkpointing` train float32 weights, `lora` rank 16 over "
-    "bfloat16.",
+    about=ABOUT,
     columns=("recipe", "phase", "planned GiB", "measured GiB", "plan is"),
     limit_s=240,
     pieces=tuple(MODELS),

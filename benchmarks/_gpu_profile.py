@@ -143,7 +143,12 @@ def kernel_rows(events: Iterable[Any], name: str, seconds: Callable[[Any], float
 def recipe(group_size: int, completion: int, prompts: int, folder: str) -> dict[str, Any]:
     return {
         "generation": {"num_generations": group_size, "max_completion_tokens": completion},
-        "train": {"output_dir": folder, "max_steps": Watch.WARM_UP + 3, "prompts_per_step": prompts, "save_every": 0},
+        "train": {
+            "output_dir": folder,
+            "max_steps": Watch.WARM_UP + 3,
+            "prompts_per_step": prompts,
+            "save_every": 0,
+        },
         "logging": {"trackers": []},
     }
 
@@ -172,12 +177,16 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     return Finding(rows, notes=notes)
 
 
+ABOUT = """
+A whole step of Qwen2.5-0.5B, 8 prompts of 1024 tokens × 8 completions of 128, generated and trained on. Calls
+are those of the profiler; lines are where `torch.cuda.set_sync_debug_mode` warns that the host waits for the
+device, counted in a step of their own.
+"""
+
 PART = Part(
     name="profile",
     title="Where a step waits",
-    about="A whole step of Qwen2.5-0.5B, 8 prompts of 1024 tokens × 8 completions of 128, generated and trained on. "
-    "Calls are those of the profiler; lines are where `torch.cuda.set_sync_debug_mode` warns that the host waits for "
-    "the device, counted in a step of their own.",
+    about=ABOUT,
     columns=("what", "where", "count", "ms", "of all"),
     limit_s=300,
     pieces=("qwen2.5-0.5b-1024x128-g8",),

@@ -1,7 +1,7 @@
-"""The published part of `benchmarks.gpu`: forward, backward and optimizer on the shapes of others' published figures.
+"""The published part of `benchmarks.gpu`: forward, backward and optimizer on the shapes of others' figures.
 
 A step is the training loop's own: the policy's log-probabilities, `policy_loss`, the strategy's backward and step.
-Only its packs are made here: single causal sequences, every token of which is trained on, as in the published runs.
+Only its packs are made here: single causal sequences, every token of which is trained on, as in those runs.
 """
 
 from __future__ import annotations
@@ -143,18 +143,22 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     return finding(piece, case, card, decoder, row, statistics.median(seconds), peaks)
 
 
+ABOUT = """
+prime-rl's figures are of one H100: sequences of fake data, two a step, its model compiled, activations
+recomputed; ours are the same sequences through the training loop's own step, float32 weights under bfloat16
+autocast, with LoRA bfloat16 weights that are frozen. Tokens are all tokens of a step over its whole time,
+optimizer included: medians of 5 steps after 2. FLOPs are 6 for each weight of a matrix product and token (LoRA:
+4, and 6 for each of the adapter's), and 12 for each pair that attends and unit of heads times their size, half
+of T² pairs in a sequence of T; what is recomputed is not counted. Memory is in GiB, of tensors
+(`torch.cuda.max_memory_allocated`) and of torch's allocator (`max_memory_reserved`, which is what prime-rl
+publishes, and what is judged). prime-rl's tokens per second include the pauses between its steps; where its
+steps alone were faster, that is held against ours, too. The 1.5B shape has no recomputation.
+"""
+
 PART = Part(
     name="published",
     title="Published shapes",
-    about="prime-rl's figures are of one H100: sequences of fake data, two a step, its model compiled, activations "
-    "recomputed; ours are the same sequences through the training loop's own step, float32 weights under bfloat16 "
-    "autocast, with LoRA bfloat16 weights that are frozen. Tokens are all tokens of a step over its whole time, "
-    "optimizer included: medians of 5 steps after 2. FLOPs are 6 for each weight of a matrix product and token (LoRA: "
-    "4, and 6 for each of the adapter's), and 12 for each pair that attends and unit of heads times their size, half "
-    "of T² pairs in a sequence of T; what is recomputed is not counted. Memory is in GiB, of tensors "
-    "(`torch.cuda.max_memory_allocated`) and of torch's allocator (`max_memory_reserved`, which is what prime-rl "
-    "publishes, and what is judged). prime-rl's tokens per second include the pauses between its steps; where its "
-    "steps alone were faster, that is held against ours, too. The 1.5B shape has no recomputation.",
+    about=ABOUT,
     columns=("shape", "s a step", "tokens/s", "TFLOP/s", "of peak", "GiB", "GiB reserved",
              "theirs tokens/s", "theirs of peak", "theirs GiB"),
     limit_s=300,

@@ -38,7 +38,7 @@ class Part:
     name: str
     title: str
     about: str
-    """What is measured and how it is counted, under the title."""
+    """What is measured and how it is counted: a paragraph under the title, however its lines are broken."""
     columns: Sequence[str]
     limit_s: int
     """Longest time for one piece."""
@@ -120,7 +120,7 @@ def write_report(parts: Sequence[Part], results: Results, place: Place, path: Pa
     report = Report()
     report.lines("# What one GPU shows")
     if place.rehearsal:
-        report.lines("**A rehearsal with tiny models: it shows that everything runs, and no figure means anything.**")
+        report.lines("**A rehearsal with tiny models: everything runs, and no figure means anything.**")
     report.lines(f"{place.card}; commit {commit}, sources {place.sources}.")
     for part in parts:
         outcomes = {
@@ -136,7 +136,7 @@ def write_report(parts: Sequence[Part], results: Results, place: Place, path: Pa
 
 def _write_part(report: Report, part: Part, outcomes: Mapping[str, Outcome], place: Place) -> None:
     report.lines(f"## {part.title}")
-    report.lines(part.about)
+    report.lines(" ".join(part.about.split()))
     rows: list[Sequence[str]] = []
     lines: list[str] = []
     failures: list[str] = []
@@ -148,7 +148,7 @@ def _write_part(report: Report, part: Part, outcomes: Mapping[str, Outcome], pla
         if outcome.place.sources != place.sources:
             lines.append(f"{name} was measured on sources {outcome.place.sources}.")
         if outcome.status != "done":
-            last = outcome.tail[-1] if outcome.tail else "it printed nothing"
+            last = outcome.tail[-1].replace("|", "/") if outcome.tail else "it printed nothing"
             rows.append([name, f"{outcome.status}: {last}", *[""] * (len(part.columns) - 2)])
             shown = "\n".join(outcome.tail)
             failures.append(f"{name} ended so after {outcome.seconds:.0f} s:\n\n```\n{shown}\n```")

@@ -1,8 +1,8 @@
-"""A run of the product in this process, with random weights and forced lengths, for the parts of `benchmarks.gpu`."""
+"""A run of the product in this process, random weights and forced lengths, for the parts of `benchmarks.gpu`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,12 @@ def make_run(
     prompts: int,
     prompt: int,
     callbacks: Sequence[Any] = (),
-) -> Any:
-    """What `grpo train` builds of a recipe with these sections, over so many prompts of so many random tokens.
+    note: Callable[[str], None] = print,
+) -> tuple[Any, Any]:
+    """The run that `grpo train` builds of a recipe with these sections, and the objects that it was built of.
 
-    Its completions never end by themselves.
+    Its prompts are so many of so many random tokens, its completions never end by themselves; `note` is told what
+    the user would be.
     """
     import torch
 
@@ -34,7 +36,7 @@ def make_run(
     tokenizer = word_tokenizer(RANDOM_MODELS[model_name]["vocab_size"])
     data = [{"prompt": text} for text in random_prompts(tokenizer, prompts, prompt, seed=1)]
     objects = Objects(model, tokenizer, [noisy_length], data, None, list(callbacks))
-    run = build_run(recipe_with_objects(sections, objects, ()), objects, Ranks())
+    run = build_run(recipe_with_objects(sections, objects, ()), objects, Ranks(), note=note)
     engine: Any = run.engine
     engine.eos_token_ids = {RANDOM_MODELS[model_name]["vocab_size"]}  # no token has this number
     return run, objects

@@ -40,10 +40,14 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     return Finding([row], [Bar("tests that do not pass", wrong, 0, at_most=True)], failures)
 
 
+ABOUT = """
+`pytest -m gpu` without those that need vLLM.
+"""
+
 PART = Part(
     name="tests",
     title="Tests that need a GPU",
-    about="`pytest -m gpu` without those that need vLLM.",
+    about=ABOUT,
     columns=("tests", "passed", "failed", "errors", "skipped"),
     limit_s=420,
     pieces=("gpu",),

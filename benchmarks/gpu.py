@@ -12,6 +12,7 @@ where it was. Models have random weights; nothing is downloaded.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -42,13 +43,14 @@ PARTS: dict[str, Part] = {
         _gpu_machine.PART,
         _gpu_tests.PART,
         _gpu_learn.PART,
-        _gpu_step.PART,
         _gpu_published.PART,
         _gpu_memory.PART,
-        _gpu_decode.PART,
         _gpu_profile.PART,
+        _gpu_decode.PART,
+        _gpu_step.PART,
     )
 }
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 TAIL_LINES = 15
 SHORTEST_S = 30
 """With less time left no piece is started."""
@@ -65,7 +67,14 @@ def run_piece(command: Sequence[str], answer: Path, limit_s: float, place: Place
     """
     start = time.monotonic()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, cwd=ROOT)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=os.environ | ENVIRONMENT,
+            cwd=ROOT,
+            start_new_session=True,
+        )
         try:
             code = process.wait(timeout=limit_s)
         except subprocess.TimeoutExpired:
@@ -87,10 +96,8 @@ def run_piece(command: Sequence[str], answer: Path, limit_s: float, place: Place
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill whatever of the piece's processes is still there, and let go of the GPU with them."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -159,7 +166,9 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, default=Path("runs/gpu-report.md"), help="the report")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rehearse", action="store_true", help="tiny models, to see that everything runs")
-    parser.add_argument("--within", type=float, metavar="SECONDS", help="stop starting pieces in time to end by then")
+    parser.add_argument(
+        "--within", type=float, metavar="SECONDS", help="end by then; start nothing that could not"
+    )
     parser.add_argument("--again", action="store_true", help="run what is done, too")
     parser.add_argument("--piece", nargs=2, metavar=("PART", "PIECE"), help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
