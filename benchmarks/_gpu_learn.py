@@ -26,23 +26,27 @@ class Size:
     prompts: int
     group_size: int
     completion: int
+    temperature: float
+    """Low, since a random model's tokens are about alike likely: each would be seen too rarely to be learnt of."""
+    learning_rate: float
 
 
-SIZES = {False: Size("random-qwen2.5-0.5b", 100, 16, 16, 32), True: Size("random-tiny", 20, 4, 8, 12)}
-LEARNING_RATE = 3e-4
-TEMPERATURE = 0.3
-"""Low, since a random model's tokens are about alike likely: each would be seen too rarely to be learnt of."""
+SIZES = {
+    False: Size("random-qwen2.5-0.5b", 100, 16, 16, 32, temperature=0.15, learning_rate=2e-4),
+    True: Size("random-tiny", 20, 4, 8, 12, temperature=0.3, learning_rate=1e-2),
+}
+"""The whole run, and a rehearsal."""
 
 
-def recipe(size: Size, folder: str, device: str) -> dict[str, Any]:
+def recipe(size: Size, folder: str) -> dict[str, Any]:
     return {
         "model": {"compute_dtype": "bfloat16"},
         "generation": {
             "num_generations": size.group_size,
             "max_completion_tokens": size.completion,
-            "temperature": TEMPERATURE,
+            "temperature": size.temperature,
         },
-        "optim": {"learning_rate": LEARNING_RATE if device == "cuda" else 1e-2, "scheduler": "constant"},
+        "optim": {"learning_rate": size.learning_rate},
         "train": {
             "output_dir": folder,
             "max_steps": size.steps,
@@ -80,7 +84,7 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     model = random_model(size.model, device, torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         result = train(
-            recipe(size, f"{folder}/run", device),
+            recipe(size, f"{folder}/run"),
             model=model,
             tokenizer=tokenizer,
             rewards=reward_num_unique_chars,

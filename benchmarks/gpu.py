@@ -52,8 +52,8 @@ PARTS: dict[str, Part] = {
 }
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 TAIL_LINES = 15
-SHORTEST_S = 30
-"""With less time left no piece is started."""
+LEAST_SHARE = 1 / 3
+"""Of its limit that has to be left for a piece to be started."""
 
 
 def run_piece(command: Sequence[str], answer: Path, limit_s: float, place: Place) -> Outcome:
@@ -115,7 +115,7 @@ def run_parts(options: argparse.Namespace, results: Results, place: Place) -> li
             limit: float = part.limit_s
             if end is not None:
                 limit = min(limit, end - time.monotonic())
-            if limit < SHORTEST_S:
+            if limit < LEAST_SHARE * part.limit_s:
                 print(f"{label}: no time is left for it", flush=True)
                 missing.append(label)
                 continue
