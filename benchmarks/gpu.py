@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -69,11 +70,12 @@ def run_piece(command: Sequence[str], answer: Path, limit_s: float, place: Place
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,  # closed when this process ends, however it does: see end_with_parent
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | ENVIRONMENT,
             cwd=ROOT,
-            start_new_session=True,
+            process_group=0,
         )
         try:
             code = process.wait(timeout=limit_s)
@@ -94,11 +96,22 @@ def run_piece(command: Sequence[str], answer: Path, limit_s: float, place: Place
     return Outcome(place, "failed", seconds, tail=tail)
 
 
+def end_with_parent() -> None:
+    """Let this process and its group end when the one that started it is gone: none shall hold the GPU alone."""
+
+    def wait() -> None:
+        while os.read(0, 1):  # not sys.stdin, whose lock would be missed when the interpreter ends
+            pass
+        os.killpg(0, signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Kill whatever of the piece's processes is still there, and let go of the GPU with them."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
 
 
 def run_parts(options: argparse.Namespace, results: Results, place: Place) -> list[str]:
@@ -186,6 +199,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse_options()
     if options.piece is not None:
+        end_with_parent()
         part, piece = options.piece
         finding = PARTS[part].run(piece, options.device, options.rehearse)
         options.answer.write_text(json.dumps(asdict(finding)), encoding="utf-8")

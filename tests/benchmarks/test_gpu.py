@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import traceback
 import warnings
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from benchmarks import _gpu_decode, _gpu_learn, _gpu_profile, _gpu_published, gpu
@@ -222,6 +225,30 @@ def test_a_piece_that_takes_too_long_is_ended_with_its_processes(tmp_path: Path)
     assert outcome.status == "out of time"
     assert outcome.tail[-1] == "stopped after 3 s"
     assert outcome.seconds < 30
+
+
+def test_a_piece_does_not_outlive_the_command(tmp_path: Path) -> None:
+    piece = (
+        "import os, time; from benchmarks.gpu import end_with_parent; end_with_parent();"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(100)"
+    )
+    code = (
+        "import sys; from pathlib import Path; from benchmarks import gpu; Place = gpu.Place;"
+        f"gpu.run_piece([sys.executable, '-c', {piece!r}], Path('none'), 100.0, Place('', '', False))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as command:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        pid = int((tmp_path / "pid").read_text())
+        assert psutil.pid_exists(pid)
+        command.kill()
+    wait_until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.05)
 
 
 def test_a_piece_that_a_signal_ends_says_so(tmp_path: Path) -> None:
