@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VENV)/.vllm-installed
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test fast lint format check docs model vllm
+.PHONY: quickstart test fast lint format check docs model vllm gpu
 
 quickstart: model  ## train a small model until its reward has risen (10 minutes on two CPU cores)
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -35,6 +35,12 @@ docs: $(INSTALLED)  ## docs/recipe.md from the schema, slurm/*.sh from their tem
 model: $(QUICKSTART_MODEL)
 
 vllm: $(VLLM_INSTALLED)  ## for the tests; training without vLLM does not need it
+
+GPU_REPORT ?= runs/gpu-report.md
+
+gpu: $(INSTALLED)  ## what one GPU shows (three quarters of an hour; docs/gpu.md); GPU_REPORT=FILE for the report
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m benchmarks.gpu --markdown $(GPU_REPORT)
 
 # torch comes first and alone: whatever depends on it then finds this version installed.
 $(INSTALLED): pyproject.toml constraints.txt

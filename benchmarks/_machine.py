@@ -90,7 +90,8 @@ class MachineProbe:
         self._worker.close()
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """Of the card or the processor."""
     import torch
 
     if device == "cuda":
@@ -101,7 +102,7 @@ def _device_name(device: str) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _rates(device: str) -> Message:
+def rates(device: str, tries: int = 12) -> Message:
     """The median of several tries at a matrix product and at reading a tensor that no cache can hold."""
     import torch
 
@@ -112,7 +113,7 @@ def _rates(device: str) -> Message:
 
     def typical(work: Callable[[], object]) -> float:
         seconds = []
-        for _ in range(12):
+        for _ in range(tries):
             start = time.perf_counter()
             work()
             if on_cuda:
@@ -132,10 +133,10 @@ def _serve() -> None:
     channel = Channel()
     device = channel.receive()["device"]
     dtype = "bfloat16" if device == "cuda" else "float32"
-    channel.send(name=_device_name(device), cores=os.cpu_count(), torch=torch.__version__, dtype=dtype)
+    channel.send(name=device_name(device), cores=os.cpu_count(), torch=torch.__version__, dtype=dtype)
     while True:
         channel.receive()
-        channel.send(**_rates(device))
+        channel.send(**rates(device))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 """What `make model` fetches."""
 
-RANDOM_MODELS: dict[str, dict[str, int]] = {
+RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "random-tiny": {
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -38,8 +38,44 @@ RANDOM_MODELS: dict[str, dict[str, int]] = {
         "num_key_value_heads": 2,
         "vocab_size": 151936,
     },
+    "random-qwen3-tiny": {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 512,
+    },
+    "random-qwen3-0.6b": {
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
+    "random-qwen3-4b": {
+        "model_type": "qwen3",
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+    },
 }
-"""Qwen2 shapes with random weights, and a tokenizer with a word for every token."""
+"""Shapes of published models, Qwen2's where no `model_type` is named, with random weights and tied embeddings; and
+a tokenizer with a word for every token."""
+
+POSITIONS = 131_072
+"""Longest sequence of a random model."""
+
+LETTERS = "bcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _WORD = re.compile(r"Ġ[a-z]+|w\d+")
 """Tokens that stand for a whole word, so that text made of them is cut into the same tokens again."""
@@ -91,15 +127,26 @@ def load(name: str) -> tuple[Any, Any]:
     if name not in RANDOM_MODELS:
         config = ModelConfig(name=name)
         return load_policy(config), load_tokenizer(config)
+    return random_model(name, "cpu", torch.float32), word_tokenizer(RANDOM_MODELS[name]["vocab_size"])
+
+
+def random_model(name: str, device: str, dtype: Any) -> Any:
+    """One of RANDOM_MODELS, made where it shall be: a large one takes minutes on a CPU."""
+    import torch
+    import transformers
+
     torch.manual_seed(0)
-    shape = transformers.Qwen2Config(
-        **RANDOM_MODELS[name], tie_word_embeddings=True, max_position_embeddings=32768
+    shape = {"model_type": "qwen2"} | RANDOM_MODELS[name]
+    kind = shape.pop("model_type")
+    config = transformers.AutoConfig.for_model(
+        kind, **shape, tie_word_embeddings=True, max_position_embeddings=POSITIONS
     )
-    model = transformers.AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
-    return model, _word_tokenizer(shape.vocab_size)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _word_tokenizer(vocab_size: int) -> Any:
+def word_tokenizer(vocab_size: int) -> Any:
+    """A tokenizer whose tokens are the words `w0`, `w1`, … and two special ones."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,6 +154,26 @@ def _word_tokenizer(vocab_size: int) -> Any:
     words |= {"<unknown>": vocab_size - 2, "<end>": vocab_size - 1}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unknown>", eos_token="<end>", pad_token="<end>"
+    )
+
+
+def letter_tokenizer(vocab_size: int) -> Any:
+    """A tokenizer whose tokens are single characters, most of them an `a`, and the two special ones.
+
+    LETTERS follow each other in every eighth token, so that text of tokens drawn at random has few different ones.
+    Digits, which tell tokens of one character apart, are not part of the text.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["a" if index % 8 else LETTERS[index // 8 % len(LETTERS)] for index in range(vocab_size - 2)]
+    words = {f"{character}{index}": index for index, character in enumerate(characters)}
+    words |= {"<unknown>": vocab_size - 2, "<end>": vocab_size - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex(r"\d+"), ""), decoders.Fuse()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unknown>", eos_token="<end>", pad_token="<end>"
     )
