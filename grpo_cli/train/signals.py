@@ -10,11 +10,25 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+import torch._inductor.config
+
 from grpo_cli.launch.environment import is_launched, placement
 from grpo_cli.launch.failures import STOP_SIGNALS
 
 ECHO_S = 2.0
 """A signal to a whole Slurm step reaches a worker itself and through its launcher: within this time it is one."""
+
+
+def compile_in_this_process() -> None:
+    """Have torch compile GPU kernels in this process, not in one beside it, unless the environment says how many.
+
+    A signal that reaches a whole group of processes, as Slurm's do, would end the one beside it, and the kernel that
+    is needed next, before the checkpoint, would fail. Few kernels are compiled here, so they need not be several at
+    a time. To be called before the first one is.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        torch._inductor.config.compile_threads = 1
 
 
 class StopRequest:
