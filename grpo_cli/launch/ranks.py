@@ -7,6 +7,8 @@ on every rank, so that everything that follows from it is computed alike everywh
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,10 +19,14 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
-from grpo_cli.launch.environment import is_launched, placement
+from grpo_cli.launch.environment import Placement, is_launched, placement
+from grpo_cli.launch.interfaces import address_between_nodes, interface_of
 
 LONGEST_WAIT = timedelta(hours=2)
 """Ranks wait for each other's rollouts and rewards; one that is silent for longer is stuck."""
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable in which gloo looks for the name of the interface to use."""
 
 EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
 
@@ -72,9 +78,11 @@ class Ranks:
         is_own = not dist.is_initialized()
         if is_own:
             # A process that no launcher started meets nobody, and needs no address for it.
-            alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
-            group = {} if is_launched(os.environ) else alone
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
+            store = _meeting_point(place) if is_launched(os.environ) else HashStore()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+                timeout=LONGEST_WAIT, store=store, rank=place.rank, world_size=place.world_size,
+            )  # fmt: skip
         talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if place.world_size > 1 else None
         return cls(place.rank, place.world_size, device, talk, is_own)
 
@@ -148,6 +156,22 @@ class Ranks:
         """
         value: T = _value(self.tell(_outcome(work) if self.is_main else None))
         return value
+
+
+def _meeting_point(place: Placement) -> Any:
+    """The store that the launcher's variables lead to; between machines, gloo's interface is chosen through it.
+
+    By itself gloo takes the address that this machine's own name stands for, which may be a loopback one.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    if place.world_size > place.local_world_size:
+        address = address_between_nodes(place, os.environ["MASTER_ADDR"], store)
+        interface = interface_of(address)
+        if interface is not None and GLOO_INTERFACE not in os.environ:
+            os.environ[GLOO_INTERFACE] = interface
+            if place.local_rank == 0:
+                print(f"{socket.gethostname()}: processes talk over {interface} ({address})", file=sys.stderr)
+    return store
 
 
 def _outcome(work: Callable[[], T]) -> T | Exception:

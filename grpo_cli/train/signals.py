@@ -21,11 +21,11 @@ ECHO_S = 2.0
 
 
 def compile_in_this_process() -> None:
-    """Have torch compile GPU kernels in this process, not in one beside it, unless the environment says how many.
+    """Have torch compile GPU kernels in this process, not in one beside it, unless the environment says otherwise.
 
-    A signal that reaches a whole group of processes, as Slurm's do, would end the one beside it, and the kernel that
-    is needed next, before the checkpoint, would fail. Few kernels are compiled here, so they need not be several at
-    a time. To be called before the first one is.
+    A signal that reaches a whole group of processes, as Slurm's do, would end the one beside it, and the kernel
+    that is needed next, before the checkpoint, would fail. Few kernels are compiled here, so they need not be
+    several at a time. To be called before the first one is.
     """
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
         torch._inductor.config.compile_threads = 1
