@@ -10,9 +10,6 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-import torch
-import torch._inductor.config
-
 from grpo_cli.launch.environment import is_launched, placement
 from grpo_cli.launch.failures import STOP_SIGNALS
 
@@ -28,6 +25,8 @@ def compile_in_this_process() -> None:
     several at a time. To be called before the first one is.
     """
     if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        import torch._inductor.config
+
         torch._inductor.config.compile_threads = 1
 
 
