@@ -133,12 +133,13 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give tensors the values that they have on rank 0."""
+        """Give tensors the values that they have on rank 0; one at a time is twice on the device."""
         if self._talk is not None:
             for tensor in tensors:
                 value = tensor.data.to(self.device).contiguous()
-                dist.broadcast(value, src=0)
-                tensor.data.copy_(value)
+                dist.broadcast(value.view(-1).view(torch.uint8), src=0)  # whatever a backend knows of its dtype
+                if value.data_ptr() != tensor.data_ptr():
+                    tensor.data.copy_(value)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on every rank, in the order of ranks.

@@ -253,10 +253,9 @@ def load_checkpoint(path: Path, run: Run, scheduler: Any) -> Position:
         RunError: a file of it is missing or damaged.
     """
     read: list[Saved] = []
-    reads_weights = run.ranks.is_main or not run.strategy.shards_weights
     with _explained(path):
         # All have read before any of them goes on to what needs all of them.
-        run.ranks.together(lambda: _read_explained(path, run.model if reads_weights else None, read))
+        run.ranks.together(lambda: _read_explained(path, run.model if run.ranks.is_main else None, read))
         saved = read[0]
         run.strategy.restore(saved.weights, saved.optimizer)
         restore_schedule(scheduler, saved.scheduler)
