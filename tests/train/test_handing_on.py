@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from grpo_cli.errors import UserError
 from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.model import base_model, load_policy
 from grpo_cli.policy.reference import reference_model
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.optim import build_optimizer
 from grpo_cli.train.strategies import fsdp, make_strategy
+from grpo_cli.train.strategies.handing_on import _layout, is_empty
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.processes import run_processes
 
@@ -176,3 +178,21 @@ def test_weights_that_one_process_cannot_read_are_an_error_of_all(tied_model_dir
     one, other = run_processes(2, read_what_is_not_there, "ddp", recipe_of(tied_model_dir))
     assert "cannot load" in one
     assert one == other
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "phi3", "olmo2", "qwen3_moe"]
+)
+def test_a_model_without_values_is_the_one_that_is_read_but_for_them(tmp_path: Path, kind: str) -> None:
+    sizes = {
+        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "pad_token_id": 0,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 32,
+    }  # fmt: skip
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).save_pretrained(tmp_path)
+    config = ModelConfig(name=str(tmp_path))
+    empty = load_policy(config, loading=lambda config: nullcontext(False))
+    whole = load_policy(config)
+    assert is_empty(empty)
+    assert empty.config.to_dict() == whole.config.to_dict()
+    assert _layout(empty) == _layout(whole)
+    assert not any(tensor.is_meta for tensor in [*whole.parameters(), *whole.buffers()])
