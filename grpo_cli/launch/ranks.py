@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
 from grpo_cli.launch.environment import Placement, is_launched, placement
@@ -164,7 +165,7 @@ def _meeting_point(place: Placement) -> Any:
 
     By itself gloo takes the address that this machine's own name stands for, which may be a loopback one.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=LONGEST_WAIT))
+    store, _, _ = next(rendezvous("env://", timeout=LONGEST_WAIT))
     if place.world_size > place.local_world_size:
         address = address_between_nodes(place, os.environ["MASTER_ADDR"], store)
         interface = interface_of(address)
