@@ -7,6 +7,8 @@ on every rank, so that everything that follows from it is computed alike everywh
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,12 +17,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
+from torch.distributed.rendezvous import rendezvous
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
-from grpo_cli.launch.environment import is_launched, placement
+from grpo_cli.launch.environment import Placement, is_launched, placement
+from grpo_cli.launch.interfaces import address_between_nodes, interface_of
 
 LONGEST_WAIT = timedelta(hours=2)
 """Ranks wait for each other's rollouts and rewards; one that is silent for longer is stuck."""
+
+GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Environment variable in which gloo looks for the name of the interface to use."""
 
 EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
 
@@ -71,9 +78,11 @@ class Ranks:
         is_own = not dist.is_initialized()
         if is_own:
             # A process that no launcher started meets nobody, and needs no address for it.
-            alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
-            group = {} if is_launched(os.environ) else alone
-            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=LONGEST_WAIT, **group)
+            store = _meeting_point(place) if is_launched(os.environ) else HashStore()
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_gpu else "gloo",
+                timeout=LONGEST_WAIT, store=store, rank=place.rank, world_size=place.world_size,
+            )  # fmt: skip
         talk = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if place.world_size > 1 else None
         return cls(place.rank, place.world_size, current_device(), talk, is_own)
 
@@ -124,12 +133,13 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give tensors the values that they have on rank 0."""
+        """Give tensors the values that they have on rank 0; one at a time is twice on the device."""
         if self._talk is not None:
             for tensor in tensors:
                 value = tensor.data.to(self.device).contiguous()
-                dist.broadcast(value, src=0)
-                tensor.data.copy_(value)
+                dist.broadcast(value.view(-1).view(torch.uint8), src=0)  # whatever a backend knows of its dtype
+                if value.data_ptr() != tensor.data_ptr():
+                    tensor.data.copy_(value)
 
     def together(self, work: Callable[[], T]) -> list[T]:
         """What `work` gives on every rank, in the order of ranks.
@@ -157,6 +167,22 @@ def current_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _meeting_point(place: Placement) -> Any:
+    """The store that the launcher's variables lead to; between machines, gloo's interface is chosen through it.
+
+    By itself gloo takes the address that this machine's own name stands for, which may be a loopback one.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=LONGEST_WAIT))
+    if place.world_size > place.local_world_size:
+        address = address_between_nodes(place, os.environ["MASTER_ADDR"], store)
+        interface = interface_of(address)
+        if interface is not None and GLOO_INTERFACE not in os.environ:
+            os.environ[GLOO_INTERFACE] = interface
+            if place.local_rank == 0:
+                print(f"{socket.gethostname()}: processes talk over {interface} ({address})", file=sys.stderr)
+    return store
 
 
 def _outcome(work: Callable[[], T]) -> T | Exception:

@@ -24,7 +24,7 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo_cli.errors import UserError
 from grpo_cli.policy.files import locate_gguf, read_chat_template
@@ -34,19 +34,41 @@ from grpo_cli.recipe.schema import ModelConfig
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-Loading = Callable[[ModelConfig], AbstractContextManager[None]]
-"""Makes a context in which a model may be read in parts; see `Strategy.loading`."""
+Loading = Callable[[ModelConfig], AbstractContextManager[bool]]
+"""Makes a context in which a model may be read in parts, or not by this process; see `Strategy.loading`."""
 
 
-def read_whole(config: ModelConfig) -> AbstractContextManager[None]:
+def read_whole(config: ModelConfig) -> AbstractContextManager[bool]:
     """Every process reads the whole model."""
-    return nullcontext()
+    return nullcontext(True)
+
+
+class EmptyModelForCausalLM:
+    """Stands in for `AutoModelForCausalLM` where the values come from elsewhere: reads the configuration alone."""
+
+    @staticmethod
+    def from_pretrained(
+        name: str,
+        *,
+        dtype: torch.dtype,
+        attn_implementation: str | None,
+        trust_remote_code: bool,
+        **arguments: Any,
+    ) -> Any:
+        """The model that `AutoModelForCausalLM.from_pretrained` loads, on the meta device."""
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **arguments)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
 
 
 def load_policy(
     config: ModelConfig, *, model: Any = None, adapters: bool = True, loading: Loading = read_whole
 ) -> Any:
-    """Load the model that is trained, on the CPU.
+    """Load the model that is trained, on the CPU, or without values where `loading` says so.
 
     Args:
         config: the recipe's `model` section.
@@ -112,9 +134,10 @@ def load_pretrained(config: ModelConfig, name: str, loading: Loading = read_whol
     }
     if gguf_file is not None:
         arguments["gguf_file"] = gguf_file
-    with loading(config):
-        model = _from_pretrained(AutoModelForCausalLM, folder, setting, **arguments)
-    return model if gguf_file is None else dequantised(model)
+    with loading(config) as reads:
+        kind = AutoModelForCausalLM if reads else EmptyModelForCausalLM
+        model = _from_pretrained(kind, folder, setting, **arguments)
+    return dequantised(model) if reads and gguf_file is not None else model
 
 
 def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:

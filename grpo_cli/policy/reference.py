@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,8 +14,16 @@ from grpo_cli.policy.model import Loading, is_in_parts, load_pretrained
 from grpo_cli.recipe.schema import ModelConfig
 
 
-def reference_model(policy: Any, config: ModelConfig, loading: Loading) -> Any:
+def reference_model(
+    policy: Any, config: ModelConfig, loading: Loading, copied: Callable[[Any], Any] = copy.deepcopy
+) -> Any:
     """`model.reference`, or a copy of the policy before training; None if that is the policy without its adapter.
+
+    Args:
+        policy: before training.
+        config: the recipe's `model` section.
+        loading: context in which a model is read.
+        copied: gives a copy of the policy.
 
     Raises:
         UserError: `model.reference` cannot be loaded.
@@ -27,7 +35,7 @@ def reference_model(policy: Any, config: ModelConfig, loading: Loading) -> Any:
     elif is_in_parts(policy):  # as it was read: there is no whole to copy
         model = load_pretrained(config, config.name, loading)
     else:
-        model = copy.deepcopy(policy)
+        model = copied(policy)
         model.gradient_checkpointing_disable()
     return model.requires_grad_(False).eval()
 

@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.weight_transfer import (
-    CONNECT_TIMEOUT_S,
     SendingGroup,
     fill_memory,
     in_background,
@@ -38,6 +37,7 @@ from grpo_cli.serve.protocol import (
     Weights,
 )
 
+CONNECT_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 512
 
 LONGEST_PAUSE_S = 5.0

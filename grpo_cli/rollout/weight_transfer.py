@@ -18,11 +18,10 @@ from urllib.parse import urlsplit
 
 import torch
 
+from grpo_cli.launch.interfaces import address_towards
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Rendezvous, ServerInfo
-
-CONNECT_TIMEOUT_S = 10.0
 
 T = TypeVar("T")
 
@@ -64,13 +63,13 @@ class SendingGroup:
         timeout_s: of the rendezvous and of each broadcast.
 
     Raises:
-        OSError: the server cannot be reached.
+        OSError: nothing leads to the server.
     """
 
     def __init__(self, url: str, backend: Any, info: ServerInfo, timeout_s: float) -> None:
         self.instance = info.instance
         self.timeout_s = timeout_s
-        self.host = _address_towards(url)
+        self.host = address_towards(urlsplit(url).hostname or "")
         self.group: Any = None
         # Bound to the one address that leads to the server, not to all of this machine's.
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
@@ -132,12 +131,3 @@ def in_background(call: Callable[[], T]) -> Future[T]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
-
-
-def _address_towards(url: str) -> str:
-    """This machine's address on the interface that leads to a server."""
-    parts = urlsplit(url)
-    # Only under https may `server_url` leave the port out.
-    with socket.create_connection((parts.hostname or "", parts.port or 443), timeout=CONNECT_TIMEOUT_S) as probe:
-        address: str = probe.getsockname()[0]
-        return address

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, is_deferred_attention_layer
 
+from grpo_cli.launch.interfaces import address_towards
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Rendezvous, TensorSpec
 
@@ -137,7 +137,7 @@ class WholeSetEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             parallel = self.parallel_config
             rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
             self._store = wire.find_sender(rendezvous.host, rendezvous.port, timeout_s)
-            host = _address_towards(rendezvous.host)
+            host = address_towards(rendezvous.host)
             with _unpinned_nccl(rendezvous.backend):
                 self._group = wire.join_group(
                     rendezvous.backend, self._store, rank, rendezvous.world_size, host, timeout_s, self.device
@@ -220,14 +220,6 @@ def _received(buckets: Sequence[wire.Bucket], source: Source, digest: wire.Diges
         flat = source(bucket)
         digest.add(bucket, flat)
         yield from wire.tensors_in(bucket, flat)
-
-
-def _address_towards(host: str) -> str:
-    """This machine's address on the interface that leads to `host`."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        address: str = probe.getsockname()[0]
-        return address
 
 
 def _unpinned_nccl(backend: str) -> Any:

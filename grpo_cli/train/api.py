@@ -24,7 +24,7 @@ from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
 from grpo_cli.train.run import Objects, Run, build_run, deterministic_kernels, explained_failures
 from grpo_cli.train.session import Session, mean_reward
-from grpo_cli.train.signals import StopRequest
+from grpo_cli.train.signals import StopRequest, compile_in_this_process
 from grpo_cli.train.trackers import check_trackers
 
 SHOWCASE_STREAM = 2
@@ -94,6 +94,7 @@ def train(
     console = (console or Console()) if ranks.is_main else Console(quiet=True)
     check_trackers(loaded.logging.trackers)
     ranks.led(lambda: check_run_folder(loaded, resume=resume))
+    compile_in_this_process()
     with explained_failures(loaded), deterministic_kernels(), ranks.leaving_together():
         run = build_run(
             loaded, objects, ranks, strategy, note=lambda text: console.print(escape(text), soft_wrap=True)

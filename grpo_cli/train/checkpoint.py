@@ -33,6 +33,7 @@ from grpo_cli.policy.model import (
 )
 from grpo_cli.recipe.load import dump_recipe, read_yaml
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.optim import restore_schedule
 from grpo_cli.train.run import Run
 from grpo_cli.train.strategies.base import OptimizerState, joined_state
 
@@ -67,8 +68,14 @@ class Position:
         return Position(self.step + 1, self.num_tokens + num_tokens)
 
 
-def save_checkpoint(run: Run, position: Position, scheduler: Any) -> Path:
+def save_checkpoint(run: Run, position: Position, scheduler: Any, note: Callable[[str], None]) -> Path:
     """Write `checkpoint-00000N`, each rank its part, and remove all but the newest `train.keep_checkpoints`.
+
+    Args:
+        run: the parts of the run.
+        position: between two steps.
+        scheduler: of the learning rate.
+        note: told of an old checkpoint that cannot be removed.
 
     Raises:
         RunError: the disk refused; earlier checkpoints are as they were.
@@ -90,7 +97,7 @@ def save_checkpoint(run: Run, position: Position, scheduler: Any) -> Path:
 
     final = checkpoint_path(run, position)
     write_whole(final, write, ranks)
-    ranks.led(lambda: _remove_old(run.folder, run.recipe.train.keep_checkpoints))
+    ranks.led(lambda: _remove_old(run.folder, run.recipe.train.keep_checkpoints, note))
     return final
 
 
@@ -99,11 +106,23 @@ def checkpoint_path(run: Run, position: Position) -> Path:
     return run.folder / f"checkpoint-{position.step:06d}"
 
 
-def _remove_old(folder: Path, keep: int) -> None:
+def _remove_old(folder: Path, keep: int, note: Callable[[str], None]) -> None:
+    for left in folder.glob(".checkpoint-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
         # Out of the list first: a checkpoint that is half removed is none.
-        removed = old.rename(old.with_name(f".{old.name}.partial"))
-        shutil.rmtree(removed)
+        removed = old.with_name(f".{old.name}.partial")
+        try:
+            shutil.rmtree(old.rename(removed))
+        except OSError as error:  # as NFS, while another process has a file of it open
+            note(f"{old} is not kept, but cannot be removed yet ({error}); look for it and {removed.name}")
+
+
+def _remove_leftover(path: Path, note: Callable[[str], None]) -> None:
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        note(f"{path} is left from an earlier start and cannot be removed ({error})")
 
 
 def optimizer_file(rank: int, world_size: int) -> str:
@@ -234,13 +253,12 @@ def load_checkpoint(path: Path, run: Run, scheduler: Any) -> Position:
         RunError: a file of it is missing or damaged.
     """
     read: list[Saved] = []
-    reads_weights = run.ranks.is_main or not run.strategy.shards_weights
     with _explained(path):
         # All have read before any of them goes on to what needs all of them.
-        run.ranks.together(lambda: _read_explained(path, run.model if reads_weights else None, read))
+        run.ranks.together(lambda: _read_explained(path, run.model if run.ranks.is_main else None, read))
         saved = read[0]
         run.strategy.restore(saved.weights, saved.optimizer)
-        scheduler.load_state_dict(saved.scheduler)
+        restore_schedule(scheduler, saved.scheduler)
         return saved.position
 
 
@@ -305,8 +323,10 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
         )
 
 
-def open_run_folder(recipe: Recipe) -> Path | None:
+def open_run_folder(recipe: Recipe, note: Callable[[str], None]) -> Path | None:
     """Create or enter the run's folder; return the checkpoint to resume from, if there is one.
+
+    `note` is told of what an earlier start has left and that cannot be removed.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -318,7 +338,7 @@ def open_run_folder(recipe: Recipe) -> Path | None:
     except OSError as error:
         raise UserError(f"train.output_dir: cannot write to {folder}: {error.strerror}") from error
     for leftover in folder.glob(".*.partial"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        _remove_leftover(leftover, note)
     checkpoints = list_checkpoints(folder)
     return checkpoints[-1] if checkpoints else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -62,3 +63,16 @@ def build_scheduler(optimizer: Any, config: OptimConfig, num_optimizer_steps: in
         num_training_steps=num_optimizer_steps,
         scheduler_specific_kwargs=polynomial if config.scheduler == "polynomial" else None,
     )
+
+
+def restore_schedule(scheduler: Any, state: Mapping[str, Any]) -> None:
+    """Go on where a saved schedule stood, at this schedule's rates: it may be a longer one by now.
+
+    What torch restores of a schedule and of its optimizer are the rates of the old one until the next step.
+    """
+    scheduler.load_state_dict(dict(state))
+    factors = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = [base * factor(scheduler.last_epoch) for base, factor in factors]
+    scheduler.load_state_dict(scheduler.state_dict() | {"_last_lr": rates})
+    for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

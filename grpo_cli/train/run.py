@@ -205,11 +205,12 @@ def build_run(
 
     set_seed(recipe.train.seed)
     spread = make_strategy(strategy, recipe, ranks)
-    model = load_policy(recipe.model, model=objects.model, loading=spread.loading)
-    if objects.model is not None:  # each process has made its own, perhaps at random
-        ranks.copy_from_main([*model.parameters(), *model.buffers()])
+    model = _on_all_ranks(ranks, lambda: load_policy(recipe.model, model=objects.model, loading=spread.loading))
+    spread.take(model)
     needs_reference = with_reference and recipe.loss.beta > 0
-    frozen = reference_model(model, recipe.model, spread.loading) if needs_reference else None
+    frozen = None
+    if needs_reference:
+        frozen = _on_all_ranks(ranks, lambda: reference_model(model, recipe.model, spread.loading, spread.copied))
     optimizer = objects.optimizer or build_optimizer(model, recipe.optim)
     check_coverage(model, optimizer)
     spread.prepare(model, optimizer)
@@ -250,6 +251,13 @@ def agree_on_sharing(ranks: Ranks, models: Mapping[str, PackedModel]) -> None:
     for model in models.values():
         if reasons:
             model.take_plain_rows(reasons[0])
+
+
+def _on_all_ranks(ranks: Ranks, load: Callable[[], Any]) -> Any:
+    """What `load` gives here, once it has on every rank: one that fails must not leave the others waiting."""
+    loaded: list[Any] = []
+    ranks.together(lambda: loaded.append(load()))
+    return loaded[0]
 
 
 def _notes(run: Run) -> Sequence[str]:

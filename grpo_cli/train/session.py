@@ -42,7 +42,7 @@ class Session:
         steps = run.max_steps * train.num_iterations * train.optimizer_steps_per_rollout
         self.scheduler = build_scheduler(run.optimizer, run.recipe.optim, steps)
         self.position = Position()
-        checkpoint = run.ranks.led(lambda: open_run_folder(run.recipe))
+        checkpoint = run.ranks.led(lambda: open_run_folder(run.recipe, display.note))
         if checkpoint is not None:
             self.position = load_checkpoint(checkpoint, run, self.scheduler)
         self.resumed_from = checkpoint
@@ -136,7 +136,7 @@ class Session:
         """
         if self.resumed_from is not None and self.resumed_from == checkpoint_path(self.run, self.position):
             return  # nothing has happened since it was written
-        path = save_checkpoint(self.run, self.position, self.scheduler)
+        path = save_checkpoint(self.run, self.position, self.scheduler, self.display.note)
         self.display.note(f"checkpoint written: {path}")
         self.notify("on_checkpoint")
 

@@ -17,6 +17,19 @@ ECHO_S = 2.0
 """A signal to a whole Slurm step reaches a worker itself and through its launcher: within this time it is one."""
 
 
+def compile_in_this_process() -> None:
+    """Have torch compile GPU kernels in this process, not in one beside it, unless the environment says otherwise.
+
+    A signal that reaches a whole group of processes, as Slurm's do, would end the one beside it, and the kernel
+    that is needed next, before the checkpoint, would fail. Few kernels are compiled here, so they need not be
+    several at a time. To be called before the first one is.
+    """
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        import torch._inductor.config
+
+        torch._inductor.config.compile_threads = 1
+
+
 class StopRequest:
     """Context in which SIGINT, SIGTERM and SIGUSR1 only set `name`; a second one acts as it always does.
 

@@ -14,6 +14,7 @@ from grpo_cli.verbs.memory import GIB, MemoryPlan, Setup, memory_plan
 from grpo_cli.verbs.shape import ModelSize
 
 ASSUMED_GPU_GIB = 80.0
+ASSUMED_HOST_GIB = 1024.0
 GPUS_OF_A_NODE = 8
 MOST_PROCESSES = 512
 SMALLEST_MICROBATCH = 1024
@@ -30,6 +31,8 @@ class Gpu:
     source: str
     is_known: bool
     """Whether it was found or given, not assumed."""
+    is_here: bool = False
+    """Whether it is this machine's, so that the host memory is, too."""
 
 
 def gpu_of(given: float | None) -> Gpu:
@@ -38,7 +41,7 @@ def gpu_of(given: float | None) -> Gpu:
         return Gpu(given, "--gpu-memory", True)
     found = _gpu_memory()
     if found is not None:
-        return Gpu(found, "this machine's; --gpu-memory for others", True)
+        return Gpu(found, "this machine's; --gpu-memory for others", True, is_here=True)
     return Gpu(ASSUMED_GPU_GIB, "assumed; --gpu-memory says otherwise", False)
 
 
@@ -75,7 +78,27 @@ def memory_rows(setup: Setup, size: ModelSize, gpu: Gpu) -> list[tuple[str, str]
     if plan.host:
         node = plan.host * min(setup.processes, GPUS_OF_A_NODE)
         rows.append(("host", f"{_gib(plan.host)} of CPU memory for each process, {_gib(node)} for a node's"))
-    return rows
+    return [*rows, ("loading", loading_row(plan, setup, size.parameters, gpu))]
+
+
+def loading_row(plan: MemoryPlan, setup: Setup, parameters: int, gpu: Gpu) -> str:
+    """What loading needs of the first node's host memory, held against what it has.
+
+    One process reads the whole model, and the others get it from there; under `zero3` all processes of a node read
+    it, out of the same pages of memory. What is offloaded is there beside it.
+    """
+    needed = parameters * setup.weight_bytes + plan.host * min(setup.processes, GPUS_OF_A_NODE)
+    has, source = (_host_memory(), "this machine's") if gpu.is_here else (ASSUMED_HOST_GIB, "assumed")
+    text = f"{_gib(needed)} of the first node's {has:.0f} GiB of CPU memory ({source})"
+    return f"{text}: more than there is; the model cannot be loaded there" if needed > has * GIB else text
+
+
+def _host_memory() -> float:
+    """GiB of this machine's memory."""
+    import psutil
+
+    total: int = psutil.virtual_memory().total
+    return total / GIB
 
 
 def misfit(setup: Setup, size: ModelSize, gpu: Gpu) -> str | None:

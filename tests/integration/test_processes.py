@@ -191,6 +191,20 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_bytes(
     assert_same_weights(stopped, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "fsdp"])
+def test_more_steps_for_a_finished_run_follow_the_longer_schedule(
+    recipe: Path, tmp_path: Path, strategy: str
+) -> None:
+    once = ("--set", "train.num_iterations=1", "--set", "train.optimizer_steps_per_rollout=1")
+    folder = tmp_path / "run"
+    train(recipe, folder, strategy, 2, *once, "--set", "train.max_steps=2")
+    before = final_weights(folder)
+    train(recipe, folder, strategy, 2, *once, "--set", "train.max_steps=3", "--resume")
+    assert numbers(folder)[2]["learning_rate"] == pytest.approx(1e-3 / 3)
+    moved = max((value - before[name]).abs().max().item() for name, value in final_weights(folder).items())
+    assert moved > 1e-4, "the one step after the resume has that rate"
+
+
 @pytest.fixture
 def endless(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A run on three processes that has trained for two steps."""

@@ -189,6 +189,22 @@ def grpo_slurm(*arguments: str | Path, **variables: str) -> subprocess.Completed
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(("processes", "gpus"), [(30, 8), (64, 8), (33, 0)])
+def test_processes_that_the_training_nodes_cannot_share_are_refused(
+    recipe_path: Path, processes: int, gpus: int
+) -> None:
+    with pytest.raises(UserError, match=f"distributed.processes is {processes}, which 4 training nodes of {gpus}"):
+        plan(recipe_path, f"distributed.processes={processes}", gpus_per_node=gpus)
+
+
+@pytest.mark.parametrize(("processes", "gpus"), [(16, 8), (32, 8), (400, 0)])
+def test_processes_that_the_training_nodes_can_share_are_taken(
+    recipe_path: Path, processes: int, gpus: int
+) -> None:
+    job = plan(recipe_path, f"distributed.processes={processes}", gpus_per_node=gpus)
+    assert f"distributed.processes={processes}" in job.settings
+
+
 def test_the_verb_prints_the_script(recipe_path: Path) -> None:
     done = grpo_slurm(recipe_path, "--nodes", "3", "--serve-nodes", "2", "--tp", "4", "--set", "train.seed=1")
     assert done.returncode == 0, done.stderr

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,8 +57,8 @@ class Parts:
         self.optimizer.step()
         self.scheduler.step()
 
-    def save(self, folder: Path, step: int, keep: int = 2) -> Path:
-        return save_checkpoint(self.run(folder, keep), Position(step, 100 * step), self.scheduler)
+    def save(self, folder: Path, step: int, keep: int = 2, note: Callable[[str], None] = pytest.fail) -> Path:
+        return save_checkpoint(self.run(folder, keep), Position(step, 100 * step), self.scheduler, note)
 
     def load(self, path: Path) -> Position:
         return load_checkpoint(path, self.run(path.parent), self.scheduler)
@@ -239,6 +240,47 @@ def test_a_kill_while_an_old_checkpoint_is_removed_leaves_whole_ones_only(
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-000002"]
 
 
+@pytest.mark.parametrize("code", [errno.ENOTEMPTY, errno.EBUSY, errno.EACCES])
+def test_an_old_checkpoint_that_cannot_be_removed_is_noted_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    parts = Parts()
+    parts.save(tmp_path, 1, keep=1)
+    remove = shutil.rmtree
+
+    def refused(path: Path, **options: Any) -> None:
+        if options:
+            return remove(path, **options)
+        raise OSError(code, os.strerror(code), str(path / "optimizer.pt"))
+
+    monkeypatch.setattr(shutil, "rmtree", refused)
+    notes: list[str] = []
+    written = parts.save(tmp_path, 2, keep=1, note=notes.append)
+    assert list_checkpoints(tmp_path) == [written]
+    (note,) = notes
+    assert os.strerror(code) in note
+    assert ".checkpoint-000001.partial" in note
+    monkeypatch.undo()
+    parts.save(tmp_path, 3, keep=1)
+    assert names(tmp_path) == ["checkpoint-000003"], "what was left is removed once it can be"
+
+
+def test_what_cannot_be_renamed_for_removal_stays_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts()
+    old = parts.save(tmp_path, 1, keep=1)
+
+    def refused(path: Path, target: Path) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(Path, "rename", refused)
+    notes: list[str] = []
+    written = parts.save(tmp_path, 2, keep=1, note=notes.append)
+    assert list_checkpoints(tmp_path) == [old, written]
+    assert "checkpoint-000001" in notes[0]
+
+
 def test_partial_and_foreign_folders_are_no_checkpoints(tmp_path: Path) -> None:
     for name in (".checkpoint-000003.partial", "checkpoint-000004", "final", "completions"):
         (tmp_path / name).mkdir()
@@ -268,7 +310,7 @@ def recipe_of(tiny_recipe: dict[str, Any], *overrides: str) -> Recipe:
 
 def enter(recipe: Recipe, *, resume: bool) -> Path | None:
     check_run_folder(recipe, resume=resume)
-    return open_run_folder(recipe)
+    return open_run_folder(recipe, pytest.fail)
 
 
 def test_a_new_run_gets_its_folder_and_its_recipe(tiny_recipe: dict[str, Any]) -> None:

@@ -264,6 +264,30 @@ def test_a_finished_run_resumes_to_itself_and_goes_on_with_more_steps(tiny_recip
         assert torch.equal(straight.model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+def test_more_steps_for_a_finished_run_follow_the_longer_schedule_at_once(
+    tiny_recipe: dict[str, Any], scheduler: str
+) -> None:
+    tiny_recipe["optim"]["scheduler"] = scheduler
+    finished = weights_of(run(tiny_recipe))
+    straight = run(tiny_recipe, train__max_steps=6, train__output_dir=tiny_recipe["train"]["output_dir"] + "-2")
+    fourth = run(tiny_recipe, resume=True, train__max_steps=6, callbacks=[StopAfter(4)])
+    rate = fourth.metrics[3]["learning_rate"]
+    assert rate == straight.metrics[3]["learning_rate"] == pytest.approx(5e-4)
+    moved = [(value - finished[name]).abs().max() for name, value in weights_of(fourth).items()]
+    assert max(moved) > rate / 4, "the rate that is told is the one that is used"
+
+
+class StopAfter(grpo_cli.Callback):
+    """End the run after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, state: Any) -> None:
+        state.stop = state.step == self.step
+
+
 def test_evaluation_does_not_depend_on_the_prompts_of_a_step(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     tiny_recipe["data"]["eval"] = {"name": tiny_recipe["data"]["name"]}
     tiny_recipe["train"]["max_steps"] = 1

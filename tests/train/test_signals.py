@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch._inductor.config
 
 from grpo_cli.launch.failures import STOP_SIGNALS
-from grpo_cli.train.signals import StopRequest
+from grpo_cli.train.signals import StopRequest, compile_in_this_process
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +129,47 @@ def test_outside_the_main_thread_no_handler_is_touched() -> None:
     thread.start()
     thread.join()
     assert seen == [None, True]
+
+
+COMPILES_AFTER_A_SIGNAL = """
+import os, signal, sys, time
+import psutil, torch
+from torch._inductor.async_compile import AsyncCompile
+from grpo_cli.train.signals import StopRequest, compile_in_this_process
+
+compile_in_this_process()
+with StopRequest() as request:
+    torch.compile(lambda x: x.sin() + 1)(torch.ones(9))
+    AsyncCompile.wakeup()  # as every compilation for a GPU does
+    print([child.cmdline() for child in psutil.Process().children()])
+    os.killpg(0, signal.SIGUSR1)
+    while request.name is None:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    AsyncCompile.use_process_pool()  # raises where the process beside this one is gone
+    assert torch.compile(lambda x: x.cos() * 2)(torch.zeros(9)).tolist() == [2.0] * 9
+    print(request.name)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_what_is_compiled_after_a_signal_to_the_whole_group_still_is(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_COMPILE_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES_AFTER_A_SIGNAL],
+        env=environment | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        process_group=0, text=True, capture_output=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[]", "SIGUSR1"], "no process beside it, and the request is seen"
+
+
+def test_how_many_compile_stays_the_user_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._inductor.config, "compile_threads", 7)
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+    compile_in_this_process()
+    assert torch._inductor.config.compile_threads == 7
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    compile_in_this_process()
+    assert torch._inductor.config.compile_threads == 1

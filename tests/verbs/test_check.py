@@ -127,6 +127,21 @@ def test_what_training_would_stumble_over_is_found(recipe: dict[str, Any], overr
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_deepspeed_file_decides_the_strategy_of_the_plan(
+    recipe: dict[str, Any], tmp_path: Path, stage: int
+) -> None:
+    own = tmp_path / "deepspeed.json"
+    own.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    settings = ("distributed.processes=4", f"distributed.deepspeed_config={own}")
+    assert f"on each of 4 GPUs (zero{stage})" in plan_of(recipe, *settings)["memory"]
+
+
+def test_a_deepspeed_file_that_is_not_there_is_found(recipe: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"the DeepSpeed file missing\.json cannot be read"):
+        plan_of(recipe, "distributed.deepspeed_config=missing.json")
+
+
 def test_check_writes_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
     plan_of(recipe)

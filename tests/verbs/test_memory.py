@@ -405,6 +405,25 @@ def test_without_a_shape_the_plan_says_what_it_leaves_out() -> None:
     assert "in training" not in "".join(rows)
 
 
+@pytest.mark.parametrize("strategy", ["none", "ddp", "zero2", "zero3", "fsdp"])
+def test_loading_needs_the_model_once_on_a_node_however_many_share_it(strategy: Any) -> None:
+    setup = setup_72b(strategy=strategy, processes=1 if strategy == "none" else 32)
+    row = dict(memory_rows(setup, SIZE_72B, Gpu(80, "test", True)))["loading"]
+    assert row == "135.4 GiB of the first node's 1024 GiB of CPU memory (assumed)"
+
+
+def test_what_is_offloaded_is_beside_the_model_and_may_be_more_than_a_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fit, "_host_memory", lambda: 500.0)
+    setup, gpu = setup_72b(cpu_offload=True), Gpu(80, "test", True, is_here=True)
+    row = dict(memory_rows(setup, SIZE_72B, gpu))["loading"]
+    assert row.startswith(
+        "507.8 GiB of the first node's 500 GiB of CPU memory (this machine's): more than there is"
+    )
+    assert "more" not in dict(memory_rows(replace(setup, cpu_offload=False), SIZE_72B, gpu))["loading"]
+
+
 def test_the_smallest_gpu_of_the_machine_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\necho 81559\necho 24576\n")

@@ -28,8 +28,18 @@ class Strategy(Protocol):
     shards_weights: bool
     """Whether a rank holds a part of each weight only, but where it is gathered."""
 
-    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
-        """Inside, a model may be loaded in parts already."""
+    def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
+        """Inside, a model may be loaded in parts already. Gives whether this process reads its weights; where it
+        does not, the model is built without values, and gets rank 0's from `take` or `prepare`."""
+        ...
+
+    def take(self, model: Any) -> None:
+        """Make a model that was just loaded, or made by each process, the same on all ranks, before an optimizer
+        holds its parameters."""
+        ...
+
+    def copied(self, model: Any) -> Any:
+        """A copy of a model after `take` and before `prepare`, for `prepare_frozen`."""
         ...
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -37,7 +47,7 @@ class Strategy(Protocol):
         ...
 
     def prepare_frozen(self, model: Any) -> Compute | None:
-        """Spread a model that is not trained; return what runs it, as `run` does the policy."""
+        """Spread a model that is not trained, with rank 0's values; return what runs it, as `run` the policy."""
         ...
 
     @property
@@ -82,7 +92,7 @@ class Strategy(Protocol):
         """Load a checkpoint.
 
         Args:
-            weights: by the names of the policy's state dict; only on rank 0 where weights are sharded.
+            weights: by the names of the policy's state dict; on rank 0 only.
             state: of the whole optimizer.
         """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -25,6 +26,7 @@ from grpo_cli.train.strategies.base import (
     on_cpu,
     without_master,
 )
+from grpo_cli.train.strategies.handing_on import broadcast, match, put, tensor_at
 
 
 class FullyShardedDataParallel:
@@ -41,8 +43,17 @@ class FullyShardedDataParallel:
         if recipe.distributed.cpu_offload:
             self._offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
 
-    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
-        return nullcontext()
+    def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
+        return nullcontext(self._ranks.is_main)
+
+    def take(self, model: Any) -> None:
+        match(model, self._ranks)  # the values come with `prepare`, straight into their shards
+
+    def copied(self, model: Any) -> Any:
+        """See `Strategy.copied`. It shares the values on rank 0's CPU, which nothing writes to."""
+        held = {id(parameter): parameter for parameter in model.parameters()}
+        shared = {key: nn.Parameter(p.data, requires_grad=p.requires_grad) for key, p in held.items()}
+        return copy.deepcopy(model, shared)
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         if optimizer.state:
@@ -61,12 +72,23 @@ class FullyShardedDataParallel:
         return lambda compute, *arguments: root(compute, *arguments)
 
     def _shard(self, model: Any) -> Root:
+        """The model with rank 0's values, one tensor at a time of which is whole anywhere but on rank 0."""
+        layout = match(model, self._ranks)
+        values = [tensor_at(model, entry).data if self._ranks.is_main else None for entry in layout]
+        for entry in layout:
+            put(model, entry, torch.empty(entry.shape, dtype=entry.dtype, device="meta"))
         root = Root(model)
         for layer in _decoder_layers(model):
             fully_shard(layer, mesh=self._mesh, offload_policy=self._offload)
         fully_shard(root, mesh=self._mesh, offload_policy=self._offload)
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(self._ranks.device)
+        is_offloaded = isinstance(self._offload, CPUOffloadPolicy)
+        root.to_empty(device="cpu" if is_offloaded else self._ranks.device)
+        for index, entry in enumerate(layout):
+            value, values[index] = values[index], None
+            if entry.is_parameter:
+                self._fill(tensor_at(model, entry), value)
+            else:
+                put(model, entry, broadcast(value, entry, self._ranks))
         return root
 
     def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
@@ -123,8 +145,7 @@ class FullyShardedDataParallel:
         for name, parameter in self._model.named_parameters():
             wanted = self._ranks.tell(weights is None or name in weights)
             if wanted:
-                source = torch.empty(parameter.shape, dtype=parameter.dtype) if weights is None else weights[name]
-                parameter.data.copy_(self._shared_out(source, parameter))
+                self._fill(parameter, None if weights is None else weights[name])
         parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         state = without_master(state)
         for index, values in state["state"].items():
@@ -134,6 +155,13 @@ class FullyShardedDataParallel:
                 elif isinstance(value, torch.Tensor):
                     values[key] = value.clone()  # what is read stays mapped to its file
         self._optimizer.load_state_dict(state)
+
+    @torch.no_grad()
+    def _fill(self, parameter: Any, value: torch.Tensor | None) -> None:
+        """Give a parameter the value that rank 0 has, whole; the others have none."""
+        if value is None:
+            value = torch.empty(parameter.shape, dtype=parameter.dtype, device=self._ranks.device)
+        parameter.data.copy_(self._shared_out(value, parameter))
 
     def _shared_out(self, tensor: torch.Tensor, like: DTensor) -> DTensor:
         """Rank 0's tensor, of which every rank keeps the part that it holds of `like`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from grpo_cli.train.strategies.base import (
     part_of_state,
     without_master,
 )
+from grpo_cli.train.strategies.handing_on import hand_on
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients that are summed in one call."""
@@ -38,15 +40,21 @@ class Replicated:
         self._ranks = ranks
         self._max_norm = max_grad_norm
 
-    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
-        return nullcontext()
+    def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
+        return nullcontext(self._ranks.is_main)
+
+    def take(self, model: Any) -> None:
+        hand_on(model, self._ranks)
+
+    def copied(self, model: Any) -> Any:
+        return copy.deepcopy(model)
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         self._model = model.to(self._ranks.device)
         self._optimizer = optimizer
 
     def prepare_frozen(self, model: Any) -> None:
-        model.to(self._ranks.device)
+        hand_on(model, self._ranks)
 
     def whole_model(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -83,8 +91,11 @@ class Replicated:
         return part_of_state(self._optimizer.state_dict(), self._ranks.rank, self._ranks.world_size)
 
     def restore(self, weights: Mapping[str, torch.Tensor] | None, state: OptimizerState) -> None:
-        assert weights is not None, "every rank reads the checkpoint"
-        self._model.load_state_dict(weights, strict=False)
+        names = self._ranks.tell(None if weights is None else list(weights))
+        if weights is not None:
+            self._model.load_state_dict(weights, strict=False)
+        held = self._model.state_dict(keep_vars=True)
+        self._ranks.copy_from_main(held[name] for name in names if name in held)
         # Copied, since what is read stays mapped to its file.
         own = {index: on_cpu(values) for index, values in without_master(state)["state"].items()}
         self._optimizer.load_state_dict({"state": own, "param_groups": state["param_groups"]})

@@ -13,6 +13,7 @@ import torch
 
 from grpo_cli.errors import UserError
 from grpo_cli.launch.ranks import Ranks
+from grpo_cli.policy.model import is_in_parts
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.strategies.base import (
     MASTER,
@@ -24,6 +25,7 @@ from grpo_cli.train.strategies.base import (
     on_cpu,
 )
 from grpo_cli.train.strategies.deepspeed_config import deepspeed_config
+from grpo_cli.train.strategies.handing_on import hand_on
 
 FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """Names of what DeepSpeed's optimizers step on: float32 originals of a rank's share, flat."""
@@ -57,19 +59,30 @@ class Zero:
         self._stage = stage
         self.shards_weights = stage == 3
 
-    def loading(self, config: ModelConfig) -> AbstractContextManager[None]:
-        """Under stage 3 a model is shared out while it is read, since no process may have room for all of it."""
+    def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
+        """Under stage 3 a model is shared out while all ranks read it, since no process may have room for it."""
+        if self._stage < 3:
+            return nullcontext(self._ranks.is_main)
         is_gguf = config.gguf_file is not None or config.name.endswith(".gguf")
-        return self._read_in_parts() if self._stage == 3 and not is_gguf else nullcontext()
+        return nullcontext(True) if is_gguf else self._read_in_parts()
+
+    def take(self, model: Any) -> None:
+        if self._stage < 3:
+            hand_on(model, self._ranks)
+        elif not is_in_parts(model):
+            self._ranks.copy_from_main([*model.parameters(), *model.buffers()])
+
+    def copied(self, model: Any) -> Any:
+        return copy.deepcopy(model)
 
     @contextmanager
-    def _read_in_parts(self) -> Iterator[None]:
+    def _read_in_parts(self) -> Iterator[bool]:
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
         # from_pretrained asks for it while it lives.
         config = HfDeepSpeedConfig(deepspeed_config(self._recipe, self._stage))
         try:
-            yield
+            yield True
         finally:
             unset_hf_deepspeed_config()
             del config
@@ -96,7 +109,7 @@ class Zero:
 
     def prepare_frozen(self, model: Any) -> Compute | None:
         if self._stage < 3:
-            model.to(self._ranks.device)
+            hand_on(model, self._ranks)
             return None
         engine, *_ = self._deepspeed.initialize(
             model=Root(model), config=deepspeed_config(self._recipe, self._stage)
@@ -176,10 +189,13 @@ class Zero:
         self._make_state(state["state"])
         self._link_state()
         numbers = {id(parameter): index for index, parameter in enumerate(self._parameters)}
+        names = set(self._ranks.tell(None if weights is None else list(weights)))
         for name, parameter in self._model.named_parameters():
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
                 if weights is not None and name in weights:
                     parameter.data.copy_(weights[name])
+            if self._stage < 3 and name in names:
+                self._ranks.copy_from_main([parameter])
             index = numbers.get(id(parameter))
             if index is None:
                 continue
