@@ -184,8 +184,8 @@ def measured_loss(
         token_loss = token_loss + config.beta * kl
 
     loss = _weighted_token_sum(token_loss, mask, config) / max(normalizer, 1.0)
-    sampler = None if sampling_logprobs is None else (old_logprobs, sampling_logprobs, importance_ratio)
-    return MeasuredLoss(loss, Measured(indicators, mask, sampler))
+    compared = None if sampling_logprobs is None else (old_logprobs, sampling_logprobs, importance_ratio)
+    return MeasuredLoss(loss, Measured(indicators, mask, compared))
 
 
 def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_tokens: int) -> float:

@@ -139,9 +139,9 @@ class RowLayout:
         if window not in self._block_masks:
             self._block_masks[window] = block_mask(self.branches, window)
         padding = (0, 0, 0, bucket(length) - length)
-        parts = tuple(pad(part, padding).contiguous() for part in (inputs.query, inputs.key, inputs.value))
+        padded = (pad(part, padding).contiguous() for part in (inputs.query, inputs.key, inputs.value))
         mask = self._block_masks[window]
-        attended = compiled_flex_attention(*parts, block_mask=mask, scale=inputs.scale, enable_gqa=True)
+        attended = compiled_flex_attention(*padded, block_mask=mask, scale=inputs.scale, enable_gqa=True)
         return attended[:, :, :length]
 
 
