@@ -112,7 +112,7 @@ def checked_ring_bytes(strategy: StrategyName, parameters: int, processes: int, 
     """What `grpo check` expects of the same step, in float32."""
     setup = Setup(
         strategy=strategy, processes=processes, weight_bytes=4, compute_bytes=4, gradient_checkpointing=False,
-        cpu_offload=False, pack_tokens=1, shortest_pack=1, cached_tokens=0, engine="transformers", lora=None,
-        has_reference=False,
+        cpu_offload=False, pack_tokens=1, shortest_pack=1, cached_tokens=0, cached_rows=0, engine="transformers",
+        lora=None, has_reference=False,
     )  # fmt: skip
     return sharing_bytes(setup, parameters, parameters, Work(tokens=0, packs=packs, optimizer_steps=1))

@@ -14,6 +14,7 @@ import torch
 import grpo_cli
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError
+from grpo_cli.rollout.transformers_engine import TransformersEngine
 from grpo_cli.train import loop, update
 from grpo_cli.train.collect import MAX_RESAMPLE_ROUNDS
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -48,6 +49,8 @@ def all_flat(completions: list[str]) -> list[float]:
 class Forwards(grpo_cli.Callback):
     """Counts the forward passes of a model, by whether they train; those that generate are left out."""
 
+    is_generating = False
+
     def __init__(self, model: Any) -> None:
         self.training = self.scoring = 0
         model.get_input_embeddings().register_forward_pre_hook(self._count)
@@ -55,11 +58,23 @@ class Forwards(grpo_cli.Callback):
     def _count(self, *_: Any) -> None:
         if torch.is_grad_enabled():
             self.training += 1
-        elif not torch.is_inference_mode_enabled():
+        elif not self.is_generating:
             self.scoring += 1
 
     def on_train_start(self, state: Any) -> None:
         self.training = self.scoring = 0  # those of the self-check
+
+
+@pytest.fixture(autouse=True)
+def generation_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = TransformersEngine.generate
+
+    def generating(*arguments: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(Forwards, "is_generating", True)
+            return generate(*arguments, **options)
+
+    monkeypatch.setattr(TransformersEngine, "generate", generating)
 
 
 def trained(recipe: dict[str, Any], name: str, **changes: Any) -> tuple[Any, Forwards]:
