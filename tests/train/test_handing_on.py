@@ -159,6 +159,31 @@ def test_under_fsdp_a_process_holds_its_shards_and_one_tensor_on_the_way(tmp_pat
     assert whole / 2 < other["held"] < whole + 4 * largest < 1.5 * whole
 
 
+def restored(strategy: str, recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A rank's weights after a checkpoint that rank 0 alone has read, in which all of them are 1 larger."""
+    ranks = Ranks.join(needs_group=True)
+    settings = Recipe.model_validate(recipe)
+    spread = make_strategy(strategy, settings, ranks)  # type: ignore[arg-type]
+    model = load_policy(settings.model, loading=spread.loading)
+    spread.take(model)
+    optimizer = build_optimizer(model, settings.optim)
+    spread.prepare(model, optimizer)
+    weights = None
+    if ranks.is_main:
+        read = AutoModelForCausalLM.from_pretrained(settings.model.name)
+        weights = {name: value + 1 for name, value in read.state_dict().items()}
+    spread.restore(weights, {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+    return {name: spread.whole(value.detach()).clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_checkpoint_that_one_process_reads_is_restored_on_all(tied_model_dir: Path, strategy: str) -> None:
+    start = AutoModelForCausalLM.from_pretrained(tied_model_dir)
+    for weights in run_processes(2, restored, strategy, recipe_of(tied_model_dir)):
+        assert_equal(weights, {name: value.detach() + 1 for name, value in start.named_parameters()})
+
+
 def read_what_is_not_there(strategy: str, recipe: dict[str, Any]) -> str:
     from grpo_cli.train.run import _on_all_ranks
 
