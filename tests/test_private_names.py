@@ -29,6 +29,7 @@ NAMES = {
     "torch": """
         torch._C._distributed_c10d HashStore
         torch._dynamo.config recompile_limit
+        torch._dynamo.exc FailOnRecompileLimitHit
         torch._inductor.config compile_threads
         torch.distributed.ProcessGroupGloo _Options create_device
         torch.ops.aten _scaled_dot_product_flash_attention_for_cpu
@@ -80,7 +81,7 @@ SPELLED = {
         vllm.model_executor.layers.vocab_parallel_embedding ParallelLMHead
         vllm.model_executor.model_loader.reload initialize_layerwise_reload finalize_layerwise_reload
         vllm.model_executor.model_loader.reload.layerwise get_layerwise_info is_deferred_attention_layer
-        vllm.model_executor.model_loader.reload.types can_load load_numel load_numel_total
+        vllm.model_executor.model_loader.reload.types can_load load_numel load_numel_total loaded_weights
         vllm.sampling_params RequestOutputKind SamplingParams
         vllm.utils random_uuid
         vllm.utils.argparse_utils FlexibleArgumentParser
