@@ -38,7 +38,7 @@ vllm: $(VLLM_INSTALLED)  ## for the tests; training without vLLM does not need i
 
 GPU_REPORT ?= runs/gpu-report.md
 
-gpu: $(INSTALLED)  ## what one GPU shows (three quarters of an hour; docs/gpu.md); GPU_REPORT=FILE for the report
+gpu: $(INSTALLED)  ## what one GPU shows, see docs/gpu.md; GPU_REPORT=FILE for the report
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m benchmarks.gpu --markdown $(GPU_REPORT)
 

@@ -348,7 +348,7 @@ def test_a_rehearsal_goes_through_the_parts_and_on_where_it_was(tmp_path: Path) 
     text = report.read_text()
     assert "A rehearsal with tiny models" in text
     assert "PASS  mean reward, times that of the first steps" in text
-    assert "failed" not in text
+    assert "failed:" not in text
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert again.stdout.count("done before") == 7
+    assert again.stdout.count("done before") == 5
