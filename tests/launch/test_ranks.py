@@ -87,6 +87,7 @@ def test_a_launched_process_makes_the_device_of_its_local_rank_the_current_one(
 ) -> None:
     for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("grpo_cli.launch.ranks._meeting_point", lambda place: None)
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.distributed, "new_group", lambda **kwargs: "talk")
     assert Ranks.join(needs_group=False).device == torch.device("cuda", 1)
