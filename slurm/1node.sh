@@ -32,7 +32,7 @@ SERVE_ARGS=${SERVE_ARGS:-} # and for grpo serve
 RESUME=${RESUME:-} # 1 goes on from the last checkpoint in RUN_DIR; a requeued job always does
 START_TIMEOUT_S=${START_TIMEOUT_S:-3600} # longest wait for the servers
 SERVER_TIMEOUT_S=${SERVER_TIMEOUT_S:-600} # longest that training waits for a server; wins over the recipe
-STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-$((SERVER_TIMEOUT_S + 900))} # that, and a checkpoint
+STOP_TIMEOUT_S=${STOP_TIMEOUT_S:-$((SERVER_TIMEOUT_S + 900))} # that, and a checkpoint: a terabyte at more than 1 GB/s
 GRPO=${GRPO:-grpo}
 train_args=(--set distributed.strategy=zero3)
 serve_args=()

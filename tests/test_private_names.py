@@ -28,6 +28,7 @@ CHECKED = {"torch": "2.13", "transformers": "5.23", "deepspeed": "0.19", "vllm":
 NAMES = {
     "torch": """
         torch._C._distributed_c10d HashStore
+        torch._C._nn linear
         torch._dynamo.config recompile_limit
         torch._dynamo.exc FailOnRecompileLimitHit
         torch._inductor.config compile_threads

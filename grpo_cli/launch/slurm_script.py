@@ -31,9 +31,6 @@ VARIABLES = (
 )  # fmt: skip
 """What the environment of sbatch may set; `submit` keeps it from changing a script that was made for a recipe."""
 
-CHECKPOINT_S = 900
-"""Longest time that a checkpoint takes: a terabyte, as ZeRO-3 writes of a 72B model, at more than 1 GB/s."""
-
 FOLDER_OF_ITS_OWN = "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
 """The run folder of a script that is submitted again and again: the same one when the job is requeued."""
 
@@ -114,7 +111,6 @@ def render(job: Job) -> str:
         "TRAIN_WORDS": shlex.join([word for setting in job.settings for word in ("--set", setting)]),
         "SERVE_WORDS": shlex.join(job.serve_options),
         "SERVER_TIMEOUT_S": str(math.ceil(job.server_timeout_s)),
-        "CHECKPOINT_S": str(CHECKPOINT_S),
     }
     return re.sub(r"@([A-Z_]+)@", lambda match: values[match[1]], TEMPLATE.read_text(encoding="utf-8"))
 

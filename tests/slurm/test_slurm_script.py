@@ -15,7 +15,6 @@ import yaml
 
 from grpo_cli.errors import UserError
 from grpo_cli.launch.slurm_script import (
-    CHECKPOINT_S,
     EXAMPLES,
     TEMPLATE,
     VARIABLES,
@@ -125,10 +124,10 @@ def test_the_script_waits_longer_than_training_waits_for_a_lost_server(name: str
     values = variables_of(script, SLURM_JOB_NAME="name", SLURM_JOB_ID="7")
     expected = {"unique_chars_72b.yaml": "1800", "slow.yaml": "7201"}.get(name, "600")
     assert values["SERVER_TIMEOUT_S"] == expected
-    assert int(values["STOP_TIMEOUT_S"]) == int(expected) + CHECKPOINT_S
+    assert int(values["STOP_TIMEOUT_S"]) == int(expected) + 900
     assert '--set "generation.server.timeout_s=$SERVER_TIMEOUT_S"' in script
     given = {"SLURM_JOB_NAME": "name", "SLURM_JOB_ID": "7", "SERVER_TIMEOUT_S": "1000"}
-    assert variables_of(script, **given)["STOP_TIMEOUT_S"] == str(1000 + CHECKPOINT_S)
+    assert variables_of(script, **given)["STOP_TIMEOUT_S"] == "1900"
 
 
 def test_another_recipe_does_not_keep_the_examples_model() -> None:

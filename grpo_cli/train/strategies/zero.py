@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from grpo_cli.errors import UserError
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.launch.ranks import Ranks, current_device
 from grpo_cli.policy.model import is_in_parts
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.strategies.base import (
@@ -246,7 +246,7 @@ def _as_outside(compute: Callable[..., Any], device: torch.device) -> Callable[.
 
 def _import_deepspeed() -> Any:
     """DeepSpeed, kept from compiling anything on a CPU and from printing at every start."""
-    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_RANK", str(current_device().index or 0))  # of the GPU that it computes on
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     try:
         import deepspeed
