@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ class Trackers:
             tracker.log(values, step=step)
 
     def finish(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        with ExitStack() as stack:  # all of them, though one fails
+            for tracker in self._trackers:
+                stack.callback(tracker.finish)
 
 
 def remove_completions_after(folder: Path, step: int) -> None:
