@@ -43,6 +43,7 @@ def cleaning() -> Any:
     """Leaves out spaces before punctuation."""
     tokenizer = bpe()
     tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     return tokenizer
 
 
