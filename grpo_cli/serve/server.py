@@ -169,7 +169,8 @@ def _gpus_for(engine_arguments: Any) -> int:
     intermediate = getattr(config, "intermediate_size", None) or 0
     gpus = torch.cuda.device_count()
     sharing = most_sharing(gpus // engine_arguments.data_parallel_size, heads, kv_heads, intermediate)
-    print(f"--tp auto: {sharing} of {gpus} GPUs share the model ({heads} heads, {kv_heads} of keys)", flush=True)
+    if gpus:
+        print(f"--tp auto: {sharing} of {gpus} GPUs share {heads} heads, {kv_heads} of keys", flush=True)
     return sharing
 
 
