@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -61,7 +62,9 @@ def train(
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Option("--model", help="Hub id or folder.")],
-    tp: Annotated[int, typer.Option("--tp", min=1, help="GPUs that share the model.")] = 1,
+    tp: Annotated[
+        str, typer.Option("--tp", metavar="N", help="GPUs that share the model; auto for as many as can.")
+    ] = "1",
     dp: Annotated[int, typer.Option("--dp", min=1, help="Copies of the model.")] = 1,
     host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs a key.")] = (
         "127.0.0.1"
@@ -78,6 +81,8 @@ def serve(
     """Serve rollouts with vLLM. Options that are not listed here go to vLLM as they are."""
     from grpo_cli.serve.environment import restart_if_needed
 
+    if tp != "auto" and not re.fullmatch("[1-9][0-9]{0,3}", tp):
+        raise UserError(f"--tp {tp}: write a number of GPUs, or auto")
     restart_if_needed()
 
     from grpo_cli.serve.server import ServeOptions
@@ -88,7 +93,7 @@ def serve(
         host=host,
         port=port,
         api_key_file=api_key_file,
-        tp=tp,
+        tp=None if tp == "auto" else int(tp),
         dp=dp,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -178,7 +183,7 @@ def slurm(
         ),
     ] = None,
     gpus_per_node: Annotated[int, typer.Option(min=0, help="0 for nodes without GPUs.")] = 8,
-    tp: Annotated[int | None, typer.Option(min=1, help="GPUs that share a served model; all of its node.")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="GPUs that share a served model; as many as can.")] = None,
     time: Annotated[str | None, typer.Option(help="Time limit in Slurm's words; the partition's own.")] = None,
     partition: Annotated[str | None, typer.Option(help="Slurm's partition; the cluster's default.")] = None,
     submit: Annotated[bool, typer.Option("--submit", help="Submit the script and print the job's id.")] = False,

@@ -25,7 +25,7 @@ MODEL=${MODEL:-}
 RECIPE=${RECIPE:-recipes/tldr_len.yaml}
 RUN_DIR=${RUN_DIR:-runs/$SLURM_JOB_NAME-$SLURM_JOB_ID} # on a file system that every node sees
 SERVE_NODES=${SERVE_NODES:-2}
-TP=${TP:-8} # GPUs of a server that share the model
+TP=${TP:-auto} # GPUs of a server that share the model; auto: as many as can
 PORT=${PORT:-8000}
 TRAIN_ARGS=${TRAIN_ARGS:-} # more words for grpo train, such as: --set train.max_steps=10
 SERVE_ARGS=${SERVE_ARGS:-} # and for grpo serve

@@ -42,14 +42,14 @@ def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
     nodes = step or Nodes()
     processes = recipe.distributed.processes
     if processes is None and step is not None and recipe.generation.engine != "vllm":
-        processes = max(training_gpus(recipe), 1) * nodes.count
+        processes = max(training_gpus(recipe, nodes), 1) * nodes.count
     processes = processes or 1
     if processes % nodes.count:
         raise UserError(f"distributed.processes is {processes}, which does not divide among {nodes.count} nodes")
     if processes == 1:
         return
     local = processes // nodes.count
-    gpus = training_gpus(recipe)
+    gpus = training_gpus(recipe, nodes)
     if 0 < gpus < local:
         raise UserError(
             f"{local} processes on this machine are more than its {gpus} GPUs for training; "
@@ -60,13 +60,14 @@ def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
     raise SystemExit(0)
 
 
-def training_gpus(recipe: Recipe) -> int:
-    """GPUs of this machine that are not a spawned server's, or all where there are not enough for both."""
+def training_gpus(recipe: Recipe, nodes: Nodes) -> int:
+    """GPUs of this machine that are not a spawned server's, which runs on machine 0 alone; all where there are not
+    enough for both."""
     import torch
 
     count = torch.cuda.device_count()
     server = recipe.generation.server
-    if server is None or not server.spawn:
+    if server is None or not server.spawn or nodes.index > 0:
         return count
     served = server.tensor_parallel_size * int(recipe.generation.vllm.get("data_parallel_size", 1))
     return count - served if count > served else count
@@ -78,7 +79,7 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
     Args:
         module: name of the module.
         arguments: its command line, the same for all.
-        processes: over all nodes, a multiple of their number.
+        processes: of this machine, times the number of nodes; others may have more or fewer.
         nodes: the machines; each runs this function.
 
     Raises:

@@ -21,7 +21,8 @@ from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
 from grpo_cli.recipe.load import load_recipe, read_yaml, server_overrides
 from grpo_cli.recipe.schema import ModelConfig, Recipe, ServerConfig
-from grpo_cli.serve.engine_arguments import as_options
+from grpo_cli.serve.engine_arguments import as_options, can_share, most_sharing
+from grpo_cli.verbs.shape import model_size
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
 
@@ -47,7 +48,8 @@ class Job:
     nodes: int
     serve_nodes: int
     gpus_per_node: int
-    tp: int
+    tp: int | None = None
+    """None: each server finds out how many of its GPUs can share the model."""
     run_dir: str | None = None
     """None: one for each job."""
     settings: Sequence[str] = ()
@@ -73,7 +75,6 @@ EXAMPLES = {
         nodes=5,
         serve_nodes=1,
         gpus_per_node=8,
-        tp=8,
         settings=("distributed.strategy=zero3",),
         time="24:00:00",
     )
@@ -106,7 +107,7 @@ def render(job: Job) -> str:
         "MODEL": shlex.quote(job.model),
         "RUN_DIR": FOLDER_OF_ITS_OWN if job.run_dir is None else shlex.quote(job.run_dir),
         "SERVE_NODES": str(job.serve_nodes),
-        "TP": str(job.tp),
+        "TP": str(job.tp or "auto"),
         "GRPO": shlex.quote(job.grpo),
         "TRAIN_WORDS": shlex.join([word for setting in job.settings for word in ("--set", setting)]),
         "SERVE_WORDS": shlex.join(job.serve_options),
@@ -153,7 +154,7 @@ def job_for_recipe(
         nodes: in all.
         serve_nodes: of them for servers; None: one if there are several and the recipe names no servers.
         gpus_per_node: 0 for nodes without.
-        tp: GPUs that share the model of a server; None: all of a node.
+        tp: GPUs that share the model of a server; None: as many of a node as can.
         time: limit in Slurm's words, such as 1-12:00:00.
         partition: Slurm's.
 
@@ -168,9 +169,8 @@ def job_for_recipe(
         )
     servers = server_overrides([f"node{index}" for index in range(serve_nodes)])
     recipe = load_recipe(path, [*servers, *settings])
-    tp = tp or max(1, gpus_per_node)
-    if serve_nodes and tp > max(1, gpus_per_node):
-        raise UserError(f"--tp {tp}: a server has the {gpus_per_node} GPUs of its node; lower it")
+    if serve_nodes:
+        tp = _tensor_parallel(recipe.model, tp, max(1, gpus_per_node))
     for name, value in (("--time", time), ("--partition", partition)):
         if value is not None and not re.fullmatch(r"[\w.,:+-]+", value):
             raise UserError(f"{name} {value!r} is no value that sbatch takes")
@@ -231,6 +231,23 @@ def _vllm_arguments(path: Path) -> Mapping[str, Any]:
             reason = RESERVED_VLLM_ARGUMENTS[str(name).replace("-", "_")]
             raise UserError(f"{path}: generation.vllm.{name} {reason}")
     return arguments
+
+
+def _tensor_parallel(model: ModelConfig, wanted: int | None, gpus: int) -> int | None:
+    """What was asked for, or as many of a node's GPUs as can share the model; None if its shape is not known."""
+    if wanted is not None and wanted > gpus:
+        raise UserError(f"--tp {wanted}: a server has the {gpus} GPUs of its node; lower it")
+    shape = model_size(model, Path(model.name).expanduser()).shape
+    if shape is None:
+        return wanted
+    split = shape.heads, shape.kv_heads, shape.intermediate
+    if wanted is not None and not can_share(wanted, *split):
+        raise UserError(
+            f"--tp {wanted}: {wanted} GPUs cannot share {model.name}, which has {shape.heads} attention heads, "
+            f"{shape.kv_heads} of keys and an MLP of {shape.intermediate}; "
+            f"write --tp {most_sharing(wanted, *split)}, or leave it out"
+        )
+    return wanted or most_sharing(gpus, *split)
 
 
 def _serve_options(model: ModelConfig, arguments: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ MODEL=${MODEL:-}
 RECIPE=${RECIPE:-@RECIPE@}
 RUN_DIR=${RUN_DIR:-@RUN_DIR@} # on a file system that every node sees
 SERVE_NODES=${SERVE_NODES:-@SERVE_NODES@}
-TP=${TP:-@TP@} # GPUs of a server that share the model
+TP=${TP:-@TP@} # GPUs of a server that share the model; auto: as many as can
 PORT=${PORT:-8000}
 TRAIN_ARGS=${TRAIN_ARGS:-} # more words for grpo train, such as: --set train.max_steps=10
 SERVE_ARGS=${SERVE_ARGS:-} # and for grpo serve

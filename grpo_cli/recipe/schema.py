@@ -363,6 +363,9 @@ class LoggingConfig(Section):
     """Steps between tables of sample completions on the screen; 0 prints none."""
     trackers: list[str] = ["tensorboard"]
     """Where metrics go beside `metrics.jsonl`: any tracker of Accelerate, such as tensorboard or wandb."""
+    project: str | None = Field(default=None, min_length=1)
+    """Project that the run belongs to in trackers that have projects, under its folder's name and with its recipe.
+    If empty, what WANDB_PROJECT says, or grpo-cli."""
 
 
 class Recipe(Section):

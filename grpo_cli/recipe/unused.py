@@ -7,9 +7,15 @@ from pathlib import Path
 
 from grpo_cli.recipe.schema import Recipe
 
+RUN_NAMES = {
+    "wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name", "clearml": "task_name",
+    "comet_ml": None,
+}  # fmt: skip
+"""Trackers that have projects, and their option for the name of a run in one, if there is one."""
+
 
 def unused_settings(recipe: Recipe, *, conversational: bool) -> Iterator[str]:
-    """Yield a line for each setting that an override of a name left without effect.
+    """Yield a line for each setting that another one leaves without effect.
 
     `recipes/gsm8k.yaml` names a Hub configuration; `--set data.name=train.jsonl` leaves it without a meaning.
     """
@@ -20,3 +26,5 @@ def unused_settings(recipe: Recipe, *, conversational: bool) -> Iterator[str]:
         yield f"model.revision ({recipe.model.revision}) is not used: {recipe.model.name} is on this machine"
     if not conversational and (recipe.model.chat_template or recipe.model.chat_template_kwargs):
         yield "model.chat_template is not used: the prompts are plain texts"
+    if recipe.logging.project is not None and not RUN_NAMES.keys() & recipe.logging.trackers:
+        yield f"logging.project ({recipe.logging.project}) is not used: none of logging.trackers has projects"

@@ -16,6 +16,7 @@ from grpo_cli.rollout.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded
 from grpo_cli.rollout.memory import Memory, RowMemory
 from grpo_cli.rollout.shared_prompt_memory import SharedPromptMemory
+from grpo_cli.rollout.stop_strings import StopStrings
 
 
 class TransformersEngine:
@@ -45,6 +46,7 @@ class TransformersEngine:
         self.config = config
         self.autocast = autocast
         self.eos_token_ids = eos_token_ids(policy.model, tokenizer)
+        self.stop_strings = StopStrings(tokenizer, config.stop)
         self.graphs = DecodeGraphs(note) if policy.device.type == "cuda" else None
 
     def update_weights(self, version: int) -> int:
@@ -129,12 +131,7 @@ class TransformersEngine:
 
     def _ends(self, token_ids: list[int]) -> bool:
         """Whether the last token is one that ends completions, or completes a stop string."""
-        if token_ids[-1] in self.eos_token_ids:
-            return True
-        if not self.config.stop:
-            return False
-        text = self.tokenizer.decode(token_ids)  # special tokens included
-        return any(stop in text for stop in self.config.stop)
+        return token_ids[-1] in self.eos_token_ids or self.stop_strings.completed_by_last(token_ids)
 
     def _completions(self, batch: Batch, group: int) -> list[Completion]:
         """A finished group, each text up to a stop string."""

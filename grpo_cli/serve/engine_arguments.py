@@ -42,6 +42,17 @@ def refuse_splitting(arguments: Mapping[str, Any], spelled: Callable[[str], str]
             )
 
 
+def can_share(gpus: int, heads: int, kv_heads: int, intermediate: int) -> bool:
+    """Whether vLLM can split so many heads and so wide an MLP over `gpus`; it repeats heads of keys."""
+    splits_kv_heads = kv_heads % gpus == 0 or gpus % kv_heads == 0
+    return heads % gpus == 0 and splits_kv_heads and intermediate % gpus == 0
+
+
+def most_sharing(gpus: int, heads: int, kv_heads: int, intermediate: int) -> int:
+    """The most of `gpus` that can share the model; at least one."""
+    return max(n for n in range(1, max(gpus, 1) + 1) if can_share(n, heads, kv_heads, intermediate))
+
+
 def as_options(arguments: Mapping[str, Any]) -> list[str]:
     """`{max_model_len: 4096, enforce_eager: true}` as a command line; None is left out."""
     options: list[str] = []

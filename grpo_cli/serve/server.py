@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.serve.engine_arguments import as_options, engine_defaults, refuse_splitting
+from grpo_cli.serve.engine_arguments import as_options, engine_defaults, most_sharing, refuse_splitting
 from grpo_cli.serve.lock import Lock, is_loopback, make_key_file
 
 KEY_FILE = Path("~/.config/grpo/server-key")
@@ -44,7 +44,8 @@ class ServeOptions:
     host: str
     port: int
     api_key_file: Path | None
-    tp: int = 1
+    tp: int | None = 1
+    """None for as many of this machine's GPUs as can share the model."""
     dp: int = 1
     dtype: str | None = None
     max_model_len: int | None = None
@@ -95,7 +96,7 @@ def vllm_arguments(options: ServeOptions) -> list[str]:
         "--model", options.model,
         "--host", options.host,
         "--port", str(options.port),
-        "--tensor-parallel-size", str(options.tp),
+        "--tensor-parallel-size", str(options.tp or 1),
         "--data-parallel-size", str(options.dp),
         *as_options(arguments),
         *options.extra,
@@ -129,6 +130,8 @@ def parse(options: ServeOptions) -> Namespace:
     arguments.worker_extension_cls = "grpo_cli.serve.worker.WeightReceiver"
     arguments.weight_transfer_config = {"backend": "grpo"}
     arguments.logprobs_mode = "processed_logprobs"
+    if options.tp is None:
+        arguments.tensor_parallel_size = None  # found once the model's configuration is there
     return arguments
 
 
@@ -156,6 +159,21 @@ def serve(options: ServeOptions) -> None:
     uvloop.run(_run(arguments, key))
 
 
+def _gpus_for(engine_arguments: Any) -> int:
+    """How many of this machine's GPUs can share the model, each of its copies on GPUs of its own."""
+    import torch
+
+    config = engine_arguments.create_model_config().hf_text_config
+    heads = getattr(config, "num_attention_heads", None) or 1
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    intermediate = getattr(config, "intermediate_size", None) or 0
+    gpus = torch.cuda.device_count()
+    sharing = most_sharing(gpus // engine_arguments.data_parallel_size, heads, kv_heads, intermediate)
+    if gpus:
+        print(f"--tp auto: {sharing} of {gpus} GPUs share {heads} heads, {kv_heads} of keys", flush=True)
+    return sharing
+
+
 async def _run(arguments: Namespace, key: Key) -> None:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client_from_engine_args
@@ -173,6 +191,8 @@ async def _run(arguments: Namespace, key: Key) -> None:
     signal.signal(signal.SIGTERM, _stop_while_loading)
     try:
         engine_arguments = AsyncEngineArgs.from_cli_args(arguments)
+        if arguments.tensor_parallel_size is None:
+            engine_arguments.tensor_parallel_size = _gpus_for(engine_arguments)
         engine_arguments.create_engine_config()
     except (ValueError, OSError, TypeError) as error:
         raise UserError(f"grpo serve: {_reason(error)}") from error

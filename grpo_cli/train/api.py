@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
 from grpo_cli.launch.environment import resolve_strategy
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.launch.ranks import EXPECTED_ERRORS, Ranks
 from grpo_cli.recipe.load import apply_override, read_recipe, validate
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
@@ -100,12 +100,21 @@ def train(
             loaded, objects, ranks, strategy, note=lambda text: console.print(escape(text), soft_wrap=True)
         )
         with (
-            closing(run.engine),
             StopRequest() as stop_request,
             Display(console, run.max_steps, loaded.logging.every) as display,
+            _closed_at_the_end(run, display),
             closing(Session(run, objects, stop_request, display)) as session,
         ):
             return _train_or_stop(run, session)
+
+
+@contextmanager
+def _closed_at_the_end(run: Run, display: Display) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with display.noting():
+            run.engine.close()
 
 
 def _train_or_stop(run: Run, session: Session) -> TrainResult:
@@ -128,12 +137,18 @@ def _train(run: Run, session: Session) -> TrainResult:
     before = _showcase(run, 0) if session.position.step == 0 else None
     session.start()
     train_loop(run, session)
-    session.notify("on_train_end")
+    with display.noting():
+        session.notify("on_train_end")
     final = save_final(run)
-    for title, rollout in (("before training", before), ("after training", _showcase(run, session.position.step))):
-        if rollout is not None and run.ranks.is_main:
-            scores = torch.from_numpy(run.scorer.score(rollout.scoring_batch(), step=session.position.step))
-            display.completions(title, rollout, run.scorer.names, scores)
+    after = None
+    # What fails on one of several ranks alone leaves the others waiting: it has to end the process.
+    with display.noting(Exception if run.ranks.world_size == 1 else EXPECTED_ERRORS):
+        after = _showcase(run, session.position.step)
+    with display.noting():
+        for title, rollout in (("before training", before), ("after training", after)):
+            if rollout is not None and run.ranks.is_main:
+                scores = torch.from_numpy(run.scorer.score(rollout.scoring_batch(), step=session.position.step))
+                display.completions(title, rollout, run.scorer.names, scores)
     history = _closing_notes(run, session, final)
     return TrainResult(run.folder, history, run.model, run.tokenizer)
 
@@ -153,10 +168,10 @@ def _closing_notes(run: Run, session: Session, final: Path) -> list[dict[str, An
 
 
 def _showcase(run: Run, step: int) -> Rollout | None:
-    """One completion for each of three prompts, the same ones whenever it is called."""
-    run.engine.update_weights(step)
+    """One completion for each of three prompts, the same ones whenever it is called; None if none are shown."""
     if not run.recipe.logging.print_completions:
         return None
+    run.engine.update_weights(step)
     data = run.eval_dataset or run.dataset
     prompts = [data[index] for index in range(min(3, len(data)))]
     return generate_rollout(run.engine, prompts, (run.recipe.train.seed, SHOWCASE_STREAM), 1)

@@ -32,7 +32,7 @@ class TrainState:
 
 
 class Callback:
-    """Base of callbacks: override what you need. An exception in a callback ends the run."""
+    """Base of callbacks: override what you need. An exception in one ends the run, but for `on_train_end`."""
 
     def on_train_start(self, state: TrainState) -> None:
         """Before the first step of this process, resumed or not."""
@@ -48,7 +48,7 @@ class Callback:
         """After a checkpoint was written."""
 
     def on_train_end(self, state: TrainState) -> None:
-        """After the last step, before the final model is written."""
+        """After the last step, before the final model is written, whatever happens here: an exception is told."""
 
 
 def load_callbacks(paths: Sequence[str]) -> list[Any]:

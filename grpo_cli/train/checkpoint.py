@@ -31,7 +31,7 @@ from grpo_cli.policy.model import (
     shared_ties,
     standalone_tensors,
 )
-from grpo_cli.recipe.load import dump_recipe, read_yaml
+from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.optim import restore_schedule
 from grpo_cli.train.run import Run
@@ -315,7 +315,8 @@ def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
         )
     if not checkpoints:
         raise UserError(f"--resume: the run in {folder} is finished and left no checkpoint to go on from")
-    changed = changed_settings(read_yaml(recipe_file).values, recipe.model_dump(mode="json"))
+    before = load_recipe(recipe_file)  # keys that are newer than it have their defaults
+    changed = changed_settings(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
     if changed:
         raise UserError(
             f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from grpo_cli.launch.failures import is_expected
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import Metrics
 
@@ -66,6 +68,15 @@ class Display:
 
     def note(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)
+
+    @contextmanager
+    def noting(self, errors: type[Exception] | tuple[type[Exception], ...] = Exception) -> Iterator[None]:
+        """Tell in one line what fails inside, where nothing may turn a finished run into a failed one."""
+        try:
+            yield
+        except errors as error:
+            kind = "" if is_expected(error) else f"{type(error).__name__}: "
+            self.note(f"at the end of the run: {kind}{' '.join(str(error).split())}")
 
     def completions(
         self, title: str, rollout: Rollout, names: Sequence[str], rewards: torch.Tensor, limit: int = 3

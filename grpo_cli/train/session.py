@@ -142,7 +142,8 @@ class Session:
 
     def close(self) -> None:
         if self.log is not None:
-            self.log.trackers.finish()
+            with self.display.noting():
+                self.log.trackers.finish()
 
 
 class RunLog:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.unused import RUN_NAMES
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import Metrics
 
@@ -44,9 +47,15 @@ class Trackers:
                 tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=steps_done + 1)
             elif tracker_class.requires_logging_directory:
                 tracker = tracker_class(folder.name, logging_dir=folder)
+            elif name in RUN_NAMES:
+                project = recipe.logging.project or os.environ.get("WANDB_PROJECT") or "grpo-cli"
+                option = RUN_NAMES[name]
+                tracker = tracker_class(project, **({option: folder.name} if option else {}))
             else:
                 tracker = tracker_class(folder.name)
             tracker.start()
+            if name in RUN_NAMES:
+                tracker.store_init_configuration(recipe.model_dump(mode="json"))
             self._trackers.append(tracker)
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -55,8 +64,9 @@ class Trackers:
             tracker.log(values, step=step)
 
     def finish(self) -> None:
-        for tracker in self._trackers:
-            tracker.finish()
+        with ExitStack() as stack:  # all of them, though one fails
+            for tracker in self._trackers:
+                stack.callback(tracker.finish)
 
 
 def remove_completions_after(folder: Path, step: int) -> None:

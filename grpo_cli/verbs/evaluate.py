@@ -18,7 +18,7 @@ from grpo_cli.policy.model import saved_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.evaluate import evaluate
 from grpo_cli.train.metrics import Metrics, finite_or_none
-from grpo_cli.train.run import Objects, build_run, explained_failures
+from grpo_cli.train.run import Objects, Run, build_run, explained_failures
 
 
 def eval_model(
@@ -55,23 +55,16 @@ def eval_model(
     adapter = None
     if model is not None and (Path(model).expanduser() / "adapter_config.json").is_file():
         adapter = Path(model).expanduser()
+        if recipe.model.lora is None:
+            raise UserError(f"--model {model} is a LoRA checkpoint, and the recipe has no model.lora")
     elif model is not None:
         recipe = recipe.model_copy(update={"model": without_training(recipe.model, model)})
     with explained_failures(recipe):
         run = build_run(recipe, Objects(), Ranks(), with_reference=False)
-    if adapter is not None:
-        if recipe.model.lora is None:
-            raise UserError(f"--model {model} is a LoRA checkpoint, and the recipe has no model.lora")
-        try:
-            run.model.load_state_dict(saved_weights(run.model, adapter), strict=False)
-        except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
-            reason = " ".join(str(error).split())[:500]
-            raise UserError(
-                f"--model {model}: the adapter cannot be loaded into {recipe.model.name} with this model.lora\n"
-                f"({type(error).__name__}: {reason})"
-            ) from error
     assert run.eval_dataset is not None
     with closing(run.engine):
+        if adapter is not None:
+            _load_adapter(run, adapter)
         run.engine.update_weights(0)
         metrics = evaluate(
             run.engine,
@@ -95,6 +88,17 @@ def eval_model(
         table.add_row(name.removeprefix("eval_"), f"{value:.4g}")
     console.print(table)
     return metrics
+
+
+def _load_adapter(run: Run, folder: Path) -> None:
+    try:
+        run.model.load_state_dict(saved_weights(run.model, folder), strict=False)
+    except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(
+            f"--model {folder}: the adapter cannot be loaded into {run.recipe.model.name} with this model.lora\n"
+            f"({type(error).__name__}: {reason})"
+        ) from error
 
 
 def without_training(config: ModelConfig, name: str) -> ModelConfig:

@@ -630,12 +630,6 @@ CASES = [
         event="on_train_start",
     ),
     watching(
-        "callback that raises at the end",
-        "raise ValueError('boom')",
-        "callback Watch.on_train_end, step 2: {here}/cb.py:3: ValueError: boom",
-        event="on_train_end",
-    ),
-    watching(
         "callback with a metric of text",
         "state.metrics['mood'] = 'good'",
         "callback Watch.on_step_end, step 1: metrics['mood'] is of type str; only numbers can be logged",

@@ -99,7 +99,8 @@ def test_a_spawned_servers_gpus_are_not_for_training(
 ) -> None:
     gpus(monkeypatch, count)
     generation = {"engine": "vllm_server", "server": {"spawn": True, "tensor_parallel_size": 2}}
-    assert launcher.training_gpus(recipe(generation=generation)) == left
+    assert launcher.training_gpus(recipe(generation=generation), Nodes(2, 0)) == left
+    assert launcher.training_gpus(recipe(generation=generation), Nodes(2, 1)) == count, "it runs on the first node"
 
 
 def test_a_contradiction_is_found_before_anything_starts(started: list[Any], tmp_path: Path) -> None:
@@ -303,16 +304,19 @@ def test_a_launcher_that_is_killed_leaves_no_worker(launch: Callable[..., Launch
 
 
 @pytest.mark.slow
-def test_nodes_meet_and_number_their_ranks_through(launch: Callable[..., Launch]) -> None:
+@pytest.mark.parametrize("counts", [(2, 2), (1, 3)])
+def test_nodes_meet_and_number_their_ranks_through(launch: Callable[..., Launch], counts: tuple[int, int]) -> None:
+    """Of as many processes each, or of fewer where the first node has a server of its own."""
     from grpo_cli.rollout.spawned_server import free_port
 
     port = str(free_port())
-    runs = [launch(4, "ranks", TEST_NODES=f"2 {index} 127.0.0.1 {port}") for index in range(2)]
+    runs = [launch(2 * own, "ranks", TEST_NODES=f"2 {i} 127.0.0.1 {port}") for i, own in enumerate(counts)]
     for index, run in enumerate(runs):
         _, errors = run.process.communicate(timeout=60)
         assert run.process.returncode == 0, errors
-        assert f"node {index} of 2: 2 processes, meeting at 127.0.0.1:{port}" in errors
+        assert f"node {index} of 2: {counts[index]} processes, meeting at 127.0.0.1:{port}" in errors
     told = runs[0].told("environment", 4)
+    local = [str(rank) for own in counts for rank in range(own)]
     assert [(one["RANK"], one["LOCAL_RANK"], one["WORLD_SIZE"]) for one in told] == [
-        ("0", "0", "4"), ("1", "1", "4"), ("2", "0", "4"), ("3", "1", "4"),
-    ]  # fmt: skip
+        (str(rank), local[rank], "4") for rank in range(4)
+    ]

@@ -77,6 +77,7 @@ DEFAULTS: dict[str, Any] = {
     "train.callbacks": [],
     "logging.every": 1,
     "logging.print_completions": 0,
+    "logging.project": None,
     "logging.trackers": ["tensorboard"],
 }
 

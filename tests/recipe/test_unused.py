@@ -25,3 +25,10 @@ def test_what_a_local_model_and_file_leave_unused_is_told(tmp_path: Path) -> Non
     recipe = load_recipe(RECIPE, [f"data.name={file}", f"model.name={tmp_path}"])
     told = list(unused_settings(recipe, conversational=False))
     assert [line.split(" ")[0] for line in told] == ["data.config", "model.revision", "model.chat_template"]
+
+
+def test_a_project_is_told_where_no_tracker_has_projects() -> None:
+    told = "logging.project (math) is not used: none of logging.trackers has projects"
+    for trackers, expected in (("[tensorboard]", [told]), ("[]", [told]), ("[tensorboard, wandb]", [])):
+        recipe = load_recipe(RECIPE, ["logging.project=math", f"logging.trackers={trackers}"])
+        assert list(unused_settings(recipe, conversational=True)) == expected

@@ -10,7 +10,7 @@ import pytest
 
 from grpo_cli.errors import UserError
 from grpo_cli.serve import engine_arguments
-from grpo_cli.serve.engine_arguments import SPLITTING, as_options, engine_defaults, refuse_splitting
+from grpo_cli.serve.engine_arguments import SPLITTING, as_options, engine_defaults, most_sharing, refuse_splitting
 
 
 @pytest.fixture
@@ -90,3 +90,11 @@ def test_nothing_heavy_is_imported() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_model_is_shared_by_as_many_gpus_as_divide_its_heads_and_its_mlp() -> None:
+    shapes = {(14, 2, 4864): 2, (12, 2, 8960): 4, (28, 4, 18944): 4, (64, 8, 29568): 8, (9, 3, 1536): 3}
+    assert {shape: most_sharing(8, *shape) for shape in shapes} == shapes
+    assert most_sharing(0, 14, 2, 4864) == 1, "on a CPU"
+    assert most_sharing(16, 64, 8, 29568) == 16, "vLLM repeats the heads of keys"
+    assert most_sharing(8, 24, 24, 0) == 8, "of an MLP of unknown width only vLLM can tell"

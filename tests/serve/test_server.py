@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from grpo_cli.errors import UserError
 from grpo_cli.serve import engine_arguments, server
@@ -215,6 +216,23 @@ def test_what_vllm_does_not_know_is_an_error_of_the_user(extra: list[str], reaso
     with pytest.raises(UserError, match=r"^grpo serve: ") as caught:
         parsed(*extra)
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(("gpus", "sharing"), [(8, 4), (2, 2), (0, 1)])
+def test_auto_takes_as_many_gpus_as_can_share_the_model(
+    tiny_model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    gpus: int,
+    sharing: int,
+) -> None:
+    arguments = parse(replace(LOCAL, model=str(tiny_model_dir), tp=None))
+    assert arguments.tensor_parallel_size is None
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert server._gpus_for(AsyncEngineArgs.from_cli_args(arguments)) == sharing
+    assert (f"{sharing} of {gpus} GPUs share 4 heads, 2 of keys" in capsys.readouterr().out) == (gpus > 0)
 
 
 STOPS = """

@@ -49,7 +49,7 @@ def test_four_nodes_train_against_the_fifth_and_it_ends_with_them(submit: Submit
             assert part in command
         assert "--resume" not in command
     served = (job.logs / "serve-node5.log").read_text()
-    assert "--model it's a model --tp 8 --host 0.0.0.0 --port 8000" in served
+    assert "--model it's a model --tp auto --host 0.0.0.0 --port 8000" in served
     assert "--max-model-len 64" in served
 
 

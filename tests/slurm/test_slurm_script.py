@@ -98,7 +98,7 @@ def test_the_script_of_a_recipe_holds_what_the_recipe_says(recipe_path: Path) ->
     assert values["RECIPE"] == shlex.quote(str(recipe_path))
     assert values["MODEL"] == "org/model"
     assert values["RUN_DIR"] == shlex.quote("runs/it's here")
-    assert (values["SERVE_NODES"], values["TP"], values["PORT"]) == ("1", "8", "8000")
+    assert (values["SERVE_NODES"], values["TP"], values["PORT"]) == ("1", "auto", "8000")
     assert values["train_args"] == "--set train.max_steps=7"
     assert values["GRPO"] == str(Path(sys.executable).with_name("grpo"))
 
@@ -147,7 +147,7 @@ def test_servers_get_what_the_recipe_says_of_the_model_and_of_vllm(tmp_path: Pat
     )
     job = plan(path)
     assert list(job.serve_options) == ["--revision", "v2", "--trust-remote-code", "--max-model-len", "4096"]
-    assert (job.serve_nodes, job.tp) == (1, 8)
+    assert (job.serve_nodes, job.tp) == (1, None), "no shape is known of org/model"
     assert plan(path, nodes=1).serve_nodes == 0
 
 
@@ -157,8 +157,30 @@ def test_a_recipe_that_names_its_servers_gets_none_from_the_job(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("Qwen/Qwen2-0.5B-Instruct", 2), ("Qwen/Qwen2.5-1.5B-Instruct", 4), ("Qwen/Qwen2.5-72B", 8),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 3),
+    ],
+)  # fmt: skip
+def test_a_server_takes_as_many_gpus_of_its_node_as_can_share_the_model(
+    recipe_path: Path, name: str, most: int
+) -> None:
+    job = plan(recipe_path, f"model.name={name}")
+    assert job.tp == most
+    assert variables_of(render(job))["TP"] == str(most)
+    assert plan(recipe_path, f"model.name={name}", gpus_per_node=0).tp == 1
+
+
+@pytest.mark.parametrize(
     ("options", "settings", "message"),
     [
+        (
+            {"tp": 8},
+            ("model.name=Qwen/Qwen2-0.5B-Instruct",),
+            "--tp 8: 8 GPUs cannot share Qwen/Qwen2-0.5B-Instruct, which has 14 attention heads, 2 of keys and an "
+            "MLP of 4864; write --tp 2, or leave it out",
+        ),
         ({"nodes": 2, "serve_nodes": 2}, (), "--serve-nodes 2 leaves none of --nodes 2 to train on"),
         ({"tp": 16}, (), "--tp 16: a server has the 8 GPUs of its node"),
         ({"time": "1:00\n#SBATCH --uid=0"}, (), "--time"),

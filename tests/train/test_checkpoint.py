@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.launch.ranks import Ranks
@@ -368,6 +369,32 @@ def test_resume_takes_what_may_change_and_refuses_what_makes_another_run(tiny_re
     assert "optim.learning_rate was 0.001, is 0.5" in str(caught.value)
     assert "train.seed was 42, is 7" in str(caught.value)
     assert load_recipe(Path(longer.train.output_dir) / "recipe.yaml") == longer, "the refused one is not written"
+
+
+def test_a_run_of_a_version_without_a_setting_resumes_unless_the_setting_changes_it(
+    tiny_recipe: dict[str, Any],
+) -> None:
+    recipe = recipe_of(tiny_recipe)
+    enter(recipe, resume=False)
+    folder = Path(recipe.train.output_dir)
+    Parts().save(folder, 2)
+    older = recipe.model_dump(mode="json")
+    del older["loss"]["sampler_correction"], older["generation"]["top_k"], older["distributed"]
+    (folder / "recipe.yaml").write_text(yaml.dump(older))
+    with pytest.raises(UserError, match=r"other settings: generation\.top_k was 0, is 5\. ") as caught:
+        check_run_folder(recipe_of(tiny_recipe, "generation.top_k=5"), resume=True)
+    assert "sampler_correction" not in str(caught.value)
+    assert enter(recipe, resume=True) == folder / "checkpoint-000002"
+
+
+def test_a_stored_recipe_that_is_damaged_is_one_message(tiny_recipe: dict[str, Any]) -> None:
+    recipe = recipe_of(tiny_recipe)
+    enter(recipe, resume=False)
+    folder = Path(recipe.train.output_dir)
+    Parts().save(folder, 2)
+    (folder / "recipe.yaml").write_text("model: {name: m}\nloss: {beat: 1}\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml:2: loss\.beat is not a setting"):
+        check_run_folder(recipe, resume=True)
 
 
 def test_an_output_dir_that_cannot_be_used_is_one_message(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
+from rich.console import Console
 
 import grpo_cli
 from grpo_cli.algorithm.packing import Group, pack_groups
@@ -308,3 +311,32 @@ def test_a_callback_that_stops_the_run_still_gets_its_evaluation(tiny_recipe: di
     result = run(tiny_recipe, callbacks=[Stop()])
     assert len(result.metrics) == 1
     assert "eval_reward" in result.metrics[0]
+
+
+class FailsAtTheEnd:
+    def on_train_end(self, state: Any) -> None:
+        raise OSError("no disk")
+
+
+def fails_when_shown(completions: list[str]) -> list[float]:
+    """After training one completion for each of three prompts is scored to be shown."""
+    if len(completions) == 3:
+        raise ValueError("the judge is gone")
+    return [float(len(completion)) for completion in completions]
+
+
+def test_what_fails_after_the_last_step_is_told_and_the_run_is_done(
+    tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(tracker: Any) -> None:
+        raise ConnectionError("no\nnetwork")
+
+    monkeypatch.setattr(TensorBoardTracker, "finish", finish)
+    screen = Console(file=io.StringIO())
+    logging = {"logging__trackers": ["tensorboard"], "logging__print_completions": 100}
+    result = run(tiny_recipe, rewards=[fails_when_shown], callbacks=[FailsAtTheEnd()], console=screen, **logging)
+    assert (result.output_dir / "final" / "config.json").is_file()
+    assert [row["step"] for row in result.metrics] == [1, 2, 3]
+    told = [line for line in screen.file.getvalue().splitlines() if line.startswith("at the end of the run: ")]
+    for line, what in zip(told, ("no disk", "the judge is gone", "ConnectionError: no network"), strict=True):
+        assert what in line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import grpo_cli
 from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.rollout.transformers_engine import TransformersEngine
 from grpo_cli.train import run as run_module
+from grpo_cli.train.api import SHOWCASE_STREAM
 from grpo_cli.train.checkpoint import list_checkpoints, read_position
 from grpo_cli.train.engines import build_engine
 from grpo_cli.train.evaluate import EVAL_STREAM
@@ -192,18 +195,30 @@ def test_a_server_may_be_lost_again_and_again(
     assert rows(folder) == rows(tmp_path / "uninterrupted")
 
 
-def test_a_server_lost_after_the_last_step_leaves_the_final_model(
-    recipe: dict[str, Any], tmp_path: Path, engines: Engines, uninterrupted: Any
+@pytest.mark.parametrize("lost", [("update_weights", 4), ("generate", SHOWCASE_STREAM)])
+def test_a_server_lost_after_the_last_step_changes_nothing(
+    recipe: dict[str, Any], tmp_path: Path, engines: Engines, uninterrupted: Any, lost: tuple[str, int]
 ) -> None:
     """Only the completions that are shown after training are missing."""
-    folder = tmp_path / "lost"
     recipe["logging"]["print_completions"] = 100
-    engines.losses = [lambda call, what, version: (call, what, version) == ("generate", 2, 4)]
-    with pytest.raises(StoppedEarly, match="stopped after step 4;"):
-        grpo_cli.train(in_folder(recipe, folder))
-    assert (folder / "final").is_dir()
-    assert_same_weights(grpo_cli.train(in_folder(recipe, folder), resume=True), uninterrupted)
-    assert rows(folder) == rows(tmp_path / "uninterrupted")
+    del recipe["data"]["eval"], recipe["train"]["eval_every"]
+    is_showing_after: IsLost = lambda call, what, version: (call, what) == lost and version in (3, 4)  # noqa: E731
+    engines.losses = [is_showing_after]
+    screen = Console(file=io.StringIO())
+    result = grpo_cli.train(in_folder(recipe, tmp_path / "lost"), console=screen)
+    assert (result.output_dir / "final").is_dir()
+    assert_same_weights(result, uninterrupted)
+    assert screen.file.getvalue().count("at the end of the run: http://10.0.0.5:8000 does not answer\n") == 1
+
+
+def test_nothing_is_sent_for_completions_that_are_not_shown(
+    recipe: dict[str, Any], tmp_path: Path, engines: Engines
+) -> None:
+    del recipe["data"]["eval"], recipe["train"]["eval_every"]
+    sent: list[int] = []
+    engines.losses = [lambda call, what, version: call == "update_weights" and bool(sent.append(what))]
+    grpo_cli.train(in_folder(recipe, tmp_path / "run"))
+    assert sent == [0, 1, 2, 3], "before each step, and at no other time"
 
 
 def test_the_bytes_that_were_sent_are_a_metric(uninterrupted: Any) -> None:

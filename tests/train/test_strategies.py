@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.tensor import DTensor
 
 from grpo_cli.errors import RunError
 from grpo_cli.launch.ranks import Ranks
@@ -24,6 +26,7 @@ from grpo_cli.train.strategies.base import (
     without_master,
 )
 from grpo_cli.train.strategies.replicated import Replicated, sum_over_ranks
+from tests.conftest import tiny_llama
 from tests.processes import run_processes
 
 
@@ -92,6 +95,25 @@ def test_a_norm_that_is_not_finite_is_an_error(norm: Any) -> None:
 def test_a_finite_norm_is_a_float() -> None:
     norm = checked_norm(torch.tensor(2.5))
     assert (type(norm), norm) == (float, 2.5)
+
+
+# What fails while the model is whole
+
+
+def parts_after_a_failure(recipe: dict[str, Any]) -> list[bool]:
+    """Whether each parameter is shared out again after something failed while the model was whole."""
+    ranks = Ranks.join(needs_group=True)
+    spread, model = make_strategy("fsdp", Recipe.model_validate(recipe), ranks), tiny_llama()
+    spread.prepare(model, torch.optim.AdamW(model.parameters()))
+    with contextlib.suppress(RuntimeError), spread.whole_model():
+        assert not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        raise RuntimeError("generation failed")
+    return [isinstance(parameter, DTensor) for parameter in model.parameters()]
+
+
+def test_weights_are_shared_out_again_when_what_needed_them_whole_fails(tiny_recipe: dict[str, Any]) -> None:
+    (shared_out,) = run_processes(1, parts_after_a_failure, tiny_recipe)
+    assert all(shared_out)
 
 
 # One process

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.unused import RUN_NAMES
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
@@ -69,6 +73,43 @@ def test_the_home_folder_may_be_written_as_a_tilde(
     trackers.finish()
     assert (tmp_path / "at-home" / "tensorboard").is_dir()
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "project"),
+    [
+        (["logging.project=math"], {"WANDB_PROJECT": "other"}, "math"),
+        ([], {"WANDB_PROJECT": "other"}, "other"),
+        ([], {}, "grpo-cli"),
+    ],
+)
+def test_a_run_belongs_to_a_project_under_its_folders_name_and_with_its_recipe(
+    tiny_recipe: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    settings: list[str],
+    environment: dict[str, str],
+    project: str,
+) -> None:
+    begun: list[dict[str, Any]] = []
+    config: dict[str, Any] = {}
+    wandb = SimpleNamespace(
+        init=lambda **options: begun.append(options),
+        config=SimpleNamespace(update=lambda values, **_: config.update(values)),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(tiny_recipe, ["logging.trackers=[wandb]", *settings])
+    Trackers(recipe, 0)
+    assert begun == [{"project": project, "name": "run"}]
+    assert load_recipe(config) == recipe
+
+
+@pytest.mark.parametrize("name", [name for name, option in RUN_NAMES.items() if option])
+def test_the_trackers_that_have_projects_take_a_runs_name(name: str) -> None:
+    tracker = LOGGER_TYPE_TO_CLASS[name]("project", **{RUN_NAMES[name]: "run"})
+    assert "run" in {tracker.__dict__.get("run_name"), *tracker.__dict__.get("init_kwargs", {}).values()}
 
 
 def test_no_trackers_write_nothing(recipe: Recipe) -> None:

@@ -100,14 +100,16 @@ class FullyShardedDataParallel:
     @contextmanager
     def whole_model(self) -> Iterator[None]:
         modules = [module for module in self._root.modules() if isinstance(module, FSDPModule)]
-        for module in modules:
-            module.set_reshard_after_forward(False, recurse=False)
-            module.unshard()
-        yield
-        for module in modules:
-            # The root's weights stay after a forward pass by default: the backward pass begins with them.
-            module.set_reshard_after_forward(not isinstance(module, Root), recurse=False)
-            module.reshard()
+        try:
+            for module in modules:
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+            yield
+        finally:
+            for module in modules:
+                # The root's weights stay after a forward pass by default: the backward pass begins with them.
+                module.set_reshard_after_forward(not isinstance(module, Root), recurse=False)
+                module.reshard()
 
     def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         return nullcontext()
