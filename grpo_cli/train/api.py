@@ -134,7 +134,10 @@ def _train(run: Run, session: Session) -> TrainResult:
         run.notes.append(f"resuming from {session.resumed_from}")
     for note in run.notes:
         display.note(note)
-    before = _showcase(run, 0) if session.position.step == 0 else None
+    before = None
+    if session.position.step == 0:
+        run.engine.update_weights(0)  # a server that is not there is found before anything has begun
+        before = _showcase(run, 0)
     session.start()
     train_loop(run, session)
     with display.noting():

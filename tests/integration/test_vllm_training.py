@@ -135,7 +135,7 @@ def smol_recipe(path: Path, folder: Path, server: dict[str, Any], smol_dir: Path
         "generation": {"engine": "vllm_server", "num_generations": 4, "max_completion_tokens": 16},
         "optim": {"learning_rate": 1e-4},
         "train": {"max_steps": 5, "prompts_per_step": 2, "save_every": 0},
-        "logging": {"trackers": []},
+        "logging": {"trackers": [], "print_completions": 5},  # also those of the final weights, at the end
     }
     vllm = {"max_model_len": 1024} if server.get("spawn") else {}
     return write_recipe(path, recipe, folder, {"server": server, "vllm": vllm})

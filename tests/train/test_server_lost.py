@@ -218,7 +218,7 @@ def test_nothing_is_sent_for_completions_that_are_not_shown(
     sent: list[int] = []
     engines.losses = [lambda call, what, version: call == "update_weights" and bool(sent.append(what))]
     grpo_cli.train(in_folder(recipe, tmp_path / "run"))
-    assert sent == [0, 1, 2, 3], "before each step, and at no other time"
+    assert sent == [0, 0, 1, 2, 3], "at the start and before each step, and at no other time"
 
 
 def test_the_bytes_that_were_sent_are_a_metric(uninterrupted: Any) -> None:
