@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,15 @@ class Learned:
         return ends
 
 
-def read(path: Path) -> list[Learned]:
-    """The runs in a file; none if it is not there."""
-    if not path.exists():
-        return []
-    return [Learned(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+def read(path: Path, recipe: str) -> list[Learned]:
+    """The runs of a recipe in a file, the longest of each system and seed; none if it is not there."""
+    longest: dict[tuple[str, int], Learned] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        one = Learned(**json.loads(line))
+        known = longest.get((one.system, one.seed))
+        if one.recipe == recipe and (known is None or len(known.steps) < len(one.steps)):
+            longest[one.system, one.seed] = one
+    return list(longest.values())
 
 
 def run(system: str, seed: int, recipe: str, num_steps: int, device: str, threads: int) -> Learned:
@@ -86,24 +91,28 @@ def spans(num_steps: int) -> list[range]:
 
 
 def table(runs: Sequence[Learned]) -> tuple[list[str], list[list[str]]]:
-    """Mean rewards of each run, and of each system with the standard error over its seeds."""
-    longest = max(len(run.steps) for run in runs)
-    columns = ["system", "seed", *(f"steps {part[0] + 1}–{part[-1] + 1}" for part in spans(longest)), "minutes"]
+    """Mean rewards of each run, and of each system with the standard error over the seeds that got so far."""
+    parts = spans(max(len(run.steps) for run in runs))
+    columns = ["system", "seed", *(f"steps {part[0] + 1}–{part[-1] + 1}" for part in parts), "minutes"]
     rows = []
     for system in SYSTEMS:
-        own = [run for run in runs if run.system == system]
-        for one in own:
-            means = [statistics.fmean(one.rewards[i] for i in part) for part in spans(len(one.steps))]
-            filler = [""] * (len(columns) - 3 - len(means))
-            rows.append([system, str(one.seed), *(f"{m:.1f}" for m in means), *filler, f"{one.minutes[-1]:.1f}"])
-        whole = [one for one in own if len(one.steps) == longest]
-        if len(whole) > 1:
+        means = {
+            one.seed: [
+                statistics.fmean(one.rewards[i] for i in part) for part in parts if part[-1] < len(one.steps)
+            ]
+            for one in runs
+            if one.system == system
+        }
+        for one in runs:
+            if one.system == system:
+                cells = [f"{mean:.1f}" for mean in means[one.seed]] + [""] * (len(parts) - len(means[one.seed]))
+                rows.append([system, str(one.seed), *cells, f"{one.minutes[-1]:.1f}"])
+        if len(means) > 1:
             cells = []
-            for part in spans(longest):
-                mean, error = mean_and_error([statistics.fmean(one.rewards[i] for i in part) for one in whole])
-                cells.append(f"{mean:.1f} ± {error:.1f}")
-            minutes = statistics.fmean(one.minutes[-1] for one in whole)
-            rows.append([system, f"mean of {len(whole)}", *cells, f"{minutes:.1f}"])
+            for values in zip_longest(*means.values()):
+                mean, error = mean_and_error([value for value in values if value is not None])
+                cells.append("" if math.isnan(error) else f"{mean:.1f} ± {error:.1f}")
+            rows.append([system, "mean", *cells, *[""] * (len(parts) - len(cells)), ""])
     return columns, rows
 
 
@@ -119,8 +128,8 @@ def draw(runs: Sequence[Learned], stem: Path) -> None:
             continue
         shortest = min(len(one.steps) for one in own)
         for one in own:
-            by_step.plot(range(1, len(one.steps) + 1), one.rewards, color=COLORS[system], alpha=0.25, lw=1)
-            by_minute.plot(one.minutes, one.rewards, color=COLORS[system], alpha=0.25, lw=1)
+            by_step.plot(range(1, len(one.steps) + 1), one.rewards, color=COLORS[system], alpha=0.4, lw=1)
+            by_minute.plot(one.minutes, one.rewards, color=COLORS[system], alpha=0.4, lw=1)
         columns = list(zip(*(one.rewards[:shortest] for one in own), strict=True))
         times = list(zip(*(one.minutes[:shortest] for one in own), strict=True))
         means = [statistics.fmean(column) for column in columns]
@@ -133,6 +142,7 @@ def draw(runs: Sequence[Learned], stem: Path) -> None:
             by_step.fill_between(range(1, shortest + 1), low, high, color=COLORS[system], alpha=0.15, lw=0)
     by_step.set(xlabel="steps", ylabel="mean reward")
     by_minute.set(xlabel="minutes", xscale="log")
+    by_minute.xaxis.set_major_formatter("{x:g}")
     by_step.legend(frameon=False, loc="lower right")
     for axes in (by_step, by_minute):
         axes.spines[["top", "right"]].set_visible(False)
@@ -157,16 +167,17 @@ def main() -> None:
     num_steps = options.steps or load_recipe(options.recipe).train.max_steps
     if num_steps is None:
         parser.error(f"{options.recipe} has no train.max_steps; give --steps")
-    runs = [one for one in read(options.results) if one.recipe == options.recipe]
+    runs = read(options.results, options.recipe)
     try:
         for seed in map(int, options.seeds.split(",")):
             for system in filter(None, options.systems.split(",")):
                 if any((o.system, o.seed) == (system, seed) and len(o.steps) >= num_steps for o in runs):
                     continue
-                runs.append(run(system, seed, options.recipe, num_steps, options.device, options.threads))
+                learned = run(system, seed, options.recipe, num_steps, options.device, options.threads)
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 with options.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(asdict(runs[-1])) + "\n")
+                    file.write(json.dumps(asdict(learned)) + "\n")
+                runs = read(options.results, options.recipe)
     except WorkerError as error:
         sys.exit(str(error))
     if not runs:
