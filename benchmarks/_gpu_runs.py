@@ -27,7 +27,7 @@ def make_run(
     """
     import torch
 
-    from grpo_cli.launch.ranks import Ranks
+    from grpo_cli.distributed.ranks import Ranks
     from grpo_cli.train.api import recipe_with_objects
     from grpo_cli.train.run import Objects, build_run
 

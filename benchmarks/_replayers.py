@@ -15,7 +15,7 @@ from benchmarks._learners import trl_arguments
 from benchmarks._models import load
 from benchmarks._workers import Channel
 from grpo_cli.data.rows import load_rows
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.reward.registry import resolve_rewards
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded

@@ -23,13 +23,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from benchmarks._collectives import CollectiveCounter, Traffic
 from benchmarks._models import DEFAULT_MODEL, load, random_prompts
 from grpo_cli.algorithm.advantages import compute_advantages
+from grpo_cli.distributed.environment import StrategyName
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.distributed.strategies import zero
 from grpo_cli.errors import UserError
-from grpo_cli.launch.environment import StrategyName
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.shared_engines import LedEngine, SplitEngine
-from grpo_cli.rollout.weight_transfer import fill_memory
+from grpo_cli.rollout.server.weight_transfer import fill_memory
 from grpo_cli.serve import wire
 from grpo_cli.serve.weights import memory_folder
 from grpo_cli.train.api import recipe_with_objects
@@ -38,7 +39,6 @@ from grpo_cli.train.loop import train_loop
 from grpo_cli.train.run import TRAIN_STREAM, Objects, Run, build_run, deterministic_kernels
 from grpo_cli.train.session import Session
 from grpo_cli.train.signals import StopRequest
-from grpo_cli.train.strategies import zero
 
 with suppress(UserError):  # it is not installed: told where a strategy needs it
     zero._import_deepspeed()  # here, once for all that are forked

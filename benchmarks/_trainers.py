@@ -98,7 +98,7 @@ def run_ours(spec: Spec, channel: Channel, folder: str) -> None:
     """`grpo train`, with a callback that pauses it and an engine whose completions never end by themselves."""
     from rich.console import Console
 
-    from grpo_cli.launch.ranks import Ranks
+    from grpo_cli.distributed.ranks import Ranks
     from grpo_cli.train.api import recipe_with_objects
     from grpo_cli.train.callbacks import Callback, TrainState
     from grpo_cli.train.display import Display

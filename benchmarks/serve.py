@@ -36,9 +36,9 @@ def serve() -> None:
 
     from grpo_cli.recipe.schema import GenerationConfig, ServerConfig
     from grpo_cli.rollout.policy_weights import PolicyWeights
-    from grpo_cli.rollout.rollout_server import RolloutServer
-    from grpo_cli.rollout.spawned_server import SpawnedServer
-    from grpo_cli.rollout.vllm_client import VllmClient
+    from grpo_cli.rollout.server.client import VllmClient
+    from grpo_cli.rollout.server.connection import RolloutServer
+    from grpo_cli.rollout.server.spawned_server import SpawnedServer
 
     channel = Channel()
     options = channel.receive()

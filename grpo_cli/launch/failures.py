@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from grpo_cli.distributed.environment import LAUNCHER_PID, Nodes, is_launched, placement
 from grpo_cli.errors import RunError, StoppedEarly, UserError
-from grpo_cli.launch.environment import LAUNCHER_PID, Nodes, is_launched, placement
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REQUEUE = 1, 2, 75
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
+from grpo_cli.distributed.environment import LAUNCHER_PID, Nodes, is_launched, planned_strategy, step_nodes
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.launch.environment import LAUNCHER_PID, Nodes, is_launched, planned_strategy, step_nodes
 from grpo_cli.launch.failures import STOP_SIGNALS, raise_outcome
 from grpo_cli.recipe.schema import Recipe
 

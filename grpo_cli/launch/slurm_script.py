@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.plan.shape import model_size
 from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
 from grpo_cli.recipe.load import load_recipe, read_yaml, server_overrides
 from grpo_cli.recipe.schema import ModelConfig, Recipe, ServerConfig
 from grpo_cli.serve.engine_arguments import as_options, can_share, most_sharing
-from grpo_cli.verbs.shape import model_size
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
 

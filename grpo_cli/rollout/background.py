@@ -20,7 +20,7 @@ from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.rollout import Rollout
 
 if TYPE_CHECKING:
-    from grpo_cli.launch.ranks import Ranks
+    from grpo_cli.distributed.ranks import Ranks
 
 Jobs = SimpleQueue[tuple[Future[np.ndarray], Callable[[], np.ndarray]] | None]
 

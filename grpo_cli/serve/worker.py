@@ -27,7 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, is_deferred_attention_layer
 
-from grpo_cli.launch.interfaces import address_towards
+from grpo_cli.distributed.interfaces import address_towards
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Rendezvous, TensorSpec
 

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from grpo_cli.distributed.environment import resolve_strategy
+from grpo_cli.distributed.ranks import EXPECTED_ERRORS, Ranks
 from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
-from grpo_cli.launch.environment import resolve_strategy
-from grpo_cli.launch.ranks import EXPECTED_ERRORS, Ranks
 from grpo_cli.recipe.load import apply_override, read_recipe, validate
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout

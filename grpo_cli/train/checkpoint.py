@@ -20,8 +20,9 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.distributed.strategies.base import OptimizerState, joined_state
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.model import (
     base_model,
     behind,
@@ -35,7 +36,6 @@ from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.optim import restore_schedule
 from grpo_cli.train.run import Run
-from grpo_cli.train.strategies.base import OptimizerState, joined_state
 
 FREE_ON_RESUME = (
     "train.output_dir",

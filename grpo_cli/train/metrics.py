@@ -17,7 +17,7 @@ import torch
 from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.algorithm.transfer import wait
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.checkpoint import write_text
 

@@ -20,9 +20,10 @@ from grpo_cli.algorithm.packing import Pack
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
+from grpo_cli.distributed.environment import StrategyName
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.distributed.strategies import Strategy, make_strategy
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.launch.environment import StrategyName
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import load_policy, load_tokenizer
 from grpo_cli.policy.reference import Reference, reference_model
@@ -30,10 +31,9 @@ from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
+from grpo_cli.rollout.build import build_engine
 from grpo_cli.rollout.engine import RolloutEngine
-from grpo_cli.train.engines import build_engine
 from grpo_cli.train.optim import build_optimizer, check_coverage
-from grpo_cli.train.strategies import Strategy, make_strategy
 
 TRAIN_STREAM = 0
 """Rollouts draw from this stream of random numbers; evaluations have their own."""

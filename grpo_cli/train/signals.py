@@ -10,7 +10,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from grpo_cli.launch.environment import is_launched, placement
+from grpo_cli.distributed.environment import is_launched, placement
 from grpo_cli.launch.failures import STOP_SIGNALS
 
 ECHO_S = 2.0

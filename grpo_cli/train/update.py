@@ -12,6 +12,7 @@ from grpo_cli.algorithm.losses import MeasuredLoss, groups_to_forward, high_entr
 from grpo_cli.algorithm.packing import Group, Pack, deal_groups, empty_pack, pack_groups
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
 from grpo_cli.algorithm.transfer import to_device, to_host, wait
+from grpo_cli.distributed.strategies.base import GradientNotFinite
 from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import evaluating
@@ -20,7 +21,6 @@ from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
 from grpo_cli.train.run import Run, automatic_microbatch_tokens
 from grpo_cli.train.session import Session
-from grpo_cli.train.strategies.base import GradientNotFinite
 
 
 def packs_of(run: Run, groups: Sequence[Group]) -> list[Pack]:

@@ -11,6 +11,10 @@ from rich.table import Table
 
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
+from grpo_cli.plan.fit import check_fit, gpu_of, memory_rows
+from grpo_cli.plan.memory import setup_of, trained_parameters
+from grpo_cli.plan.shape import model_size
+from grpo_cli.plan.traffic import traffic_rows
 from grpo_cli.plugins import load_object
 from grpo_cli.policy.files import check_gguf, locate_gguf, read_chat_template
 from grpo_cli.recipe.schema import GenerationConfig, ModelConfig, Recipe
@@ -19,10 +23,6 @@ from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
-from grpo_cli.verbs.fit import check_fit, gpu_of, memory_rows
-from grpo_cli.verbs.memory import setup_of, trained_parameters
-from grpo_cli.verbs.shape import model_size
-from grpo_cli.verbs.traffic import traffic_rows
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
 """What reward functions are tried on; they must cope with anything a model may write."""

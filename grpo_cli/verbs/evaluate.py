@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import UserError
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.files import locate_gguf
 from grpo_cli.policy.model import saved_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe

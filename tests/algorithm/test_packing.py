@@ -21,7 +21,7 @@ from grpo_cli.algorithm.packing import (
     plan_minibatches,
 )
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import LossConfig, LossType, SamplerCorrectionConfig
 from grpo_cli.train.metrics import MetricMeans

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from grpo_cli.algorithm.losses import loss_normalizer, policy_loss
 from grpo_cli.algorithm.sampler_correction import LOG_RATIO_LIMIT, sampler_metrics, sampler_ratio
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.schema import LossConfig, SamplerCorrectionConfig
 from grpo_cli.train.metrics import MetricMeans
 

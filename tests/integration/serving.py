@@ -17,8 +17,8 @@ import httpx2
 import psutil
 import torch
 
-from grpo_cli.rollout.rollout_server import RolloutServer
-from grpo_cli.rollout.spawned_server import free_port
+from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.spawned_server import free_port
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, Weights
 
 ROOT = Path(__file__).parents[2]

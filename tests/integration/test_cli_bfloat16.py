@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from grpo_cli.algorithm.packing import Group, pack_groups
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.train.metrics import read_metrics
 from grpo_cli.train.run import Objects, build_run

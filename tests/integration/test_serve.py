@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.rollout_server import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import (
     BEGIN_WEIGHTS,
@@ -271,7 +271,7 @@ def test_sent_weights_are_what_generates(
 ) -> None:
     client = server.client()
     if way == "broadcast":
-        monkeypatch.setattr("grpo_cli.rollout.rollout_server.shares_memory", lambda info: False)
+        monkeypatch.setattr("grpo_cli.rollout.server.connection.shares_memory", lambda info: False)
     client.send_weights(weights_of(request, 0), PolicyWeights(start_model))
     before = generate(client, weights_of(request, 0))
     assert drift(before, start_model) < TOLERANCE
@@ -308,7 +308,7 @@ def send_set(
     specs = [spec for spec in policy.specs("float32") if spec.name != leave_out]
     staging = client._call(Staging, "POST", BEGIN_WEIGHTS, BeginWeights(weights=weights, tensors=specs))
     assert staging.path is not None
-    from grpo_cli.rollout.weight_transfer import fill_memory
+    from grpo_cli.rollout.server.weight_transfer import fill_memory
 
     counted = fill_memory(staging.path, wire.plan_buckets(specs), policy)
     commit = CommitWeights(weights=weights, digest=digest or counted)
@@ -355,9 +355,9 @@ def test_a_set_without_one_tensor_is_refused_by_the_layers_name(
 DYING_TRAINER = """
 import os, signal, sys
 from transformers import AutoModelForCausalLM
-from grpo_cli.rollout import rollout_server
+from grpo_cli.rollout.server import connection
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.rollout_server import RolloutServer
+from grpo_cli.rollout.server.connection import RolloutServer
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Weights
 
@@ -372,7 +372,7 @@ def dying(group, flat):
     broadcast(group, flat)
 
 wire.broadcast = dying
-rollout_server.shares_memory = lambda info: False
+connection.shares_memory = lambda info: False
 policy = PolicyWeights(AutoModelForCausalLM.from_pretrained(model))
 RolloutServer(url, open(key_file).read().strip(), 60).send_weights(Weights(run="dying", version=1), policy)
 """
@@ -393,7 +393,7 @@ def test_a_trainer_that_dies_in_a_broadcast_leaves_a_server_that_refuses(
     wait_until(lambda: "did not arrive whole" in (client.info().refusing or ""), 60)
     assert_refuses(server, dying, "did not arrive whole")
     assert_recovers(client, perturbed, Weights(run="next", version=1))
-    monkeypatch.setattr("grpo_cli.rollout.rollout_server.shares_memory", lambda info: False)
+    monkeypatch.setattr("grpo_cli.rollout.server.connection.shares_memory", lambda info: False)
     assert_recovers(client, other_weights(perturbed, "again"), Weights(run="next", version=2))
 
 

@@ -56,7 +56,7 @@ def test_sleeping_frees_the_memory_that_generation_took(vllm_model_dir: Path) ->
 
     from grpo_cli.recipe.schema import GenerationConfig
     from grpo_cli.rollout.policy_weights import PolicyWeights
-    from grpo_cli.rollout.vllm_engine import VllmEngine
+    from grpo_cli.rollout.vllm.engine import VllmEngine
 
     model = AutoModelForCausalLM.from_pretrained(vllm_model_dir, dtype=torch.float32).cuda()
     tokenizer = AutoTokenizer.from_pretrained(vllm_model_dir)

@@ -291,7 +291,7 @@ FAULTS = '''
 """Kills the server, or its engine, at the moments that FAULTS names."""
 import json, os, threading, time
 import psutil
-from grpo_cli.rollout.rollout_server import RolloutServer
+from grpo_cli.rollout.server.connection import RolloutServer
 from grpo_cli.serve import protocol
 
 plan = json.loads(os.environ["FAULTS"])

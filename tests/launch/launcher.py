@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from grpo_cli.distributed.environment import Nodes
 from grpo_cli.errors import RunError, StoppedEarly, UserError
-from grpo_cli.launch.environment import Nodes
 from grpo_cli.launch.failures import exit_code
 from grpo_cli.launch.launcher import run_workers
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from grpo_cli.distributed.environment import Nodes
 from grpo_cli.errors import RunError, StoppedEarly, UserError
-from grpo_cli.launch.environment import Nodes
 from grpo_cli.launch.failures import STOP_SIGNALS, exit_code, is_consequence, raise_outcome, report, root_cause
 
 

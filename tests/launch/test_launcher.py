@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 
+from grpo_cli.distributed.environment import Nodes
 from grpo_cli.errors import UserError
 from grpo_cli.launch import launcher
-from grpo_cli.launch.environment import Nodes
 from grpo_cli.launch.failures import STOP_SIGNALS
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
@@ -307,7 +307,7 @@ def test_a_launcher_that_is_killed_leaves_no_worker(launch: Callable[..., Launch
 @pytest.mark.parametrize("counts", [(2, 2), (1, 3)])
 def test_nodes_meet_and_number_their_ranks_through(launch: Callable[..., Launch], counts: tuple[int, int]) -> None:
     """Of as many processes each, or of fewer where the first node has a server of its own."""
-    from grpo_cli.rollout.spawned_server import free_port
+    from grpo_cli.rollout.server.spawned_server import free_port
 
     port = str(free_port())
     runs = [launch(2 * own, "ranks", TEST_NODES=f"2 {i} 127.0.0.1 {port}") for i, own in enumerate(counts)]

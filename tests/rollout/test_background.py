@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_cli.data.prompts import Prompt
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.reward.registry import RewardFunction, reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer
 from grpo_cli.rollout.background import BackgroundScorer
@@ -315,7 +315,7 @@ def test_calls_that_have_not_started_are_dropped_after_an_error(where: str) -> N
 HANGING = """
 import threading
 from dataclasses import replace
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.reward.registry import reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer

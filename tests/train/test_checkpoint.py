@@ -17,8 +17,9 @@ import pytest
 import torch
 import yaml
 
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.distributed.strategies.replicated import Replicated
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.model import load_policy
 from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import ModelConfig, OptimConfig, Recipe
@@ -35,7 +36,6 @@ from grpo_cli.train.checkpoint import (
     write_text,
 )
 from grpo_cli.train.optim import build_optimizer, build_scheduler
-from grpo_cli.train.strategies.replicated import Replicated
 from tests.conftest import byte_tokenizer, tiny_llama
 
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_cli.data.prompts import Prompt
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.reward.registry import reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey

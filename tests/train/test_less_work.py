@@ -14,7 +14,7 @@ import torch
 import grpo_cli
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError
-from grpo_cli.rollout.transformers_engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import TransformersEngine
 from grpo_cli.train import loop, update
 from grpo_cli.train.collect import MAX_RESAMPLE_ROUNDS
 from tests.conftest import byte_tokenizer, tiny_llama

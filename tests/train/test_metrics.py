@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_cli.algorithm.losses import LossOutput
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.metrics import (
     MetricMeans,

@@ -15,7 +15,7 @@ from transformers import masking_utils
 from grpo_cli.algorithm.losses import MeasuredLoss, measured_loss, policy_loss
 from grpo_cli.algorithm.packing import Group, Pack, branches_of, pack_groups
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
-from grpo_cli.launch.ranks import Ranks
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.policy.block_mask import block_mask
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.self_check import DenseLayout

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import UserError
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.run import Objects, agree_on_sharing, autocast_for, build_run

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import grpo_cli
-from grpo_cli.rollout.transformers_engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import TransformersEngine
 from grpo_cli.train.metrics import read_metrics
 from tests.conftest import byte_tokenizer, tiny_llama
 

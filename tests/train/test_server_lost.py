@@ -14,11 +14,11 @@ from rich.console import Console
 
 import grpo_cli
 from grpo_cli.errors import ServerLost, StoppedEarly
-from grpo_cli.rollout.transformers_engine import TransformersEngine
+from grpo_cli.rollout.build import build_engine
+from grpo_cli.rollout.embedded.engine import TransformersEngine
 from grpo_cli.train import run as run_module
 from grpo_cli.train.api import SHOWCASE_STREAM
 from grpo_cli.train.checkpoint import list_checkpoints, read_position
-from grpo_cli.train.engines import build_engine
 from grpo_cli.train.evaluate import EVAL_STREAM
 from grpo_cli.train.metrics import read_metrics
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.distributed.strategies.base import part_of_state
+from grpo_cli.distributed.strategies.replicated import Replicated
 from grpo_cli.errors import RunError
-from grpo_cli.launch.ranks import Ranks
 from grpo_cli.policy.model import load_policy
 from grpo_cli.recipe.schema import ModelConfig
 from grpo_cli.train.checkpoint import optimizer_file, save_final
-from grpo_cli.train.strategies.base import part_of_state
-from grpo_cli.train.strategies.replicated import Replicated
 from tests.conftest import tiny_llama
 from tests.train.test_checkpoint import Parts, contents
 

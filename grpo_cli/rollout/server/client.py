@@ -1,0 +1,237 @@
+"""The rollout engine that generates on one or several `grpo serve`."""
+
+from __future__ import annotations
+
+import math
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
+from grpo_cli.recipe.schema import GenerationConfig
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.spawned_server import SpawnedServer
+from grpo_cli.rollout.vllm_requests import completion, generate_request
+from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
+
+MAX_ATTEMPTS = 5
+"""A prompt, or a set of weights, that fails this often is not the fault of a moment."""
+
+
+class VllmClient:
+    """Generates on servers, which all have the weights of the same version.
+
+    Args:
+        servers: at least one.
+        policy: what the servers are given.
+        tokenizer: decodes completions.
+        config: the recipe's `generation` section.
+        eos_token_ids: tokens that end a completion.
+        spawned: the server that this engine starts and stops, if it is its own.
+        note: told what the user should know while waiting.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[RolloutServer],
+        policy: PolicyWeights,
+        tokenizer: Any,
+        config: GenerationConfig,
+        eos_token_ids: set[int],
+        *,
+        spawned: SpawnedServer | None = None,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.servers = list(servers)
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.config = config
+        self.eos_token_ids = eos_token_ids
+        self.spawned = spawned
+        self.note = note
+        self.run = secrets.token_hex(8)
+        self.weights: Weights | None = None
+        self._infos: dict[str, ServerInfo] = {}
+
+    def update_weights(self, version: int) -> int:
+        """Give every server the policy's present weights; return the bytes that were moved.
+
+        Raises:
+            ServerLost: a server stayed away longer than `timeout_s`, or this engine's own ended again and again.
+            RunError: it answers, but does not take the weights.
+            ServerNeverReached: it has not answered once.
+        """
+        self.weights = Weights(run=self.run, version=version)
+        moved: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        for server in self.servers:
+            _daemon(partial(self._update_one, server, moved))
+        return sum(_result(moved.get()) for _ in self.servers)
+
+    def _update_one(self, server: RolloutServer, moved: queue.SimpleQueue[Any]) -> None:
+        moved.put(_outcome(self._bring_up_to_date, server))
+
+    def _bring_up_to_date(self, server: RolloutServer) -> int:
+        """Wait for a server if need be, and send the weights unless it has them; return the bytes moved."""
+        assert self.weights is not None
+        with server.lock:
+            reason: Exception | None = None
+            for _ in range(MAX_ATTEMPTS):
+                try:
+                    info = self._wait(server)
+                    self._infos[server.url] = info
+                    if info.weights == self.weights and info.refusing is None:
+                        return 0
+                    return server.send_weights(self.weights, self.policy)
+                except (ServerAway, WrongWeights) as error:
+                    self.note(f"{error}; sending the weights again")
+                    reason = error
+            raise RunError(f"the weights could not be sent in {MAX_ATTEMPTS} attempts: {reason}")
+
+    def _wait(self, server: RolloutServer) -> ServerInfo:
+        is_known = server.url in self._infos
+        own = self.spawned
+        if own is not None:
+            own.ensure_running()
+        # One that has worked once may just be ending of what it was lost by.
+        check = (own.ensure_running if is_known else own.check) if own is not None else lambda: None
+        try:
+            if is_known or self.spawned is not None:
+                return server.wait_until_ready(check)
+            try:
+                return server.info()
+            except ServerAway:
+                self.note(f"waiting up to {server.timeout_s:g} s for {server.url}")
+                return server.wait_until_ready()
+        except ServerAway as error:
+            if is_known:
+                raise ServerLost(str(error)) from error
+            hint = "is grpo serve running there?" if own is None else f"its log is {own.log}"
+            raise ServerNeverReached(f"generation.server: {error}; {hint}") from error
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[SampleKey],
+        num_generations: int,
+        *,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. `update_weights` comes first.
+
+        Raises:
+            UserError: a prompt is longer than the servers take.
+            ServerLost: as `update_weights`.
+            RunError: a prompt fails every time.
+        """
+        assert self.weights is not None, "update_weights comes before generate"
+        self._check_lengths(prompts)
+        requests = [
+            generate_request(self.config, self.eos_token_ids, prompt, key, num_generations, self.weights)
+            for prompt, key in zip(prompts, keys, strict=True)
+        ]
+        work = _Work(requests)
+        self._start_threads(work, num_generations)
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        try:
+            for _ in requests:
+                index, outcome = work.outcomes.get()
+                _result(outcome)
+                groups[index] = [completion(part, self.config, self.tokenizer) for part in outcome.completions]
+                if on_group is not None:
+                    on_group(index, groups[index])
+        finally:
+            work.stopped.set()
+        return groups
+
+    def _start_threads(self, work: _Work, num_generations: int) -> None:
+        """Each server takes as many prompts at a time as it can hold, and another one whenever one is done."""
+        share = math.ceil(len(work.requests) / len(self.servers))
+        for server in self.servers:
+            room = max(1, self._infos[server.url].max_num_seqs // num_generations)
+            for _ in range(min(room, share)):
+                _daemon(partial(self._take_work, server, work))
+
+    def _take_work(self, server: RolloutServer, work: _Work) -> None:
+        while not work.stopped.is_set():
+            try:
+                index = work.waiting.get_nowait()
+            except queue.Empty:
+                return
+            outcome = _outcome(self._generate, server, work.requests[index])
+            work.outcomes.put((index, outcome))
+            if isinstance(outcome, Exception):
+                return
+
+    def _generate(self, server: RolloutServer, request: GenerateRequest) -> GenerateResponse:
+        reason: Exception | None = None
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                response = server.generate(request)
+            except (ServerAway, WrongWeights) as error:
+                reason = error
+                self._bring_up_to_date(server)
+                continue
+            if self.spawned is not None:
+                self.spawned.has_generated()
+            return response
+        raise RunError(f"a prompt failed {MAX_ATTEMPTS} times: {reason}")
+
+    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest, most = max(map(len, prompts), default=0), self.config.max_completion_tokens
+        for server in self.servers:
+            limit = self._infos[server.url].max_model_len
+            if longest + most > limit:
+                raise UserError(
+                    f"a prompt of {longest} tokens and generation.max_completion_tokens ({most}) exceed the "
+                    f"--max-model-len {limit} of {server.url}; raise it there, or lower data.max_prompt_tokens or "
+                    "generation.max_completion_tokens"
+                )
+
+    def release_memory(self) -> None:
+        """Nothing: the servers have memory of their own."""
+
+    def close(self) -> None:
+        """Stop the server if it is this engine's own."""
+        for server in self.servers:
+            server.close()
+        if self.spawned is not None:
+            self.spawned.stop()
+
+
+def _daemon(target: Callable[[], None]) -> None:
+    """Run in a thread that does not keep an ending process alive, as one that waits for a hung server would."""
+    threading.Thread(target=target, daemon=True).start()
+
+
+def _outcome(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the call gives or raises, for another thread."""
+    try:
+        return function(*arguments)
+    except Exception as error:  # raised again by `_result`
+        return error
+
+
+def _result(outcome: Any) -> Any:
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+@dataclass
+class _Work:
+    """The prompts of one call, which threads take from and report to."""
+
+    requests: list[GenerateRequest]
+    waiting: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[tuple[int, Any]] = field(default_factory=queue.SimpleQueue)
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        for index in range(len(self.requests)):
+            self.waiting.put(index)

@@ -1,0 +1,157 @@
+"""The rollout engine that runs vLLM in the training process, on the training device."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_cli.errors import UserError
+from grpo_cli.policy.model import base_model
+from grpo_cli.recipe.schema import GenerationConfig
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.server.spawned_server import SHARED_GPU_MEMORY
+from grpo_cli.rollout.vllm_requests import completion, generate_request
+from grpo_cli.serve.engine_arguments import engine_defaults, refuse_splitting
+from grpo_cli.serve.environment import set_defaults
+
+
+class VllmEngine:
+    """Generates with vLLM; on a GPU it gives its memory back while the policy trains.
+
+    Args:
+        model: its configuration is what vLLM builds.
+        policy: what vLLM is given.
+        tokenizer: saved for vLLM, and decodes completions.
+        config: the recipe's `generation` section.
+        eos_token_ids: tokens that end a completion.
+
+    Raises:
+        UserError: vLLM is not installed, or refuses the model or an argument.
+    """
+
+    def __init__(
+        self, model: Any, policy: PolicyWeights, tokenizer: Any, config: GenerationConfig, eos_token_ids: set[int]
+    ) -> None:
+        self.policy = policy
+        self.tokenizer = tokenizer
+        self.config = config
+        self.eos_token_ids = eos_token_ids
+        self._version: int | None = None
+        self._sleeps = policy.device.type == "cuda"
+        refuse_splitting(config.vllm, "generation.vllm.{}".format)
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its start would fill a page of the run's output
+        set_defaults(os.environ)
+        try:
+            import vllm
+        except ImportError as error:
+            raise UserError(
+                "generation.engine: vllm is not installed: pip install 'grpo-cli[vllm]' on a machine with a GPU, "
+                "make vllm without one"
+            ) from error
+        arguments: dict[str, Any] = {
+            "load_format": "dummy",
+            "worker_extension_cls": "grpo_cli.serve.worker.WeightReceiver",
+            "weight_transfer_config": {"backend": "grpo"},
+            "logprobs_mode": "processed_logprobs",
+            "distributed_executor_backend": "uni",
+            "enable_sleep_mode": self._sleeps,
+            "disable_log_stats": True,
+            **engine_defaults(),
+        }
+        if self._sleeps:
+            arguments["gpu_memory_utilization"] = SHARED_GPU_MEMORY
+            if policy.device.index:  # left to itself, vLLM takes the first one
+                arguments["device_ids"] = [policy.device.index]
+        with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:
+            base_model(model).config.save_pretrained(Path(folder))
+            tokenizer.save_pretrained(Path(folder))
+            threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
+            try:
+                self._llm: Any = vllm.LLM(model=folder, **(arguments | config.vllm))
+            except (ValueError, TypeError) as error:
+                reason = " ".join(str(error).split())[:500]
+                raise UserError(f"generation.vllm: vLLM refuses the model or an argument: {reason}") from error
+        # vLLM sets the threads of this process for its own needs.
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        self._is_asleep = False
+        self.release_memory()
+
+    def update_weights(self, version: int) -> int:
+        """See `RolloutEngine.update_weights`."""
+        if self._version == version and not self._is_asleep:
+            return 0
+        self._version = None
+        if self._is_asleep:
+            self._llm.wake_up(tags=["weights"])
+        dtype = str(self._llm.llm_engine.model_config.dtype).removeprefix("torch.")
+        specs = self.policy.specs(dtype)
+        update = {"tensors": [spec.model_dump() for spec in specs], "get": self.policy.tensor}
+        self._llm.collective_rpc("load_weight_set", args=(update,))
+        if self._is_asleep:
+            self._llm.wake_up(tags=["kv_cache"])
+            self._is_asleep = False
+        self._llm.reset_prefix_cache()
+        self._version = version
+        return sum(math.prod(spec.shape) * getattr(torch, spec.dtype).itemsize for spec in specs)
+
+    def release_memory(self) -> None:
+        """Give weights and cache back to the device: the next generation follows an update, which brings them."""
+        if self._sleeps:
+            self._llm.sleep(level=2)
+            self._is_asleep = True
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[SampleKey],
+        num_generations: int,
+        *,
+        on_group: OnGroup | None = None,
+    ) -> list[list[Completion]]:
+        """See `RolloutEngine.generate`. `update_weights` comes first.
+
+        Raises:
+            UserError: a prompt is longer than vLLM was told to expect.
+        """
+        assert not self._is_asleep, "update_weights comes before generate"
+        from grpo_cli.serve.sampling import sampling_params, served_completions
+
+        engine = self._llm.llm_engine
+        limit, longest = engine.model_config.max_model_len, max(map(len, prompts), default=0)
+        if longest + self.config.max_completion_tokens > limit:
+            raise UserError(
+                f"a prompt of {longest} tokens and generation.max_completion_tokens "
+                f"({self.config.max_completion_tokens}) exceed vLLM's limit of {limit}; raise "
+                "generation.vllm.max_model_len, or lower data.max_prompt_tokens or max_completion_tokens"
+            )
+        groups: list[list[Completion]] = [[] for _ in prompts]
+        try:
+            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
+                request = generate_request(self.config, self.eos_token_ids, prompt, key, num_generations)
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, sampling_params(request))
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        index = int(output.request_id)
+                        parts = served_completions(output)
+                        groups[index] = [completion(part, self.config, self.tokenizer) for part in parts]
+                        if on_group is not None:
+                            on_group(index, groups[index])
+        finally:
+            if engine.has_unfinished_requests():  # they would turn up among the next call's
+                engine.abort_request([str(index) for index in range(len(prompts))])
+        return groups
+
+    def close(self) -> None:
+        """Let go of vLLM's memory."""
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
