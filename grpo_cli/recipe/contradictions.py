@@ -31,6 +31,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _loss_contradictions(recipe.loss)
     yield from _sampler_contradictions(recipe)
     yield from _engine_contradictions(recipe.generation)
+    yield from _replay_contradictions(recipe)
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
     yield from _distributed_contradictions(recipe)
@@ -140,7 +141,7 @@ def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
     users = " and ".join(
         f"loss.{key}" for key in ("sampler_correction", "off_policy_threshold") if getattr(loss, key) is not None
     )
-    if users and recipe.generation.engine != "transformers":
+    if users and recipe.generation.engine in ("vllm", "vllm_server"):
         for key in ("top_p", "top_k", "min_p", "repetition_penalty"):
             if _is_set(recipe.generation, key):
                 yield (
@@ -182,11 +183,23 @@ def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
             yield "generation.server.urls", "names a server twice; remove one"
     elif server is not None and server.api_key_file is not None:
         yield "generation.server.api_key_file", "is for urls; a spawned server has a key of its own"
-    if generation.vllm and (engine == "transformers" or (server is not None and not server.spawn)):
+    if generation.vllm and (engine in ("transformers", "replay") or (server is not None and not server.spawn)):
         yield "generation.vllm", "has no server or engine to go to; pass the options to grpo serve, or remove it"
     for name in generation.vllm:
         if name.replace("-", "_") in RESERVED_VLLM_ARGUMENTS:
             yield f"generation.vllm.{name}", RESERVED_VLLM_ARGUMENTS[name.replace("-", "_")]
+
+
+def _replay_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    generation = recipe.generation
+    if generation.engine != "replay":
+        if generation.replay is not None:
+            yield "generation.replay", f"is for engine: replay (it is {generation.engine}); remove it"
+        return
+    if generation.replay is None:
+        yield "generation.replay", "is missing: the folder of the run whose completions are to be trained on"
+    if recipe.data.eval is not None:
+        yield "data.eval", "engine replay generates nothing, so nothing can be evaluated; remove data.eval"
 
 
 def _optim_contradictions(optim: OptimConfig) -> Iterator[Finding]:

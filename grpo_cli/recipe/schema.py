@@ -188,9 +188,13 @@ class ServerConfig(Section):
 
 
 class GenerationConfig(Section):
-    engine: Literal["transformers", "vllm", "vllm_server"] = "transformers"
+    _paths = field_validator("replay")(possible_path)
+
+    engine: Literal["transformers", "vllm", "vllm_server", "replay"] = "transformers"
     """What generates completions: `transformers` the policy itself, `vllm` vLLM in the training process,
-    `vllm_server` one or several `grpo serve`."""
+    `vllm_server` one or several `grpo serve`; `replay` takes those that a run has stored."""
+    replay: str | None = None
+    """Folder of the run whose completions `engine: replay` trains on again."""
     num_generations: int = Field(default=8, ge=2)
     """Completions per prompt: the size of a group."""
     max_completion_tokens: int = Field(default=512, ge=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from grpo_cli.rollout.embedded.engine import TransformersEngine, eos_token_ids
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.replay import ReplayEngine
 from grpo_cli.rollout.server.client import VllmClient
 from grpo_cli.rollout.server.connection import RolloutServer
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
@@ -39,6 +40,10 @@ def build_engine(
         UserError: it cannot be used with this model or on this machine.
     """
     generation = recipe.generation
+    if generation.engine == "replay":
+        assert generation.replay is not None
+        stored = ReplayEngine(Path(generation.replay).expanduser(), recipe.train.max_steps or 1)
+        return stored if ranks.world_size == 1 else SplitEngine(stored, ranks, nullcontext)
     if generation.engine == "transformers":
         own = TransformersEngine(policy, tokenizer, generation, autocast, note)
         is_alone = ranks.world_size == 1 and not strategy.shards_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ OnGroup = Callable[[int, list[Completion]], None]
 """Called with a prompt's index and its group."""
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Generates groups of completions."""
 

@@ -1,16 +1,14 @@
-"""Checkpoints that are whole or absent, and the way back from them.
+"""Checkpoints, and the way back from them.
 
-A checkpoint is written beside its final place, synced and renamed. It lies between two steps, and all that
-happens in a step follows from the recipe, the step's number and the weights, so a run killed anywhere continues
-from its last checkpoint to the same bytes.
+A checkpoint lies between two steps, and all that happens in a step follows from the recipe, the step's number and
+the weights, so a run killed anywhere continues from its last checkpoint to the same bytes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +16,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 
-from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.base import OptimizerState, joined_state
-from grpo_cli.errors import RunError, UserError
+from grpo_cli.errors import RunError
 from grpo_cli.policy.model import (
     base_model,
     behind,
@@ -32,26 +28,10 @@ from grpo_cli.policy.model import (
     shared_ties,
     standalone_tensors,
 )
-from grpo_cli.recipe.load import dump_recipe, load_recipe
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.learner import Learner
 from grpo_cli.train.optim import restore_schedule
-from grpo_cli.train.run import Run
-
-FREE_ON_RESUME = (
-    "train.output_dir",
-    "train.max_steps",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.eval_every",
-    "train.max_tokens_per_microbatch",
-    "model.gradient_checkpointing",
-    "generation.server",
-    "generation.vllm",
-    "logging",
-    "distributed",
-)
-"""Settings that may change between a checkpoint and its resume; any other would make another run of it. Those
-that decide about memory and processes change results by rounding."""
+from grpo_cli.train.run_folder import list_checkpoints
+from grpo_cli.train.whole_files import sync, write_whole
 
 
 @dataclass(frozen=True)
@@ -68,42 +48,45 @@ class Position:
         return Position(self.step + 1, self.num_tokens + num_tokens)
 
 
-def save_checkpoint(run: Run, position: Position, scheduler: Any, note: Callable[[str], None]) -> Path:
-    """Write `checkpoint-00000N`, each rank its part, and remove all but the newest `train.keep_checkpoints`.
+def save_checkpoint(
+    folder: Path, learner: Learner, position: Position, keep: int, note: Callable[[str], None]
+) -> Path:
+    """Write `checkpoint-00000N`, each rank its part, and remove all but the newest `keep`.
 
     Args:
-        run: the parts of the run.
+        folder: of the run.
+        learner: whose policy, optimizer and schedule are saved.
         position: between two steps.
-        scheduler: of the learning rate.
+        keep: checkpoints that stay, this one included.
         note: told of an old checkpoint that cannot be removed.
 
     Raises:
         RunError: the disk refused; earlier checkpoints are as they were.
     """
-    ranks = run.ranks
+    ranks = learner.ranks
     # What needs all ranks comes first: a rank whose disk is full must not leave the others waiting.
-    weights = gathered_weights(run) if run.strategy.shards_weights else None
-    state = run.strategy.optimizer_state()
+    weights = gathered_weights(learner) if learner.strategy.shards_weights else None
+    state = learner.strategy.optimizer_state()
 
     def write(partial: Path) -> None:
         part = partial / optimizer_file(ranks.rank, ranks.world_size)
         torch.save(state, part)
         sync(part)  # by who has written it: on a shared file system rank 0 cannot
         if ranks.is_main:
-            save_weights(run.model, partial, weights)
-            run.tokenizer.save_pretrained(partial)
-            torch.save(scheduler.state_dict(), partial / "scheduler.pt")
+            save_weights(learner.model, partial, weights)
+            learner.tokenizer.save_pretrained(partial)
+            torch.save(learner.scheduler.state_dict(), partial / "scheduler.pt")
             (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
 
-    final = checkpoint_path(run, position)
+    final = checkpoint_path(folder, position)
     write_whole(final, write, ranks)
-    ranks.led(lambda: _remove_old(run.folder, run.recipe.train.keep_checkpoints, note))
+    ranks.led(lambda: _remove_old(folder, keep, note))
     return final
 
 
-def checkpoint_path(run: Run, position: Position) -> Path:
+def checkpoint_path(folder: Path, position: Position) -> Path:
     """Where the checkpoint of a position lies."""
-    return run.folder / f"checkpoint-{position.step:06d}"
+    return folder / f"checkpoint-{position.step:06d}"
 
 
 def _remove_old(folder: Path, keep: int, note: Callable[[str], None]) -> None:
@@ -118,122 +101,55 @@ def _remove_old(folder: Path, keep: int, note: Callable[[str], None]) -> None:
             note(f"{old} is not kept, but cannot be removed yet ({error}); look for it and {removed.name}")
 
 
-def _remove_leftover(path: Path, note: Callable[[str], None]) -> None:
-    try:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    except OSError as error:
-        note(f"{path} is left from an earlier start and cannot be removed ({error})")
-
-
 def optimizer_file(rank: int, world_size: int) -> str:
     """Name of one rank's part of the optimizer's state."""
     return "optimizer.pt" if world_size == 1 else f"optimizer-{rank:05d}-of-{world_size:05d}.pt"
 
 
-def save_final(run: Run) -> Path:
+def save_final(folder: Path, learner: Learner) -> Path:
     """Write `final/`: a model that plain transformers and vLLM load as it is.
 
     Raises:
         RunError: the disk refused; checkpoints are as they were.
     """
-    weights = gathered_final(run) if run.strategy.shards_weights else None
+    weights = gathered_final(learner) if learner.strategy.shards_weights else None
 
     def write(partial: Path) -> None:
-        if run.ranks.is_main:
-            save_standalone(run.model, run.tokenizer, partial, weights)
+        if learner.ranks.is_main:
+            save_standalone(learner.model, learner.tokenizer, partial, weights)
 
-    write_whole(run.folder / "final", write, run.ranks)
-    return run.folder / "final"
+    write_whole(folder / "final", write, learner.ranks)
+    return folder / "final"
 
 
-def gathered_weights(run: Run) -> dict[str, torch.Tensor]:
+def gathered_weights(learner: Learner) -> dict[str, torch.Tensor]:
     """What is trained, on rank 0's CPU; one weight at a time is whole on the devices."""
-    ties = getattr(base_model(run.model), "all_tied_weights_keys", {})
+    ties = getattr(base_model(learner.model), "all_tied_weights_keys", {})
     kept: dict[str, torch.Tensor] = {}
-    for name, tensor in run.model.state_dict(keep_vars=True).items():
-        is_adapted = isinstance(run.model, PeftModel) and not tensor.requires_grad
+    for name, tensor in learner.model.state_dict(keep_vars=True).items():
+        is_adapted = isinstance(learner.model, PeftModel) and not tensor.requires_grad
         if name not in ties and not is_adapted:
-            _gather(run, name, tensor.detach, kept)
+            _gather(learner, name, tensor.detach, kept)
     return kept
 
 
-def gathered_final(run: Run) -> dict[str, torch.Tensor]:
+def gathered_final(learner: Learner) -> dict[str, torch.Tensor]:
     """As `gathered_weights`, but the whole model without adapters: they are merged."""
     kept: dict[str, torch.Tensor] = {}
-    tensors = standalone_tensors(run.model)
-    ties = shared_ties(run.model, tensors)
+    tensors = standalone_tensors(learner.model)
+    ties = shared_ties(learner.model, tensors)
     for name, get in tensors.items():
         if not ties.get(name, False):
-            _gather(run, name, get, kept)
+            _gather(learner, name, get, kept)
     return kept
 
 
 @torch.no_grad()
-def _gather(run: Run, name: str, get: Callable[[], torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
-    with run.strategy.gathered(behind(get)):
-        whole = run.strategy.whole(get())
-        if run.ranks.is_main:
+def _gather(learner: Learner, name: str, get: Callable[[], torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
+    with learner.strategy.gathered(behind(get)):
+        whole = learner.strategy.whole(get())
+        if learner.ranks.is_main:
             kept[name] = whole.to("cpu", copy=True)
-
-
-def write_whole(final: Path, write: Callable[[Path], None], ranks: Ranks) -> None:
-    """Have every rank write to a folder that appears as `final` all at once, if none of them fails.
-
-    Raises:
-        RunError: a disk refused; nothing is left of it.
-    """
-    partial = final.with_name(f".{final.name}.partial")
-
-    def begin() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-
-    def end() -> None:
-        for path in [*partial.rglob("*"), partial]:
-            sync(path)
-        before = final.with_name(f".{final.name}.before.partial")
-        if final.exists():
-            os.rename(final, before)
-        os.rename(partial, final)
-        sync(final.parent)
-        shutil.rmtree(before, ignore_errors=True)
-
-    def told(work: Callable[[], None]) -> Callable[[], None]:
-        def work_or_say_why() -> None:
-            try:
-                work()
-            except (
-                OSError,
-                RuntimeError,
-                SafetensorError,
-            ) as error:  # torch reports a full disk as a RuntimeError
-                raise RunError(f"writing {final} failed, earlier checkpoints are kept: {error}") from error
-
-        return work_or_say_why
-
-    try:
-        ranks.led(told(begin))
-        ranks.together(told(lambda: write(partial)))
-        ranks.led(told(end))
-    except RunError:
-        if ranks.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def sync(path: Path) -> None:
-    """Flush a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    whole = [path for path in folder.glob("checkpoint-*") if (path / "position.json").is_file()]
-    return sorted(whole, key=lambda path: (len(path.name), path.name))
 
 
 @dataclass(frozen=True)
@@ -246,7 +162,7 @@ class Saved:
     position: Position
 
 
-def load_checkpoint(path: Path, run: Run, scheduler: Any) -> Position:
+def load_checkpoint(path: Path, learner: Learner) -> Position:
     """Restore everything that `save_checkpoint` wrote, bit for bit where as many ranks wrote it.
 
     Raises:
@@ -255,10 +171,12 @@ def load_checkpoint(path: Path, run: Run, scheduler: Any) -> Position:
     read: list[Saved] = []
     with _explained(path):
         # All have read before any of them goes on to what needs all of them.
-        run.ranks.together(lambda: _read_explained(path, run.model if run.ranks.is_main else None, read))
+        learner.ranks.together(
+            lambda: _read_explained(path, learner.model if learner.ranks.is_main else None, read)
+        )
         saved = read[0]
-        run.strategy.restore(saved.weights, saved.optimizer)
-        restore_schedule(scheduler, saved.scheduler)
+        learner.strategy.restore(saved.weights, saved.optimizer)
+        restore_schedule(learner.scheduler, saved.scheduler)
         return saved.position
 
 
@@ -291,77 +209,3 @@ def _explained(path: Path) -> Iterator[None]:
 
 def read_position(path: Path) -> Position:
     return Position(**json.loads((path / "position.json").read_text(encoding="utf-8")))
-
-
-def check_run_folder(recipe: Recipe, *, resume: bool) -> None:
-    """See, before anything is loaded, that the run may have its folder. Nothing is written.
-
-    A run that left neither a checkpoint nor a final model has nothing to continue, and may be started over.
-
-    Raises:
-        UserError: the folder holds a run and `resume` is not set, or its recipe is another one.
-    """
-    folder = Path(recipe.train.output_dir).expanduser()
-    recipe_file = folder / "recipe.yaml"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"train.output_dir: {folder} is a file")
-    checkpoints, is_finished = list_checkpoints(folder), (folder / "final").exists()
-    if not checkpoints and not is_finished:
-        return
-    if not resume:
-        raise UserError(
-            f"train.output_dir: {folder} already holds a run; continue it with --resume, or choose another "
-            "folder with --set train.output_dir=..."
-        )
-    if not checkpoints:
-        raise UserError(f"--resume: the run in {folder} is finished and left no checkpoint to go on from")
-    before = load_recipe(recipe_file)  # keys that are newer than it have their defaults
-    changed = changed_settings(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
-    if changed:
-        raise UserError(
-            f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
-            "Change them back, or start a new run in another train.output_dir"
-        )
-
-
-def open_run_folder(recipe: Recipe, note: Callable[[str], None]) -> Path | None:
-    """Create or enter the run's folder; return the checkpoint to resume from, if there is one.
-
-    `note` is told of what an earlier start has left and that cannot be removed.
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    folder = Path(recipe.train.output_dir).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "recipe.yaml", dump_recipe(recipe))
-    except OSError as error:
-        raise UserError(f"train.output_dir: cannot write to {folder}: {error.strerror}") from error
-    for leftover in folder.glob(".*.partial"):
-        _remove_leftover(leftover, note)
-    checkpoints = list_checkpoints(folder)
-    return checkpoints[-1] if checkpoints else None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file all at once."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
-
-
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """`key was X, is Y` for each setting that differs and decides what the run computes."""
-    changed: list[str] = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        dotted = f"{prefix}{key}"
-        old, new = before.get(key), after.get(key)
-        if dotted in FREE_ON_RESUME or old == new:
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed.extend(changed_settings(old, new, f"{dotted}."))
-        else:
-            changed.append(f"{dotted} was {old!r}, is {new!r}")
-    return changed

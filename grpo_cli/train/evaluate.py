@@ -9,8 +9,6 @@ import torch
 
 from grpo_cli.algorithm.advantages import weighted_sum
 from grpo_cli.data.prompts import PromptDataset
-from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, RolloutEngine
 from grpo_cli.rollout.rollout import generate_rollout
@@ -25,14 +23,13 @@ PASS_REWARD = 1.0
 
 def evaluate(
     engine: RolloutEngine,
-    scorer: Scorer,
+    background: BackgroundScorer,
     dataset: PromptDataset,
     *,
     seed: int,
     step: int,
     num_generations: int,
     prompts_per_batch: int,
-    ranks: Ranks,
     pass_at: Sequence[int] = (),
     pass_reward: float = PASS_REWARD,
 ) -> Metrics:
@@ -40,13 +37,12 @@ def evaluate(
 
     Args:
         engine: generates under the current weights.
-        scorer: the recipe's reward functions.
+        background: the recipe's reward functions.
         dataset: of held-out prompts.
         seed: of the run.
         step: for the messages of a failing reward function.
         num_generations: completions per prompt.
         prompts_per_batch: prompts that are generated at once.
-        ranks: the processes that evaluate together; all give the same.
         pass_at: the k of pass@k; 1 and `num_generations` if empty.
         pass_reward: least weighted reward of a correct completion.
 
@@ -55,7 +51,7 @@ def evaluate(
     """
     rewards: list[torch.Tensor] = []
     completions: list[Completion] = []
-    background = BackgroundScorer(scorer, ranks)
+    scorer = background.scorer
     for start in range(0, len(dataset), prompts_per_batch):
         prompts = [dataset[i] for i in range(start, min(start + prompts_per_batch, len(dataset)))]
         with background.begin(step) as scores:

@@ -1,4 +1,7 @@
-"""GRPO, top to bottom: generate, score, compare within groups, update, repeat.
+"""GRPO (arXiv:2402.03300), top to bottom: sample, score, compare within groups, update, repeat.
+
+For each prompt x the policy π_θ samples a group of G completions y_1 … y_G. Rewards give each a number r_i, and
+what is better than its own group is made likelier: no value network is needed, since the group is the baseline.
 
 A step is one rollout and its optimizer steps. Everything random in it follows from (seed, step), so that stopping
 between two steps and going on elsewhere changes nothing.
@@ -6,85 +9,68 @@ between two steps and going on elsewhere changes nothing.
 
 from __future__ import annotations
 
-from grpo_cli.algorithm.losses import groups_to_forward, loss_normalizer, measured_loss
-from grpo_cli.algorithm.packing import plan_minibatches
-from grpo_cli.rollout.background import BackgroundScorer
-from grpo_cli.train.collect import collect_groups, kept_advantages, rows_of
-from grpo_cli.train.metrics import MetricMeans, StepClock, completion_metrics, reward_metrics
-from grpo_cli.train.run import Run
-from grpo_cli.train.session import Session
-from grpo_cli.train.update import OptimizerStep, StepTensors, packs_of
+from grpo_cli.algorithm.losses import measured_loss
+from grpo_cli.algorithm.sampler_correction import sampler_ratio
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.learner import Learner
+from grpo_cli.train.recorder import Recorder
+from grpo_cli.train.rollouts import Rollouts
 
 
-def train_loop(run: Run, session: Session) -> None:
-    """Train from the session's position to the last step.
+def train_loop(recipe: Recipe, rollouts: Rollouts, learner: Learner, recorder: Recorder) -> None:
+    """Train from the recorder's position to the last step.
 
     Args:
-        run: the model, the data and the functions.
-        session: what lasts over steps: optimizer, position, files, screen.
+        recipe: of the run.
+        rollouts: engine, rewards and prompts.
+        learner: policy, reference and optimizer.
+        recorder: position, files, screen.
 
     Raises:
         RewardError: a reward function failed.
         RunError: a gradient was not finite, or a checkpoint could not be written.
         StoppedEarly: after the checkpoint that a signal asked for.
-        ServerLost: a rollout server stays away; the session's position and the policy go together.
+        ServerLost: a rollout server stays away; the recorder's position and the policy go together.
     """
-    config, loss_config = run.recipe.train, run.recipe.loss
-    group_size, width = run.recipe.generation.num_generations, run.recipe.generation.max_completion_tokens
-    temperature = run.recipe.generation.temperature
-    scorer = BackgroundScorer(run.scorer, run.ranks)
+    config, correction = recipe.loss, recipe.loss.sampler_correction
 
-    for step in range(session.position.step, run.max_steps):
-        run.seed_step(step)
-        clock = StepClock()
+    for step in recorder.steps():
+        # y_i ~ π_θ(· | x),  r_i = Σ_k w_k r_k(x, y_i),  A_i = (r_i - mean(r)) / (std(r) + 1e-4) over the group
+        data = rollouts.collect(step, learner)
 
-        with clock("sync"):
-            sync_bytes = run.engine.update_weights(step)
-        collected = collect_groups(run, scorer, step, clock)  # and scored, in part while others generate
-        rollout, kept = collected.rollout, collected.kept
-        with clock("train"):
-            tensors = StepTensors.prepare(run, rollout, kept)  # while the last rewards are computed
-        with clock("reward"):
-            rewards = collected.rewards()  # (N, K)
-        advantages = kept_advantages(run, rewards, kept)  # (N,)
+        with recorder.clock("train"):
+            parts = learner.parts(data)  # the packs of each optimizer step; a pack holds whole groups
+            old = learner.score(data, parts)  # log π_old, where a pack's own first pass will not give it
 
-        with clock("train"):
-            means, groups = MetricMeans(), rollout.groups()
-            forwarded = groups_to_forward(advantages, tensors.trained, group_size, loss_config)  # (P,)
-            plan = plan_minibatches(len(kept), config.optimizer_steps_per_rollout)
-            parts = [[kept[i] for i in part] for part in plan]
-            minibatches = [packs_of(run, [groups[i] for i in part if forwarded[i]]) for part in parts]
-            tensors.score_old(run, minibatches)
-            for part, packs in list(zip(parts, minibatches, strict=True)) * config.num_iterations:
-                update = OptimizerStep(run, session, packs, tensors, step)
-                normalizer = loss_normalizer(tensors.mask[rows_of(part, group_size)], loss_config, width)
-                for pack in map(run.to_device, packs):
-                    with run.autocast():
-                        logprobs, entropies = run.policy.token_logprobs(
-                            pack, temperature, entropy_gradient=loss_config.entropy_coef > 0
-                        )
+            for part in parts * recipe.train.num_iterations:
+                learner.zero_grad()
+                entropy_threshold = learner.entropy_threshold(part, data)
+
+                for pack in map(learner.to_device, part.packs):
+                    own = data.of(pack)
+                    # log π_θ(y_t | x, y_<t) and the entropy H_t of π_θ(· | x, y_<t)
+                    logprobs, entropies = learner.logprobs(pack)
+                    old.keep(pack, logprobs)  # π_old = π_θ until the first update
+                    old_logprobs = old.of(pack)
+                    # π_old / π_sampler, where another engine sampled
+                    ratio = None
+                    if correction is not None:
+                        ratio = sampler_ratio(old_logprobs, own.sampling_logprobs, own.mask, correction)
+                    # ρ_t = π_θ / π_old,  L = Σ_t [-min(ρ_t A, clip(ρ_t, 1-ε, 1+ε) A) + β KL_t(π_θ || π_ref)] / Z
                     output = measured_loss(
                         logprobs,
-                        tensors.old_logprobs_of(pack, logprobs),
-                        tensors.share(advantages, pack),
-                        tensors.mask_of(pack),
-                        loss_config,
-                        normalizer=normalizer,
-                        ref_logprobs=tensors.ref_logprobs_of(pack),
-                        sampling_logprobs=tensors.sampling_logprobs_of(pack),
-                        importance_ratio=tensors.sampler_ratio_of(pack, logprobs, loss_config.sampler_correction),
+                        old_logprobs,
+                        own.advantages,
+                        own.mask,
+                        config,
+                        normalizer=part.normalizer,
+                        ref_logprobs=own.ref_logprobs,
+                        sampling_logprobs=own.sampling_logprobs,
+                        importance_ratio=ratio,
                         entropies=entropies,
-                        entropy_threshold=update.entropy_threshold,
+                        entropy_threshold=entropy_threshold,
                     )
-                    update.backward(output)
-                    means.add(output)
-                update.apply(means)
+                    learner.backward(output)  # += ∇_θ L of this pack
+                learner.step(step)  # θ ← AdamW(θ, ∇_θ L clipped to max_grad_norm)
 
-        session.position = session.position.advance(rollout.num_tokens())
-        metrics = means.result(run.ranks) | collected.metrics | completion_metrics(rollout.completions)
-        metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(groups)
-        metrics["sync/bytes"] = sync_bytes
-        metrics |= reward_metrics(rewards, run.scorer.names, run.scorer.weights, group_size)
-        session.finish_step(metrics, clock, rollout, rewards, advantages)
-        if session.state.stop:
-            break
+        recorder.finish(data, learner)  # log, evaluate, checkpoint, stop if asked to

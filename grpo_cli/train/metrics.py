@@ -19,7 +19,7 @@ from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.algorithm.transfer import wait
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.rollout.engine import Completion
-from grpo_cli.train.checkpoint import write_text
+from grpo_cli.train.whole_files import write_text
 
 Metrics = dict[str, float]
 
@@ -90,6 +90,9 @@ class StepClock:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.seconds[phase] += time.perf_counter() - start
+
+    def reset(self) -> None:
+        self.seconds.clear()
 
     def result(self, num_tokens: int) -> Metrics:
         """`time/<phase>` and prompt and completion tokens per second."""
@@ -167,3 +170,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is left out."""
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
+
+
+def mean_reward(rows: Sequence[dict[str, Any]]) -> float:
+    """Mean of the `reward` of some metrics rows, those without one left out."""
+    values = [row["reward"] for row in rows if row["reward"] is not None]
+    return sum(values) / len(values) if values else float("nan")

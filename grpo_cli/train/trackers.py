@@ -17,6 +17,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
+from grpo_cli.rollout.replay import completions_file
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import Metrics
 
@@ -81,6 +82,8 @@ def save_completions(
 ) -> None:
     """Write one step's completions to `completions/step-00000N.parquet`; prompts that are chats as JSON text.
 
+    Token ids and their log-probabilities are what `engine: replay` trains on again.
+
     Args:
         folder: of the run.
         step: counted from 1.
@@ -90,6 +93,7 @@ def save_completions(
         advantages: (N,).
     """
     batch = rollout.scoring_batch()
+    prompt_ids = [prompt.token_ids for prompt in rollout.prompts for _ in range(rollout.num_generations)]
     columns: dict[str, Any] = {
         "step": [step] * len(rollout.completions),
         "prompt": [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in batch.prompts],
@@ -99,6 +103,12 @@ def save_completions(
         "advantage": advantages.tolist(),
     }
     columns |= {f"reward/{name}": rewards[:, index].tolist() for index, name in enumerate(names)}
-    path = folder / "completions" / f"step-{step:06d}.parquet"
+    logprobs = [completion.logprobs for completion in rollout.completions]
+    columns |= {
+        "prompt_ids": pa.array(prompt_ids, pa.list_(pa.int32())),
+        "completion_ids": pa.array(batch.completion_ids, pa.list_(pa.int32())),
+        "logprobs": pa.array(logprobs, pa.list_(pa.float32())),
+    }
+    path = completions_file(folder, step)
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table(columns), path)
+    pq.write_table(pa.table(columns), path, compression="zstd")

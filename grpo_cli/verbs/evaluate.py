@@ -16,9 +16,11 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.files import locate_gguf
 from grpo_cli.policy.model import saved_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
-from grpo_cli.train.evaluate import evaluate
+from grpo_cli.train.assemble import assemble
+from grpo_cli.train.guards import explained_failures
+from grpo_cli.train.learner import Learner
 from grpo_cli.train.metrics import Metrics, finite_or_none
-from grpo_cli.train.run import Objects, Run, build_run, explained_failures
+from grpo_cli.train.objects import Objects
 
 
 def eval_model(
@@ -60,28 +62,16 @@ def eval_model(
     elif model is not None:
         recipe = recipe.model_copy(update={"model": without_training(recipe.model, model)})
     with explained_failures(recipe):
-        run = build_run(recipe, Objects(), Ranks(), with_reference=False)
-    assert run.eval_dataset is not None
-    with closing(run.engine):
+        rollouts, learner = assemble(recipe, Objects(), Ranks(), with_reference=False)
+    with closing(rollouts.engine):
         if adapter is not None:
-            _load_adapter(run, adapter)
-        run.engine.update_weights(0)
-        metrics = evaluate(
-            run.engine,
-            run.scorer,
-            run.eval_dataset,
-            seed=recipe.train.seed,
-            step=0,
-            num_generations=size,
-            prompts_per_batch=recipe.train.prompts_per_step,
-            ranks=run.ranks,
-            pass_at=pass_at,
-            pass_reward=pass_reward,
-        )
+            _load_adapter(learner, adapter)
+        metrics = rollouts.evaluate(0, pass_at, pass_reward)
     if as_json:
         console.print_json(json.dumps(finite_or_none(metrics)))
         return metrics
-    table = Table(title=f"{model or recipe.model.name} on {len(run.eval_dataset)} prompts")
+    assert rollouts.eval_dataset is not None
+    table = Table(title=f"{model or recipe.model.name} on {len(rollouts.eval_dataset)} prompts")
     table.add_column("metric")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
@@ -90,13 +80,13 @@ def eval_model(
     return metrics
 
 
-def _load_adapter(run: Run, folder: Path) -> None:
+def _load_adapter(learner: Learner, folder: Path) -> None:
     try:
-        run.model.load_state_dict(saved_weights(run.model, folder), strict=False)
+        learner.model.load_state_dict(saved_weights(learner.model, folder), strict=False)
     except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
-        reason = " ".join(str(error).split())[:500]
+        reason, name = " ".join(str(error).split())[:500], learner.recipe.model.name
         raise UserError(
-            f"--model {folder}: the adapter cannot be loaded into {run.recipe.model.name} with this model.lora\n"
+            f"--model {folder}: the adapter cannot be loaded into {name} with this model.lora\n"
             f"({type(error).__name__}: {reason})"
         ) from error
 

@@ -13,8 +13,11 @@ from rich.table import Table
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import generate_rollout
+from grpo_cli.train.assemble import assemble, notes
 from grpo_cli.train.display import beginning, ending
-from grpo_cli.train.run import TRAIN_STREAM, Objects, Run, build_run, explained_failures
+from grpo_cli.train.guards import explained_failures
+from grpo_cli.train.objects import Objects
+from grpo_cli.train.rollouts import TRAIN_STREAM, Rollouts
 
 
 def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
@@ -25,24 +28,24 @@ def sample(recipe: Recipe, num_prompts: int, console: Console) -> None:
         RewardError: a reward function failed.
     """
     with explained_failures(recipe):
-        run = build_run(recipe, Objects(), Ranks(), with_reference=False)
-    with closing(run.engine):
-        _sample(run, num_prompts, console)
+        rollouts, learner = assemble(recipe, Objects(), Ranks(), with_reference=False)
+    with closing(rollouts.engine):
+        for note in notes(rollouts, learner):
+            console.print(escape(note))
+        _sample(rollouts, num_prompts, console)
 
 
-def _sample(run: Run, num_prompts: int, console: Console) -> None:
-    recipe = run.recipe
-    for note in run.notes:
-        console.print(escape(note))
-    order = chain.from_iterable(map(run.sampler.at, count()))
-    prompts = [run.dataset[index] for index in islice(order, num_prompts)]
-    size = recipe.generation.num_generations
-    run.engine.update_weights(0)
-    rollout = generate_rollout(run.engine, prompts, (recipe.train.seed, TRAIN_STREAM, 0), size)
-    scores = run.scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
+def _sample(rollouts: Rollouts, num_prompts: int, console: Console) -> None:
+    scorer, size = rollouts.scorer, rollouts.group_size
+    order = chain.from_iterable(map(rollouts.sampler.at, count()))
+    prompts = [rollouts.dataset[index] for index in islice(order, num_prompts)]
+    rollouts.engine.update_weights(0)
+    key = (rollouts.recipe.train.seed, TRAIN_STREAM, 0)
+    rollout = generate_rollout(rollouts.engine, prompts, key, size)
+    scores = scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
     for index, prompt in enumerate(prompts):
         table = Table(title=ending(prompt.content), show_lines=True, title_justify="left")
-        for column in ("completion", "tokens", *run.scorer.names):
+        for column in ("completion", "tokens", *scorer.names):
             table.add_column(escape(column))
         for row in range(index * size, (index + 1) * size):
             completion = rollout.completions[row]

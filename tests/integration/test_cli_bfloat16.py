@@ -14,8 +14,9 @@ import yaml
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.load import load_recipe
+from grpo_cli.train.assemble import assemble
 from grpo_cli.train.metrics import read_metrics
-from grpo_cli.train.run import Objects, build_run
+from grpo_cli.train.objects import Objects
 from tests.integration.test_cli_train import assert_same_weights, grpo, numbers, start, wait_for_step
 
 pytestmark = pytest.mark.slow
@@ -74,22 +75,22 @@ def test_train_kill_resume_eval_and_sample(recipe: Path, tmp_path: Path) -> None
 
 
 def test_log_probabilities_of_sampling_are_the_policys_but_for_noise(recipe: Path) -> None:
-    run = build_run(load_recipe(recipe), Objects(), Ranks())
+    rollouts, learner = assemble(load_recipe(recipe), Objects(), Ranks())
     with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
+        for name, parameter in learner.model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
-    assert run.shared_prompt
-    prompts = [run.dataset[index].token_ids for index in range(6)]
-    groups = run.engine.generate(prompts, [(1, index) for index in range(6)], 4)
+    assert learner.policy.shares_prompts
+    prompts = [rollouts.dataset[index].token_ids for index in range(6)]
+    groups = rollouts.engine.generate(prompts, [(1, index) for index in range(6)], 4)
     packed = [
         Group(prompt, [completion.token_ids for completion in group], range(4 * index, 4 * index + 4))
         for index, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
     ]
     for shared_prompt in (True, False):
         (pack,) = pack_groups(packed, 10_000, shared_prompt=shared_prompt)
-        with torch.no_grad(), run.autocast():
-            logprobs, _ = run.policy.token_logprobs(pack, run.recipe.generation.temperature)
+        with torch.no_grad(), learner.autocast():
+            logprobs, _ = learner.policy.token_logprobs(pack, learner.recipe.generation.temperature)
         differences = []
         for row, sample in enumerate(pack.samples.tolist()):
             sampled = torch.tensor(groups[sample // 4][sample % 4].logprobs)

@@ -167,7 +167,7 @@ def test_constants_are_those_of_the_code() -> None:
     from grpo_cli.distributed.strategies.replicated import BUCKET_BYTES
     from grpo_cli.policy import block_mask, output_head
     from grpo_cli.rollout.embedded.memory import CACHE_TOKENS
-    from grpo_cli.train.run import MICROBATCH_TOKENS
+    from grpo_cli.train.learner import MICROBATCH_TOKENS
 
     defaults = DeepSpeedZeroConfig()
     assert defaults.reduce_bucket_size == memory.REDUCE_BUCKET_ELEMENTS

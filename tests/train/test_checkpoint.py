@@ -23,19 +23,11 @@ from grpo_cli.errors import RunError, UserError
 from grpo_cli.policy.model import load_policy
 from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import ModelConfig, OptimConfig, Recipe
-from grpo_cli.train import checkpoint
-from grpo_cli.train.checkpoint import (
-    Position,
-    changed_settings,
-    check_run_folder,
-    list_checkpoints,
-    load_checkpoint,
-    open_run_folder,
-    read_position,
-    save_checkpoint,
-    write_text,
-)
+from grpo_cli.train import whole_files
+from grpo_cli.train.checkpoint import Position, load_checkpoint, read_position, save_checkpoint
 from grpo_cli.train.optim import build_optimizer, build_scheduler
+from grpo_cli.train.run_folder import changed_settings, check_run_folder, list_checkpoints, open_run_folder
+from grpo_cli.train.whole_files import write_text
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -59,20 +51,19 @@ class Parts:
         self.scheduler.step()
 
     def save(self, folder: Path, step: int, keep: int = 2, note: Callable[[str], None] = pytest.fail) -> Path:
-        return save_checkpoint(self.run(folder, keep), Position(step, 100 * step), self.scheduler, note)
+        return save_checkpoint(folder, self.learner(), Position(step, 100 * step), keep, note)
 
     def load(self, path: Path) -> Position:
-        return load_checkpoint(path, self.run(path.parent), self.scheduler)
+        return load_checkpoint(path, self.learner())
 
-    def run(self, folder: Path, keep: int = 2) -> Any:
+    def learner(self) -> Any:
         """What a checkpoint is made of."""
         return SimpleNamespace(
             ranks=Ranks(),
             strategy=self.strategy,
             model=self.model,
             tokenizer=byte_tokenizer(),
-            folder=folder,
-            recipe=SimpleNamespace(train=SimpleNamespace(keep_checkpoints=keep)),
+            scheduler=self.scheduler,
         )
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -216,7 +207,7 @@ def test_nothing_appears_under_its_name_before_it_is_synced(
             assert not final.exists()
         synced.append(path.name)
 
-    monkeypatch.setattr(checkpoint, "sync", record)
+    monkeypatch.setattr(whole_files, "sync", record)
     Parts().save(tmp_path, 1)
     assert set(synced) >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "position.json", "tokenizer.json"}
     assert synced[-2:] == [".checkpoint-000001.partial", tmp_path.name]

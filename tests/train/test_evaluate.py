@@ -18,6 +18,7 @@ from grpo_cli.data.prompts import Prompt
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.reward.registry import reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer
+from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.train.evaluate import evaluate, pass_at_k
 
@@ -102,8 +103,10 @@ def run(
     scorer = Scorer(
         [replace(reward_from_callable(length), workers=workers), replace(reward_from_callable(second), weight=2.0)]
     )
-    arguments: dict[str, Any] = {"seed": 9, "step": 3, "num_generations": 2, "ranks": Ranks()} | options
-    metrics = evaluate(engine, scorer, dataset, prompts_per_batch=prompts_per_batch, **arguments)
+    arguments: dict[str, Any] = {"seed": 9, "step": 3, "num_generations": 2} | options
+    metrics = evaluate(
+        engine, BackgroundScorer(scorer, Ranks()), dataset, prompts_per_batch=prompts_per_batch, **arguments
+    )
     return metrics, engine
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import grpo_cli
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError
 from grpo_cli.rollout.embedded.engine import TransformersEngine
-from grpo_cli.train import loop, update
-from grpo_cli.train.collect import MAX_RESAMPLE_ROUNDS
+from grpo_cli.train import learner, rollouts
+from grpo_cli.train.learner import Learner
+from grpo_cli.train.rollouts import MAX_RESAMPLE_ROUNDS
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.train.test_loop import numbers, ragged_llama, run, weights_of
 
@@ -98,7 +100,7 @@ def forward_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     def every_group(advantages: torch.Tensor, trained: Any, num_generations: int, config: Any) -> torch.Tensor:
         return torch.ones(len(advantages) // num_generations, dtype=torch.bool)
 
-    monkeypatch.setattr(loop, "groups_to_forward", every_group)
+    monkeypatch.setattr(rollouts, "groups_to_forward", every_group)
 
 
 # Groups without a gradient
@@ -223,14 +225,14 @@ def prompts_of(result: Any, step: int) -> list[int]:
 
 def test_resampling_fills_the_step_with_groups_that_have_spread(tiny_recipe: dict[str, Any]) -> None:
     normalised: list[int] = []
-    original = loop.loss_normalizer
+    original = learner.loss_normalizer
 
     def spy(mask: torch.Tensor, *rest: Any) -> float:
         normalised.append(len(mask) // 4)
         return original(mask, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "loss_normalizer", spy)
+        patch.setattr(learner, "loss_normalizer", spy)
         result, _ = trained(tiny_recipe, "resample", loss__drop_zero_variance_groups="resample")
     assert normalised == [3, 3, 3]
     tokens = 0
@@ -319,12 +321,12 @@ def test_weights_are_those_of_scoring_every_pack_beforehand(
     tiny_recipe["optim"] = {"name": "torch.optim:SGD", "learning_rate": 0.3}
     changes = {"train__optimizer_steps_per_rollout": 2, "train__num_iterations": 3}
     fewer, _ = trained(tiny_recipe, "fewer", **changes)
-    original = update.StepTensors.score_old
+    original = Learner.score
 
-    def score_all(self: Any, run: Any, minibatches: Any) -> None:
-        original(self, run, [[], *minibatches])
+    def score_all(self: Learner, data: Any, parts: Any) -> Any:
+        return original(self, data, [replace(parts[0], packs=[]), *parts])
 
-    monkeypatch.setattr(update.StepTensors, "score_old", score_all)
+    monkeypatch.setattr(Learner, "score", score_all)
     everything, forwards = trained(tiny_recipe, "everything", **changes)
     assert forwards.scoring > 0
     assert_same_weights(fewer, everything)
@@ -340,17 +342,18 @@ def test_the_reference_is_computed_while_rewards_are_waited_for(
     tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reached = threading.Event()
-    original = update._score
+    original = Learner.reference_logprobs
 
-    def score(*arguments: Any, **options: Any) -> None:
-        original(*arguments, **options)
+    def score(*arguments: Any) -> Any:
+        logprobs = original(*arguments)
         reached.set()
+        return logprobs
 
     def patient(completion_ids: list[list[int]]) -> list[float]:
         assert reached.wait(20), "the reference waits for the rewards"
         return [float(sum(ids) % 7) for ids in completion_ids]
 
-    monkeypatch.setattr(update, "_score", score)
+    monkeypatch.setattr(Learner, "reference_logprobs", score)
     tiny_recipe["rewards"] = [{"path": "my:patient", "workers": 1}]
     result, _ = trained(tiny_recipe, "overlap", rewards=patient, loss__beta=0.1, train__max_steps=1)
     assert result.metrics[0]["kl"] == pytest.approx(0, abs=1e-6)

@@ -21,7 +21,7 @@ from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.self_check import DenseLayout
 from grpo_cli.recipe.schema import LossConfig, SamplerCorrectionConfig
 from grpo_cli.train.metrics import MetricMeans
-from grpo_cli.train.update import StepTensors
+from grpo_cli.train.step_data import OldLogprobs, PackData, share
 from tests.conftest import tiny_llama
 
 WAITING = {
@@ -159,11 +159,20 @@ def test_a_loss_that_is_kept_for_its_metrics_keeps_no_graph() -> None:
 
 def test_old_logprobs_of_later_iterations_stay_on_the_device() -> None:
     (pack,) = pack_groups(groups(), 100)
-    zeros = torch.zeros(5, 4)
-    tensors = StepTensors(torch.ones(5).bool(), zeros, zeros, None, zeros.clone(), torch.zeros(5).bool())
-    first = tensors.old_logprobs_of(pack, pack.mask.float())
-    assert tensors.old_logprobs_of(pack, zeros) is first
-    assert not tensors.has_old.any(), "nothing came to the host"
+    scored = torch.zeros(5, 4)
+    old = OldLogprobs(scored, torch.zeros(5).bool())
+    old.keep(pack, pack.mask.float())
+    first = old.of(pack)
+    old.keep(pack, torch.zeros_like(first))
+    assert old.of(pack) is first
+    assert not scored.any(), "nothing came to the host"
+
+
+def test_old_logprobs_that_were_scored_are_not_replaced() -> None:
+    (pack,) = pack_groups(groups(), 100)
+    old = OldLogprobs(torch.full((5, 4), -2.0), torch.ones(5).bool())
+    old.keep(pack, pack.mask.float())
+    assert (old.of(pack) == -2).all()
 
 
 @contextmanager
@@ -200,19 +209,24 @@ def test_cuda_itself_sees_no_wait_between_two_packs(name: str) -> None:
 def loss_of_step(policy: PackedModel, pack: Pack, config: LossConfig) -> MeasuredLoss:
     """With what stands on the host for the whole step."""
     values = torch.full((5, 4), -1.0)
-    tensors = StepTensors(
-        torch.ones(5).bool(), values.abs(), values, values, values.clone(), torch.zeros(5).bool()
-    )
+    old = OldLogprobs(values, torch.zeros(5).bool())
+    own = PackData(*(share(tensor, pack) for tensor in (torch.linspace(-1, 1, 5), values.abs(), values, values)))
     logprobs, entropies = policy.token_logprobs(pack, 0.7, entropy_gradient=config.entropy_coef > 0)
+    old.keep(pack, logprobs)
+    correction = config.sampler_correction
     return measured_loss(
         logprobs,
-        tensors.old_logprobs_of(pack, logprobs),
-        tensors.share(torch.linspace(-1, 1, 5), pack),
-        tensors.mask_of(pack),
+        old.of(pack),
+        own.advantages,
+        own.mask,
         config,
         normalizer=7.0,
-        ref_logprobs=tensors.ref_logprobs_of(pack),
-        sampling_logprobs=tensors.sampling_logprobs_of(pack),
-        importance_ratio=tensors.sampler_ratio_of(pack, logprobs, config.sampler_correction),
+        ref_logprobs=own.ref_logprobs,
+        sampling_logprobs=own.sampling_logprobs,
+        importance_ratio=(
+            None
+            if correction is None
+            else sampler_ratio(old.of(pack), own.sampling_logprobs, own.mask, correction)
+        ),
         entropies=entropies,
     )

@@ -14,13 +14,12 @@ from rich.console import Console
 
 import grpo_cli
 from grpo_cli.errors import ServerLost, StoppedEarly
-from grpo_cli.rollout.build import build_engine
 from grpo_cli.rollout.embedded.engine import TransformersEngine
-from grpo_cli.train import run as run_module
 from grpo_cli.train.api import SHOWCASE_STREAM
-from grpo_cli.train.checkpoint import list_checkpoints, read_position
+from grpo_cli.train.checkpoint import read_position
 from grpo_cli.train.evaluate import EVAL_STREAM
 from grpo_cli.train.metrics import read_metrics
+from grpo_cli.train.run_folder import list_checkpoints
 
 TIMES = ("time/", "tokens_per_second")
 
@@ -74,21 +73,20 @@ class Engines:
         self.losses: list[IsLost] = []
         """Of the next runs, one each."""
 
-    def build(self, *args: Any, **kwargs: Any) -> Engine:
-        inner = build_engine(*args, **kwargs)
-        assert isinstance(inner, TransformersEngine)
+    def wrap(self, inner: Any) -> Engine:
         engine = Engine(inner)
         if self.losses:
             engine.is_lost = self.losses.pop(0)
         self.made.append(engine)
         return engine
 
+    def train(self, recipe: dict[str, Any], **options: Any) -> Any:
+        return grpo_cli.train(recipe, engine=self.wrap, **options)
+
 
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> Engines:
-    engines = Engines()
-    monkeypatch.setattr(run_module, "build_engine", engines.build)
-    return engines
+def engines() -> Engines:
+    return Engines()
 
 
 @pytest.fixture
@@ -121,7 +119,7 @@ def assert_same_weights(first: Any, second: Any) -> None:
 
 @pytest.fixture
 def uninterrupted(recipe: dict[str, Any], tmp_path: Path, engines: Engines) -> Any:
-    return grpo_cli.train(in_folder(recipe, tmp_path / "uninterrupted"))
+    return engines.train(in_folder(recipe, tmp_path / "uninterrupted"))
 
 
 # What is lost, the steps that are done then, and whether a step's evaluation is lost with it.
@@ -162,7 +160,7 @@ def test_a_run_without_its_server_stops_with_a_checkpoint_and_resumes_to_the_sam
     folder = tmp_path / "lost"
     engines.losses = [is_lost]
     with pytest.raises(StoppedEarly) as stopped:
-        grpo_cli.train(in_folder(recipe, folder))
+        engines.train(in_folder(recipe, folder))
     message = f"http://10.0.0.5:8000 does not answer\nstopped after step {position}; continue with --resume"
     assert str(stopped.value) == message
     assert isinstance(stopped.value.__cause__, ServerLost)
@@ -172,7 +170,7 @@ def test_a_run_without_its_server_stops_with_a_checkpoint_and_resumes_to_the_sam
     assert not (folder / "final").exists()
     assert engines.made[-1].closed == 1
 
-    resumed = grpo_cli.train(in_folder(recipe, folder), resume=True)
+    resumed = engines.train(in_folder(recipe, folder), resume=True)
     assert_same_weights(resumed, uninterrupted)
     expected = rows(tmp_path / "uninterrupted")
     if evaluation is not None:  # that of the lost server is not repeated
@@ -190,8 +188,8 @@ def test_a_server_may_be_lost_again_and_again(
     for step in range(1, 4):
         engines.losses = [lambda call, what, version, step=step: (call, what, version) == ("generate", 0, step)]
         with pytest.raises(StoppedEarly, match=f"stopped after step {step};"):
-            grpo_cli.train(in_folder(recipe, folder), resume=step > 1)
-    assert_same_weights(grpo_cli.train(in_folder(recipe, folder), resume=True), uninterrupted)
+            engines.train(in_folder(recipe, folder), resume=step > 1)
+    assert_same_weights(engines.train(in_folder(recipe, folder), resume=True), uninterrupted)
     assert rows(folder) == rows(tmp_path / "uninterrupted")
 
 
@@ -205,7 +203,7 @@ def test_a_server_lost_after_the_last_step_changes_nothing(
     is_showing_after: IsLost = lambda call, what, version: (call, what) == lost and version in (3, 4)  # noqa: E731
     engines.losses = [is_showing_after]
     screen = Console(file=io.StringIO())
-    result = grpo_cli.train(in_folder(recipe, tmp_path / "lost"), console=screen)
+    result = engines.train(in_folder(recipe, tmp_path / "lost"), console=screen)
     assert (result.output_dir / "final").is_dir()
     assert_same_weights(result, uninterrupted)
     assert screen.file.getvalue().count("at the end of the run: http://10.0.0.5:8000 does not answer\n") == 1
@@ -217,7 +215,7 @@ def test_nothing_is_sent_for_completions_that_are_not_shown(
     del recipe["data"]["eval"], recipe["train"]["eval_every"]
     sent: list[int] = []
     engines.losses = [lambda call, what, version: call == "update_weights" and bool(sent.append(what))]
-    grpo_cli.train(in_folder(recipe, tmp_path / "run"))
+    engines.train(in_folder(recipe, tmp_path / "run"))
     assert sent == [0, 0, 1, 2, 3], "at the start and before each step, and at no other time"
 
 

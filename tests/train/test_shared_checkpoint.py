@@ -64,7 +64,7 @@ def test_weights_that_are_gathered_are_saved_as_those_that_are_whole(
         strategy.prepare(parts.model, parts.optimizer)
         parts.strategy = strategy
         parts.save(tmp_path / name, 2)
-        save_final(parts.run(tmp_path / name))
+        save_final(tmp_path / name, parts.learner())
         saved.append(contents(tmp_path / name))
     assert saved[0].keys() == saved[1].keys()
     assert any(name.startswith("final/model") for name in saved[0])

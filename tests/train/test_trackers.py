@@ -149,6 +149,9 @@ def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) 
         "advantage",
         "reward/length",
         "reward/exact",
+        "prompt_ids",
+        "completion_ids",
+        "logprobs",
     ]
     assert table["step"] == [12] * 4
     assert table["prompt"] == ["first", "first", "second", "second"]

@@ -31,7 +31,7 @@ def evaluated(recipe: dict[str, Any], model: Path, **sections: Any) -> None:
 def test_an_adapter_for_a_recipe_without_one_is_refused_before_anything_is_started(
     tiny_recipe: dict[str, Any], adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "build_run", lambda *_, **__: pytest.fail("a server would run now"))
+    monkeypatch.setattr(evaluate, "assemble", lambda *_, **__: pytest.fail("a server would run now"))
     with pytest.raises(UserError, match=r"is a LoRA checkpoint, and the recipe has no model\.lora"):
         evaluated(tiny_recipe, adapter)
 
@@ -39,14 +39,14 @@ def test_an_adapter_for_a_recipe_without_one_is_refused_before_anything_is_start
 def test_the_engine_is_closed_when_the_adapter_cannot_be_loaded(
     tiny_recipe: dict[str, Any], adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build, closed = evaluate.build_run, []
+    assemble, closed = evaluate.assemble, []
 
-    def build_run(*arguments: Any, **options: Any) -> Any:
-        run = build(*arguments, **options)
-        monkeypatch.setattr(run.engine, "close", lambda: closed.append(True))
-        return run
+    def assembled(*arguments: Any, **options: Any) -> Any:
+        rollouts, learner = assemble(*arguments, **options)
+        monkeypatch.setattr(rollouts.engine, "close", lambda: closed.append(True))
+        return rollouts, learner
 
-    monkeypatch.setattr(evaluate, "build_run", build_run)
+    monkeypatch.setattr(evaluate, "assemble", assembled)
     with pytest.raises(UserError, match="the adapter cannot be loaded"):
         evaluated(tiny_recipe, adapter, lora={"r": 2})
     assert closed == [True]

@@ -185,7 +185,7 @@ def test_a_checkpoint_that_one_process_reads_is_restored_on_all(tied_model_dir: 
 
 
 def read_what_is_not_there(strategy: str, recipe: dict[str, Any]) -> str:
-    from grpo_cli.train.run import _on_all_ranks
+    from grpo_cli.train.assemble import _on_all_ranks
 
     ranks = Ranks.join(needs_group=True)
     settings = Recipe.model_validate(recipe)

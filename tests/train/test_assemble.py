@@ -14,7 +14,9 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import ModelConfig, Recipe
-from grpo_cli.train.run import Objects, agree_on_sharing, autocast_for, build_run
+from grpo_cli.train.assemble import agree_on_sharing, assemble, notes
+from grpo_cli.train.guards import autocast_for
+from grpo_cli.train.objects import Objects
 from tests.conftest import byte_tokenizer, tiny_llama
 
 
@@ -60,20 +62,20 @@ def test_a_reference_that_cannot_share_prompts_keeps_the_policy_from_it(
     byte_tokenizer().save_pretrained(tmp_path / "other")
     tiny_recipe["model"]["reference"] = str(tmp_path / "other")
     tiny_recipe["loss"] = {"beta": 0.1}
-    run = build_run(Recipe.model_validate(tiny_recipe), Objects(), Ranks())
-    assert not run.shared_prompt
-    assert not run.engine.policy.shares_prompts  # type: ignore[attr-defined]
-    assert any("the reference: ValueError: shared-prompt attention has no softcap" in note for note in run.notes)
+    rollouts, learner = assemble(Recipe.model_validate(tiny_recipe), Objects(), Ranks())
+    assert not learner.policy.shares_prompts
+    told = "the reference: ValueError: shared-prompt attention has no softcap"
+    assert any(told in note for note in notes(rollouts, learner))
 
 
 def test_the_note_says_what_keeps_prompts_from_being_shared(tiny_recipe: dict[str, Any]) -> None:
-    def notes() -> list[str]:
-        run = build_run(Recipe.model_validate(tiny_recipe), Objects(), Ranks())
-        return [note for note in run.notes if "shared" in note]
+    def told() -> list[str]:
+        parts = assemble(Recipe.model_validate(tiny_recipe), Objects(), Ranks())
+        return [note for note in notes(*parts) if "shared" in note]
 
-    assert notes() == []
+    assert told() == []
     tiny_recipe["model"]["attn_implementation"] = "eager"
-    (note,) = notes()
+    (note,) = told()
     assert note.startswith("prompts are not shared")
     assert "the policy: its attention kernel is eager; model.attn_implementation" in note
 

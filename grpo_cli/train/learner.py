@@ -1,0 +1,214 @@
+"""The policy and all that moves it: packs, log-probabilities, gradients, optimizer steps.
+
+All ranks call the same methods in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss, high_entropy_threshold, loss_normalizer
+from grpo_cli.algorithm.packing import (
+    Group,
+    Pack,
+    deal_groups,
+    empty_pack,
+    pack_groups,
+    plan_minibatches,
+)
+from grpo_cli.algorithm.transfer import to_host, wait
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.distributed.strategies import Strategy
+from grpo_cli.distributed.strategies.base import GradientNotFinite
+from grpo_cli.errors import RunError
+from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.policy.model import evaluating
+from grpo_cli.policy.reference import Reference
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.guards import Autocast
+from grpo_cli.train.metrics import MetricMeans, Metrics
+from grpo_cli.train.step_data import OldLogprobs, StepData, rows_of, share
+
+MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Tokens of a forward pass where the recipe does not say: enough to keep the device busy."""
+
+
+def automatic_microbatch_tokens(device_type: str, longest_prompt: int) -> int:
+    """Tokens of a forward pass where the recipe does not say.
+
+    A prompt fills half of them at most: a group that is split computes its prompt once for each part, and so less
+    than twice the tokens that it would compute whole.
+    """
+    return max(MICROBATCH_TOKENS[device_type], 2 * longest_prompt)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One optimizer step's share of a step."""
+
+    packs: list[Pack]
+    """This rank's."""
+    normalizer: float
+    """What the sum over all tokens of all ranks is divided by."""
+
+
+@dataclass
+class Learner:
+    """Trains the policy."""
+
+    recipe: Recipe
+    ranks: Ranks
+    strategy: Strategy
+    model: Any
+    tokenizer: Any
+    policy: PackedModel
+    reference: Reference | None
+    autocast: Autocast
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    _means: MetricMeans = field(default_factory=MetricMeans)
+    _losses: list[torch.Tensor] = field(default_factory=list)
+
+    def parts(self, data: StepData) -> list[Part]:
+        """The parts of one pass over a step's groups: an optimizer step each."""
+        loss, generation = self.recipe.loss, self.recipe.generation
+        groups = data.rollout.groups()
+        parts = []
+        for places in plan_minibatches(len(data.kept), self.recipe.train.optimizer_steps_per_rollout):
+            part = [data.kept[place] for place in places]
+            mask = data.mask[rows_of(part, generation.num_generations)]
+            normalizer = loss_normalizer(mask, loss, generation.max_completion_tokens)
+            parts.append(Part(self._packs([groups[i] for i in part if data.forwarded[i]]), normalizer))
+        return parts
+
+    def _packs(self, groups: Sequence[Group]) -> list[Pack]:
+        """This rank's packs of some groups, as the model takes them and the device can hold them.
+
+        Groups stay whole. Where the ranks must run alike, all have as many packs, at least one.
+        """
+        configured = self.recipe.train.max_tokens_per_microbatch
+        longest = max((len(group.prompt) for group in groups), default=0)
+        budget = configured or automatic_microbatch_tokens(self.ranks.device.type, longest)
+        own = deal_groups(groups, self.ranks.world_size)[self.ranks.rank]
+        packs = pack_groups(own, budget, shared_prompt=self.policy.shares_prompts)
+        if self.strategy.runs_alike:
+            most = max(1, *self.ranks.gather(len(packs)))
+            packs += [empty_pack(shared_prompt=self.policy.shares_prompts)] * (most - len(packs))
+        return packs
+
+    def reference_logprobs(self, groups: Sequence[Group], shape: torch.Size) -> torch.Tensor | None:
+        """(N, T) log π_ref of these groups' tokens, 0 elsewhere; None without a reference."""
+        if self.reference is None:
+            return None
+        packs = self._packs(groups)
+        with self.reference.model() as reference:
+            own = self._on_host("logprobs", reference, packs, shape)
+        # A group may be another rank's when it is trained on. Each entry is one rank's, and 0 elsewhere.
+        return self.ranks.sum(own)
+
+    def score(self, data: StepData, parts: Sequence[Part]) -> OldLogprobs:
+        """Compute the old log-probabilities that cannot be had from the packs' own forward passes.
+
+        The first optimizer step trains the policy that sampled, so the log-probabilities that it trains on are
+        the old ones. Later packs are scored before the policy moves. An adapter's dropout makes a pass of
+        training noisy: later iterations would divide by that noise, so then all packs are scored without it.
+        """
+        lora = self.recipe.model.lora
+        is_noisy = lora is not None and lora.dropout > 0
+        first = 0 if is_noisy and self.recipe.train.num_iterations > 1 else 1
+        packs = [pack for part in parts[first:] for pack in part.packs]
+        scored = self._on_host("logprobs", self.policy, packs, data.mask.shape)
+        is_scored = torch.zeros(len(data.mask), dtype=torch.bool)
+        for pack in packs:
+            is_scored[pack.samples] = True
+        return OldLogprobs(scored, is_scored)
+
+    def entropy_threshold(self, part: Part, data: StepData) -> float | None:
+        """The entropy that `loss.top_entropy_quantile` of the part's tokens reach, over all packs of all ranks,
+        which no pack can know alone; None where each can."""
+        quantile = self.recipe.loss.top_entropy_quantile
+        if quantile == 1 or (self.ranks.world_size == 1 and len(part.packs) <= 1):
+            return None
+        entropies = self._on_host("entropies", self.policy, part.packs, data.mask.shape)
+        mask = torch.zeros_like(entropies)
+        for pack in part.packs:
+            mask[pack.samples, : pack.mask.shape[1]] = share(data.mask, pack)
+        return high_entropy_threshold(self.ranks.sum(entropies), self.ranks.sum(mask), quantile).item()
+
+    @torch.no_grad()
+    def _on_host(
+        self,
+        what: Literal["logprobs", "entropies"],
+        model: PackedModel,
+        packs: Sequence[Pack],
+        shape: torch.Size,
+    ) -> torch.Tensor:
+        """(N, T) log-probabilities or entropies of the packs' tokens under `model`, 0 elsewhere."""
+        found = []
+        with evaluating(model.model):
+            for pack in packs:
+                with self.autocast():
+                    logprobs, entropies = model.token_logprobs(self.to_device(pack), self._temperature)
+                found.append(to_host(logprobs if what == "logprobs" else entropies))
+        wait()
+        values = torch.zeros(shape)
+        for pack, of_pack in zip(packs, found, strict=True):
+            values[pack.samples, : pack.mask.shape[1]] = of_pack
+        return values
+
+    @property
+    def _temperature(self) -> float:
+        return self.recipe.generation.temperature
+
+    def to_device(self, pack: Pack) -> Pack:
+        return pack.to(self.ranks.device)
+
+    def logprobs(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T) log π_θ of the pack's tokens, with a gradient, and (B, T) entropies, which have one if the loss
+        rewards entropy."""
+        with self.autocast():
+            return self.policy.token_logprobs(
+                pack, self._temperature, entropy_gradient=self.recipe.loss.entropy_coef > 0
+            )
+
+    def zero_grad(self) -> None:
+        self.strategy.zero_grad()
+
+    def backward(self, output: LossOutput | MeasuredLoss) -> None:
+        """Add the gradient of one pack's share of the loss."""
+        self.strategy.backward(output.loss)
+        self._losses.append(to_host(output.loss))
+        self._means.add(output)
+
+    def step(self, step: int) -> None:
+        """Clip the gradient, update the policy, and note loss, gradient norm and learning rate.
+
+        Args:
+            step: counted from 0, for a message.
+
+        Raises:
+            RunError: the gradient is not finite; the policy is not to be used any more.
+        """
+        wait()
+        loss = sum(self.ranks.gather(sum((loss.item() for loss in self._losses), 0.0)))
+        self._losses.clear()
+        try:
+            norm = self.strategy.step()
+        except GradientNotFinite as error:
+            raise RunError(
+                f"step {step + 1}: the gradient is not finite ({error}, loss {loss}); "
+                "lower optim.learning_rate, or look at the completions of the last steps"
+            ) from error
+        self._means.add_value("loss", loss)
+        self._means.add_value("grad_norm", norm)
+        self._means.add_value("learning_rate", self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+
+    def take_metrics(self) -> Metrics:
+        """The means over all packs of all ranks since they were taken last."""
+        means, self._means = self._means, MetricMeans()
+        return means.result(self.ranks)

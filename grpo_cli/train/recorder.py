@@ -1,0 +1,186 @@
+"""What lasts over the steps of a run: position, metrics, files, screen, callbacks, checkpoints, stop requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate.utils import set_seed
+
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.errors import ServerLost, StoppedEarly
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
+from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
+from grpo_cli.train.display import Display
+from grpo_cli.train.learner import Learner
+from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
+from grpo_cli.train.rollouts import Rollouts
+from grpo_cli.train.run_folder import folder_of, open_run_folder
+from grpo_cli.train.signals import StopRequest
+from grpo_cli.train.step_data import StepData
+from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
+
+
+class Recorder:
+    """Keeps a run's record; `open` comes first, and `close` last.
+
+    Args:
+        recipe: of the run.
+        rollouts: whose phases are timed, and which evaluate.
+        learner: what the callbacks see.
+        callbacks: a Python caller's, beside the recipe's.
+        stop_request: set by signals.
+        display: the screen.
+
+    Raises:
+        UserError: a callback cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        rollouts: Rollouts,
+        learner: Learner,
+        callbacks: Sequence[Any],
+        stop_request: StopRequest,
+        display: Display,
+    ) -> None:
+        self.recipe = recipe
+        self.folder = folder_of(recipe)
+        self.max_steps = rollouts.max_steps
+        self.clock = rollouts.clock
+        self.display = display
+        self.position = Position()
+        self.resumed_from: Path | None = None
+        self.state = TrainState(recipe, learner.model, learner.tokenizer, self.folder, self.max_steps)
+        self._ranks: Ranks = learner.ranks
+        self._stop_request = stop_request
+        given = [check_callback(callback, "callbacks") for callback in callbacks]
+        self._callbacks = [*load_callbacks(recipe.train.callbacks), *given]
+        has_eval = rollouts.eval_dataset is not None
+        self._evaluate: Callable[[int], Metrics] | None = rollouts.evaluate if has_eval else None
+        self._reward_names = rollouts.scorer.names
+        self._metrics_file: MetricsFile | None = None  # of rank 0, as the trackers
+        self._trackers: Trackers | None = None
+
+    def open(self, learner: Learner) -> None:
+        """Enter the run's folder, restore its last checkpoint, and remove what was written of later steps.
+
+        Raises:
+            UserError: the folder cannot be written to.
+            RunError: the checkpoint is damaged.
+        """
+        self.resumed_from = self._ranks.led(lambda: open_run_folder(self.recipe, self.display.note))
+        if self.resumed_from is not None:
+            self.position = load_checkpoint(self.resumed_from, learner)
+        if self._ranks.is_main:
+            steps_done = self.position.step
+            remove_completions_after(self.folder, steps_done)
+            self._metrics_file = MetricsFile(self.folder / "metrics.jsonl", steps_done)
+            self._trackers = Trackers(self.recipe, steps_done)
+
+    def start(self) -> None:
+        self.state.step = self.position.step
+        self.notify("on_train_start")
+
+    def notify(self, event: str) -> None:
+        """Call the callbacks, on rank 0; what they ask for holds for all.
+
+        Raises:
+            RunError: a callback raised.
+        """
+
+        def tell_callbacks() -> bool:
+            notify(self._callbacks, event, self.state)
+            return self.state.stop
+
+        self.state.stop = self._ranks.led(tell_callbacks)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, counted from 0. All randomness of one follows from (seed, step)."""
+        for step in range(self.position.step, self.max_steps):
+            seeds = np.random.SeedSequence([self.recipe.train.seed, step])
+            set_seed(int(seeds.generate_state(1)[0]))
+            self.clock.reset()
+            yield step
+            if self.state.stop:
+                return
+
+    def finish(self, data: StepData, learner: Learner) -> None:
+        """Evaluate, log, checkpoint, and stop if asked to, in this order.
+
+        Raises:
+            StoppedEarly: after its checkpoint was written.
+            ServerLost: a rollout server stays away; the step is logged, without its evaluation.
+            RunError: a checkpoint could not be written.
+        """
+        num_tokens = data.rollout.num_tokens()
+        self.position = self.position.advance(num_tokens)
+        step = self.state.step = self.position.step
+        numbers = {"step": step, "epoch": data.epoch, "num_tokens": self.position.num_tokens}
+        of_step = learner.take_metrics() | data.metrics
+        self.state.metrics = numbers | of_step | self.clock.result(num_tokens)
+        if self._ranks.is_main:
+            save_completions(self.folder, step, data.rollout, self._reward_names, data.rewards, data.advantages)
+        self.notify("on_step_end")
+        is_last = step == self.max_steps or self.state.stop
+        lost: ServerLost | None = None
+        if self._evaluate is not None and (is_last or _is_due(step, self.recipe.train.eval_every)):
+            try:
+                clock = StepClock()
+                with clock("eval"):
+                    metrics = self._evaluate(step)
+                self.state.metrics |= metrics | {"time/eval": clock.seconds["eval"]}
+                self.notify("on_evaluate")
+            except ServerLost as error:
+                lost = error
+        self._log(data)
+        if lost is not None:
+            raise lost
+        stop = next(filter(None, self._ranks.gather(self._stop_request.name)), None)
+        save_every = self.recipe.train.save_every
+        if stop or _is_due(step, save_every) or (save_every and is_last):
+            self.save_checkpoint(learner)
+        if stop and step < self.max_steps:
+            raise StoppedEarly(f"{stop}: stopped after step {step}; continue with --resume")
+
+    def _log(self, data: StepData) -> None:
+        if self._metrics_file is None or self._trackers is None:
+            return
+        step, metrics = self.position.step, self.state.metrics
+        self._metrics_file.append(metrics)
+        self._trackers.log(metrics, step)
+        self.display.step(metrics)
+        if _is_due(step, self.recipe.logging.print_completions):
+            self.display.completions(f"step {step}", data.rollout, self._reward_names, data.rewards)
+
+    def save_checkpoint(self, learner: Learner) -> None:
+        """Write a checkpoint of the position between two steps.
+
+        Raises:
+            RunError: the disk refused; earlier checkpoints are as they were.
+        """
+        if self.resumed_from == checkpoint_path(self.folder, self.position):
+            return  # nothing has happened since it was written
+        keep = self.recipe.train.keep_checkpoints
+        path = save_checkpoint(self.folder, learner, self.position, keep, self.display.note)
+        self.display.note(f"checkpoint written: {path}")
+        self.notify("on_checkpoint")
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl`; none on other ranks than 0."""
+        return self._metrics_file.history if self._metrics_file is not None else []
+
+    def close(self) -> None:
+        if self._trackers is not None:
+            with self.display.noting():
+                self._trackers.finish()
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps, or never (0 or None), happens after this one."""
+    return every is not None and every > 0 and step % every == 0
