@@ -48,13 +48,13 @@ def ways(engine: Any) -> dict[str, Any]:
 
 def measure(rollout: Rollout, run: Any, device: str) -> float:
     """Seconds of a rollout: the median, after one to compile."""
-    prompts = [run.dataset[index].token_ids for index in range(rollout.prompts)]
+    prompts = [run.rollouts.dataset[index].token_ids for index in range(rollout.prompts)]
     seconds = []
     for repeat in range(1 + REPEATS):
         wait_for(device)
         start = time.perf_counter()
         keys = [(repeat, index) for index in range(len(prompts))]
-        groups = run.engine.generate(prompts, keys, rollout.group_size)
+        groups = run.rollouts.engine.generate(prompts, keys, rollout.group_size)
         wait_for(device)
         seconds.append(time.perf_counter() - start)
         generated = sum(len(completion.token_ids) for group in groups for completion in group)
@@ -84,7 +84,7 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     read_bytes = rates(device, 1 if rehearse else 12)["read_bytes"]
     notes: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        built, _ = make_run(
+        built = make_run(
             rollout.model,
             device,
             recipe(rollout, folder),
@@ -92,11 +92,11 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
             prompt=rollout.prompt,
             note=lambda text: notes.append(f"{piece}: {text}."),
         )
-    size = ModelSize.of(built.model)
+    size = ModelSize.of(built.learner.model)
     floor = 2 * (size.body + size.head) * rollout.completion / read_bytes
     seconds = {}
-    for way, graphs in ways(built.engine).items():
-        built.engine.graphs = graphs
+    for way, graphs in ways(built.rollouts.engine).items():
+        built.rollouts.engine.graphs = graphs
         seconds[way] = measure(rollout, built, device)
     if "graphs" not in seconds:
         notes.append(f"{piece}: the engine has no CUDA graphs here.")

@@ -39,16 +39,17 @@ def planned_bytes(run: Any) -> dict[str, float]:
     from grpo_cli.plan.memory import CUDA_BYTES, memory_plan, setup_of, total
     from grpo_cli.plan.shape import ModelSize, shape_of
 
-    shape = shape_of(run.model.config.to_dict())
+    shape = shape_of(run.learner.model.config.to_dict())
     assert shape is not None, "a random model has a known shape"
-    plan = memory_plan(setup_of(run.recipe), ModelSize(shape.parameters, shape, "the model"))
+    plan = memory_plan(setup_of(run.learner.recipe), ModelSize(shape.parameters, shape, "the model"))
     lasting = total(plan.lasting) - CUDA_BYTES
     return {phase: lasting + total(plan.phases[phase]) for phase in PHASES}
 
 
 def watch(run: Any, peaks: Peaks) -> None:
     """Count each phase of a step by itself: what comes between generation and the optimizer's step is training."""
-    generate, step = run.engine.generate, run.strategy.step
+    engine, strategy = run.rollouts.engine, run.learner.strategy
+    generate, step = engine.generate, strategy.step
 
     def generating(*arguments: Any, **named: Any) -> Any:
         with peaks.of("generation"):
@@ -61,7 +62,7 @@ def watch(run: Any, peaks: Peaks) -> None:
         with peaks.of("optimizer step"):
             return step()
 
-    run.engine.generate, run.strategy.step = generating, stepping
+    engine.generate, strategy.step = generating, stepping
 
 
 def finding(piece: str, planned: Mapping[str, float], measured: Mapping[str, float]) -> Finding:
@@ -83,11 +84,11 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     )
     with tempfile.TemporaryDirectory() as folder:
         sections = recipe(MODELS[piece], prompt, completion, prompts, f"{folder}/run")
-        built, objects = make_run(name, device, sections, prompts=prompts, prompt=prompt)
+        built = make_run(name, device, sections, prompts=prompts, prompt=prompt)
         planned = planned_bytes(built)
         peaks = Peaks(device)
         watch(built, peaks)
-        train(built, objects)
+        train(built)
     return finding(piece, planned, peaks.allocated)
 
 

@@ -160,7 +160,7 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     watch = Watch(device)
     with tempfile.TemporaryDirectory() as folder:
         sections = recipe(group_size, completion, prompts, f"{folder}/run")
-        train(*make_run(name, device, sections, prompts=prompts, prompt=prompt, callbacks=[watch]))
+        train(make_run(name, device, sections, prompts=prompts, prompt=prompt, callbacks=[watch]))
     events = list(watch.profiler.key_averages())
     rows = wait_rows(events, watch.waits.lines)
     kernels = [event for event in events if is_kernel(event)]

@@ -57,29 +57,30 @@ def sequences(run: Any, row: int, vocabulary: int) -> list[Any]:
     source = random.Random(0)
     tokens = [[source.randrange(vocabulary) for _ in range(row + 1)] for _ in range(MICRO_BATCHES)]
     groups = [Group(one[:1], [one[1:]], [index]) for index, one in enumerate(tokens)]
-    packs = pack_groups(groups, row, shared_prompt=run.shared_prompt)
+    packs = pack_groups(groups, row, shared_prompt=run.learner.policy.shares_prompts)
     assert [pack.input_ids.numel() for pack in packs] == [row] * MICRO_BATCHES
-    return [run.to_device(pack) for pack in packs]
+    return [run.learner.to_device(pack) for pack in packs]
 
 
 def train_step(run: Any, packs: Sequence[Any]) -> None:
     from grpo_cli.algorithm.losses import policy_loss
 
-    run.strategy.zero_grad()
+    learner = run.learner
+    learner.strategy.zero_grad()
     for index, pack in enumerate(packs):
-        with run.autocast():
-            logprobs, entropies = run.policy.token_logprobs(pack, 1.0)
+        with learner.autocast():
+            logprobs, entropies = learner.policy.token_logprobs(pack, 1.0)
         output = policy_loss(
             logprobs,
             logprobs.detach(),
             logprobs.new_full((1,), 1.0 if index % 2 else -1.0),  # an advantage for each completion
             pack.mask.float(),
-            run.recipe.loss,
+            learner.recipe.loss,
             normalizer=float(sum(one.mask.numel() for one in packs)),
             entropies=entropies,
         )
-        run.strategy.backward(output.loss)
-    run.strategy.step()
+        learner.strategy.backward(output.loss)
+    learner.strategy.step()
 
 
 def decoder_of(model: Any, lora: bool) -> Decoder:
@@ -124,8 +125,8 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     model, row, lora = ("random-qwen2.5-1.5b", 8192, False) if case is None else (case.model, case.row, case.lora)
     with tempfile.TemporaryDirectory() as folder:
         sections = recipe(row, lora, case is not None, folder)
-        built, _ = make_run(model, device, sections, prompts=1, prompt=4)
-    packs = sequences(built, row, built.model.config.vocab_size)
+        built = make_run(model, device, sections, prompts=1, prompt=4)
+    packs = sequences(built, row, built.learner.model.config.vocab_size)
     peaks, seconds = Peaks(device), []
     for step in range(WARM_UP + MEASURED):
         if step == WARM_UP:
@@ -139,7 +140,7 @@ def run(piece: str, device: str, rehearse: bool) -> Finding:
     peaks.end("training")
     # A rehearsal is judged as if it were a card, to see that it can be.
     card = device_name(device) if device == "cuda" else "NVIDIA H200"
-    decoder = decoder_of(built.model, lora)
+    decoder = decoder_of(built.learner.model, lora)
     return finding(piece, case, card, decoder, row, statistics.median(seconds), peaks)
 
 

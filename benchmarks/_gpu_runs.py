@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks._models import RANDOM_MODELS, random_model, random_prompts, word_tokenizer
 from benchmarks._trainers import noisy_length
+
+
+@dataclass
+class Run:
+    """What `grpo train` puts together."""
+
+    rollouts: Any
+    learner: Any
+    callbacks: Sequence[Any]
 
 
 def make_run(
@@ -19,8 +29,8 @@ def make_run(
     prompt: int,
     callbacks: Sequence[Any] = (),
     note: Callable[[str], None] = print,
-) -> tuple[Any, Any]:
-    """The run that `grpo train` builds of a recipe with these sections, and the objects that it was built of.
+) -> Run:
+    """The run that `grpo train` builds of a recipe with these sections.
 
     Its prompts are so many of so many random tokens, its completions never end by themselves; `note` is told what
     the user would be.
@@ -28,33 +38,35 @@ def make_run(
     import torch
 
     from grpo_cli.distributed.ranks import Ranks
-    from grpo_cli.train.api import recipe_with_objects
-    from grpo_cli.train.run import Objects, build_run
+    from grpo_cli.train.assemble import assemble
+    from grpo_cli.train.objects import Objects, recipe_with_objects
 
     dtype = getattr(torch, sections.get("model", {}).get("dtype", "float32"))
     model = random_model(model_name, device, dtype)
     tokenizer = word_tokenizer(RANDOM_MODELS[model_name]["vocab_size"])
     data = [{"prompt": text} for text in random_prompts(tokenizer, prompts, prompt, seed=1)]
-    objects = Objects(model, tokenizer, [noisy_length], data, None, list(callbacks))
-    run = build_run(recipe_with_objects(sections, objects, ()), objects, Ranks(), note=note)
-    engine: Any = run.engine
+    objects = Objects(model, tokenizer, [noisy_length], data)
+    rollouts, learner = assemble(recipe_with_objects(sections, objects, ()), objects, Ranks(), note=note)
+    engine: Any = rollouts.engine
     engine.eos_token_ids = {RANDOM_MODELS[model_name]["vocab_size"]}  # no token has this number
-    return run, objects
+    return Run(rollouts, learner, callbacks)
 
 
-def train(run: Any, objects: Any) -> None:
+def train(run: Run) -> None:
     """The training loop, without a word."""
     from rich.console import Console
 
     from grpo_cli.train.display import Display
     from grpo_cli.train.loop import train_loop
-    from grpo_cli.train.session import Session
+    from grpo_cli.train.recorder import Recorder
     from grpo_cli.train.signals import StopRequest
 
-    with StopRequest() as stop_request, Display(Console(quiet=True), run.max_steps, 1) as display:
-        session = Session(run, objects, stop_request, display)
-        session.start()
-        train_loop(run, session)
+    rollouts, learner = run.rollouts, run.learner
+    with StopRequest() as stop_request, Display(Console(quiet=True), rollouts.max_steps, 1) as display:
+        recorder = Recorder(rollouts.recipe, rollouts, learner, run.callbacks, stop_request, display)
+        recorder.open(learner)
+        recorder.start()
+        train_loop(rollouts.recipe, rollouts, learner, recorder)
 
 
 def wait_for(device: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from benchmarks._learners import trl_arguments
 from benchmarks._models import load
 from benchmarks._workers import Channel
 from grpo_cli.data.rows import load_rows
-from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.reward.registry import resolve_rewards
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded
@@ -219,18 +219,18 @@ def train_ours(spec: Spec, channel: Channel) -> None:
     """Train on the completions that TRL made; send the difference of each step."""
     from rich.console import Console
 
-    from grpo_cli.train.api import recipe_with_objects
+    from grpo_cli.train.api import train
     from grpo_cli.train.callbacks import Callback, TrainState
-    from grpo_cli.train.display import Display
-    from grpo_cli.train.loop import train_loop
-    from grpo_cli.train.run import Objects, build_run, deterministic_kernels
-    from grpo_cli.train.session import Session
-    from grpo_cli.train.signals import StopRequest
+    from grpo_cli.train.optim import build_optimizer
 
     steps = [TrlStep.read(spec.folder, step + 1) for step in range(spec.steps)]
     seen: dict[str, Tensors] = {}
 
     class Comparing(Callback):
+        def on_train_start(self, state: TrainState) -> None:
+            for name, parameter in state.model.named_parameters():
+                parameter.register_post_accumulate_grad_hook(partial(keep_gradient, name))
+
         def on_step_end(self, state: TrainState) -> None:
             theirs = steps[state.step - 1]
             weights = copies(dict(state.model.named_parameters()))
@@ -241,28 +241,31 @@ def train_ours(spec: Spec, channel: Channel) -> None:
     model, tokenizer = load(recipe.model.name)
     start = copies(dict(model.named_parameters()))
     data = [{"prompt": prompt} for step in steps for prompt in step.prompts]
-    objects = Objects(model, tokenizer, None, data, None, [Comparing()])
+    optimizer = build_optimizer(model, recipe.optim)
+    gradient: dict[str, torch.Tensor] = {}
+
+    def keep_gradient(name: str, parameter: torch.Tensor) -> None:
+        """What has been added up so far; after a step's last pack all of it, not clipped yet."""
+        assert parameter.grad is not None
+        gradient[name] = parameter.grad.detach().clone()
+
+    def keep_clipped(*_: Any) -> None:
+        seen["gradient"], seen["clipped"] = dict(gradient), gradients(model)
+
+    optimizer.register_step_pre_hook(keep_clipped)
     quiet = ["train.save_every=0", "logging.trackers=[]", "logging.print_completions=0", "data.shuffle=false"]
     own_prompts = ["data.system_prompt=null", f"train.output_dir={spec.folder}/ours"]
-    recipe = recipe_with_objects(spec.recipe, objects, [*quiet, *own_prompts])
-    with deterministic_kernels():
-        run = build_run(recipe, objects, Ranks())
-        run.engine = ReplayEngine(steps, tokenizer)
-        clip_and_step = run.strategy.step
-
-        def keep_gradient() -> float:
-            seen["gradient"] = gradients(run.model)
-            return clip_and_step()
-
-        def keep_clipped(*_: Any) -> None:
-            seen["clipped"] = gradients(run.model)
-
-        run.strategy.step = keep_gradient  # type: ignore[method-assign]
-        run.optimizer.register_step_pre_hook(keep_clipped)
-        with StopRequest() as stop_request, Display(Console(quiet=True), run.max_steps, 1) as display:
-            session = Session(run, objects, stop_request, display)
-            session.start()
-            train_loop(run, session)
+    train(
+        spec.recipe,
+        model=model,
+        tokenizer=tokenizer,
+        train_data=data,
+        callbacks=[Comparing()],
+        optimizer=optimizer,
+        engine=ReplayEngine(steps, tokenizer),
+        overrides=[*quiet, *own_prompts],
+        console=Console(quiet=True),
+    )
 
 
 def compare(

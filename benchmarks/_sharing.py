@@ -28,16 +28,19 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import zero
 from grpo_cli.errors import UserError
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
-from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
+from grpo_cli.rollout.over_ranks import LedEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server.weight_transfer import fill_memory
 from grpo_cli.serve import wire
 from grpo_cli.serve.weights import memory_folder
-from grpo_cli.train.api import recipe_with_objects
+from grpo_cli.train.assemble import assemble
 from grpo_cli.train.display import Display
+from grpo_cli.train.guards import deterministic_kernels
+from grpo_cli.train.learner import Learner
 from grpo_cli.train.loop import train_loop
-from grpo_cli.train.run import TRAIN_STREAM, Objects, Run, build_run, deterministic_kernels
-from grpo_cli.train.session import Session
+from grpo_cli.train.objects import Objects, recipe_with_objects
+from grpo_cli.train.recorder import Recorder
+from grpo_cli.train.rollouts import TRAIN_STREAM
 from grpo_cli.train.signals import StopRequest
 
 with suppress(UserError):  # it is not installed: told where a strategy needs it
@@ -162,16 +165,16 @@ class FixedRollouts:
         return
 
 
-class WatchedSession(Session):
+class WatchedRecorder(Recorder):
     """Notes each step on every rank, and counts what the last one says to the others if asked to."""
 
-    def watch(self, work: Work) -> None:
+    def watch(self, work: Work, learner: Learner) -> None:
         self._work = work
-        self._counter = CollectiveCounter(self.run.ranks.world_size)
+        self._counter = CollectiveCounter(learner.ranks.world_size)
         self._packs = 0
         self.seen: list[tuple[float, float, int]] = []
         """Seconds of training, gradient norm and packs of each step."""
-        strategy: Any = self.run.strategy
+        strategy: Any = learner.strategy
         backward = strategy.backward
 
         def counted(loss: torch.Tensor) -> None:
@@ -204,24 +207,27 @@ def ours(strategy: StrategyName, work: Work) -> Visit:
     ranks = Ranks.join(needs_group=strategy != "ddp")
     with tempfile.TemporaryDirectory() as folder, deterministic_kernels():
         shared: str = ranks.tell(folder)
-        objects = Objects(rewards=[sum_reward], train_data=[{"prompt": text} for text in work.texts])
+        objects = Objects(
+            rewards=[sum_reward],
+            train_data=[{"prompt": text} for text in work.texts],
+            engine=FixedRollouts(work.completion),
+        )
         recipe = recipe_with_objects(our_recipe(work, shared), objects, ())
-        run = build_run(recipe, objects, ranks, strategy, note=lambda text: None)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in run.model.parameters())
-        rollouts = FixedRollouts(work.completion)
-        run.engine = SplitEngine(rollouts, ranks, nullcontext) if ranks.world_size > 1 else rollouts
-        with StopRequest() as stop, Display(Console(quiet=True), run.max_steps, 1) as display:
-            session = WatchedSession(run, objects, stop, display)
-            session.watch(work)
-            session.start()
-            train_loop(run, session)
-            session.close()
-        traffic = session.traffic
-        update, copy, size = measure_updates(run, work.updates) if work.updates else (0.0, 0.0, 0)
+        rollouts, learner = assemble(recipe, objects, ranks, strategy, note=lambda text: None)
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in learner.model.parameters())
+        with StopRequest() as stop, Display(Console(quiet=True), rollouts.max_steps, 1) as display:
+            recorder = WatchedRecorder(recipe, rollouts, learner, (), stop, display)
+            recorder.watch(work, learner)
+            recorder.open(learner)
+            recorder.start()
+            train_loop(recipe, rollouts, learner, recorder)
+            recorder.close()
+        traffic = recorder.traffic
+        update, copy, size = measure_updates(learner, work.updates) if work.updates else (0.0, 0.0, 0)
         ranks.gather(None)  # the folder stays until all are done
-    measured = session.seen[1 : 1 + work.steps]
+    measured = recorder.seen[1 : 1 + work.steps]
     return Visit(
-        [seconds for seconds, _, _ in measured], session.seen[0][1], measured[0][2], parameters, traffic,
+        [seconds for seconds, _, _ in measured], recorder.seen[0][1], measured[0][2], parameters, traffic,
         update, copy, size,
     )  # fmt: skip
 
@@ -259,10 +265,10 @@ class Receiver(FixedRollouts):
         return self.size
 
 
-def measure_updates(run: Run, updates: int) -> tuple[float, float, int]:
+def measure_updates(learner: Learner, updates: int) -> tuple[float, float, int]:
     """Median seconds of an update and of a plain copy, taking turns, and the bytes of either."""
-    ranks = run.ranks
-    policy = PolicyWeights(run.model, run.strategy, ranks.device)
+    ranks = learner.ranks
+    policy = PolicyWeights(learner.model, learner.strategy, ranks.device)
     with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         receiver = Receiver(str(Path(folder, "weights")), policy)
         engine = LedEngine(receiver if ranks.is_main else None, ranks, policy)

@@ -98,14 +98,8 @@ def run_ours(spec: Spec, channel: Channel, folder: str) -> None:
     """`grpo train`, with a callback that pauses it and an engine whose completions never end by themselves."""
     from rich.console import Console
 
-    from grpo_cli.distributed.ranks import Ranks
-    from grpo_cli.train.api import recipe_with_objects
+    from grpo_cli.train.api import train
     from grpo_cli.train.callbacks import Callback, TrainState
-    from grpo_cli.train.display import Display
-    from grpo_cli.train.loop import train_loop
-    from grpo_cli.train.run import Objects, build_run, deterministic_kernels
-    from grpo_cli.train.session import Session
-    from grpo_cli.train.signals import StopRequest
 
     pauses = Pauses(channel, spec)
 
@@ -129,16 +123,21 @@ def run_ours(spec: Spec, channel: Channel, folder: str) -> None:
 
     model, tokenizer = load(spec.model)
     data = [{"prompt": text} for text in spec.texts(tokenizer)]
-    objects = Objects(model, tokenizer, [noisy_length], data, None, [Pausing()])
-    recipe = recipe_with_objects(our_recipe(spec, folder), objects, ())
-    with deterministic_kernels():
-        run = build_run(recipe, objects, Ranks())
-        engine: Any = run.engine
+
+    def never_ending(engine: Any) -> Any:
         engine.eos_token_ids = {model.config.vocab_size}  # no token has this number
-        with StopRequest() as stop_request, Display(Console(quiet=True), run.max_steps, 1) as display:
-            session = Session(run, objects, stop_request, display)
-            session.start()
-            train_loop(run, session)
+        return engine
+
+    train(
+        our_recipe(spec, folder),
+        model=model,
+        tokenizer=tokenizer,
+        rewards=noisy_length,
+        train_data=data,
+        callbacks=[Pausing()],
+        engine=never_ending,
+        console=Console(quiet=True),
+    )
 
 
 def our_recipe(spec: Spec, folder: str) -> dict[str, Any]:
