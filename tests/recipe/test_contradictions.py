@@ -49,6 +49,13 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "a spawned server has a key of its own",
     ),
     ({"generation": {"vllm": {"max_model_len": 9}}}, "generation.vllm", "has no server or engine to go to"),
+    ({"generation": {"replay": "runs/x"}}, "generation.replay", "is for engine: replay"),
+    ({"generation": {"engine": "replay"}}, "generation.replay", "is missing"),
+    (
+        {"generation": {"engine": "replay", "replay": "runs/x"}, "data": {"eval": {"name": "e.jsonl"}}},
+        "data.eval",
+        "generates nothing",
+    ),
     (
         {"generation": {"engine": "vllm", "vllm": {"model": "m"}}},
         "generation.vllm.model",

@@ -82,18 +82,3 @@ def test_a_run_that_is_too_short_or_too_old_is_refused_before_the_first_step(
     path.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"generation\.replay: .*step-000001\.parquet cannot be read"):
         replay(tiny_recipe, stored, tmp_path / "damaged")
-
-
-@pytest.mark.parametrize(
-    ("generation", "message"),
-    [
-        ({"engine": "replay"}, r"generation\.replay is missing"),
-        ({"replay": "runs/x"}, r"generation\.replay is for engine: replay"),
-        ({"engine": "replay", "replay": "x", "vllm": {"a": 1}}, r"generation\.vllm has no server or engine"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(
-    tiny_recipe: dict[str, Any], tmp_path: Path, generation: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        grpo_cli.train(changed(tiny_recipe, tmp_path / "run", generation=generation))
