@@ -6,10 +6,11 @@ between two steps and going on elsewhere changes nothing.
 
 from __future__ import annotations
 
-from grpo_cli.algorithm.losses import groups_to_forward, loss_normalizer, measured_loss
+from grpo_cli.algorithm.losses import groups_to_forward, loss_normalizer
 from grpo_cli.algorithm.packing import plan_minibatches
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.train.collect import collect_groups, kept_advantages, rows_of
+from grpo_cli.train.loss_function import resolve_loss
 from grpo_cli.train.metrics import MetricMeans, StepClock, completion_metrics, reward_metrics
 from grpo_cli.train.run import Run
 from grpo_cli.train.session import Session
@@ -25,13 +26,14 @@ def train_loop(run: Run, session: Session) -> None:
 
     Raises:
         RewardError: a reward function failed.
-        RunError: a gradient was not finite, or a checkpoint could not be written.
+        UserError: the recipe's own loss function is not there.
+        RunError: a gradient was not finite, the loss function failed, or a checkpoint could not be written.
         StoppedEarly: after the checkpoint that a signal asked for.
         ServerLost: a rollout server stays away; the session's position and the policy go together.
     """
     config, loss_config = run.recipe.train, run.recipe.loss
     group_size, width = run.recipe.generation.num_generations, run.recipe.generation.max_completion_tokens
-    temperature = run.recipe.generation.temperature
+    temperature, loss_function = run.recipe.generation.temperature, resolve_loss(loss_config)
     scorer = BackgroundScorer(run.scorer, run.ranks)
 
     for step in range(session.position.step, run.max_steps):
@@ -63,7 +65,7 @@ def train_loop(run: Run, session: Session) -> None:
                         logprobs, entropies = run.policy.token_logprobs(
                             pack, temperature, entropy_gradient=loss_config.entropy_coef > 0
                         )
-                    output = measured_loss(
+                    output = loss_function(
                         logprobs,
                         tensors.old_logprobs_of(pack, logprobs),
                         tensors.share(advantages, pack),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo_cli.algorithm.losses import MeasuredLoss, groups_to_forward, high_entropy_threshold
+from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss, groups_to_forward, high_entropy_threshold
 from grpo_cli.algorithm.packing import Group, Pack, deal_groups, empty_pack, pack_groups
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
 from grpo_cli.algorithm.transfer import to_device, to_host, wait
@@ -175,7 +175,7 @@ class OptimizerStep:
             mask[pack.samples, : pack.mask.shape[1]] = tensors.mask_of(pack)
         return high_entropy_threshold(ranks.sum(entropies), ranks.sum(mask), quantile).item()
 
-    def backward(self, output: MeasuredLoss) -> None:
+    def backward(self, output: MeasuredLoss | LossOutput) -> None:
         self._run.strategy.backward(output.loss)
         self._losses.append(to_host(output.loss))
 
