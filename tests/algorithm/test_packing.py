@@ -84,6 +84,7 @@ def input_tokens(pack: Pack, shared_prompt: bool) -> int:
     return pack.input_ids.numel()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(1, 12))
 def test_minibatches_cover_every_group_once_in_parts_as_equal_as_can_be(groups: int, steps: int) -> None:
     parts = plan_minibatches(groups, steps)

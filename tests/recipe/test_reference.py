@@ -39,8 +39,8 @@ def test_a_loss_type_reads_keys_that_there_are_and_the_page_says_which() -> None
 
 
 def test_the_page_of_losses_has_a_row_for_each_type_that_says_what_it_averages_over() -> None:
-    text = (DOCS / "losses.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| .* \|$", text.partition("\n\n## ")[0], re.MULTILINE)
+    text, _, _ = (DOCS / "losses.md").read_text(encoding="utf-8").partition("\n\n## ")
+    _, *rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| .* \|$", text, re.MULTILINE)
     assert {name: average for name, _, average in rows} == {
         name: DIVIDED_BY[row.average] for name, row in LOSS_TYPES.items()
     }
