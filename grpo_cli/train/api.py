@@ -22,6 +22,7 @@ from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.checkpoint import check_run_folder, save_final
 from grpo_cli.train.display import Display
 from grpo_cli.train.loop import train_loop
+from grpo_cli.train.loss_function import resolve_loss
 from grpo_cli.train.run import Objects, Run, build_run, deterministic_kernels, explained_failures
 from grpo_cli.train.session import Session, mean_reward
 from grpo_cli.train.signals import StopRequest, compile_in_this_process
@@ -93,6 +94,7 @@ def train(
     ranks = Ranks.join(needs_group=strategy not in ("none", "ddp"))
     console = (console or Console()) if ranks.is_main else Console(quiet=True)
     check_trackers(loaded.logging.trackers)
+    resolve_loss(loaded.loss)  # a function that is not there is found before anything is written
     ranks.led(lambda: check_run_folder(loaded, resume=resume))
     compile_in_this_process()
     with explained_failures(loaded), deterministic_kernels(), ranks.leaving_together():

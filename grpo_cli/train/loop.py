@@ -26,7 +26,6 @@ def train_loop(run: Run, session: Session) -> None:
 
     Raises:
         RewardError: a reward function failed.
-        UserError: the recipe's own loss function is not there.
         RunError: a gradient was not finite, the loss function failed, or a checkpoint could not be written.
         StoppedEarly: after the checkpoint that a signal asked for.
         ServerLost: a rollout server stays away; the session's position and the policy go together.
