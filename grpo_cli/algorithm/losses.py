@@ -6,23 +6,23 @@ ranks of an optimizer step, so the loss and gradient of a step do not depend on 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ParamSpec
 
 import torch
 
 from grpo_cli.algorithm.kl import token_kl
 from grpo_cli.algorithm.sampler_correction import sampler_metrics
+from grpo_cli.algorithm.surrogates import SURROGATES, SurrogateInputs
 from grpo_cli.algorithm.transfer import to_host
 
 if TYPE_CHECKING:
     from grpo_cli.recipe.schema import LossConfig
 
-LOG_WEIGHT_MIN = math.log(1e-8)
-LOG_WEIGHT_MAX = 20.0
-"""VESPO clamps the log of a completion's importance weight to this range."""
+Parameters = ParamSpec("Parameters")
 
 ENTROPY_SLACK = 1e-5
 """Nats by which the entropies of the same token may differ between two forward passes."""
@@ -32,9 +32,9 @@ ENTROPY_SLACK = 1e-5
 class LossOutput:
     loss: torch.Tensor
     """Scalar, already divided by the step's normaliser: add up over micro-batches."""
-    metrics: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
     """Means over this micro-batch's tokens or completions, or extremes (names ending in min, max)."""
-    weights: dict[str, float]
+    weights: dict[str, float] = field(default_factory=dict)
     """For each mean, the number of tokens or completions behind it: its weight over micro-batches."""
 
 
@@ -77,17 +77,7 @@ class MeasuredLoss:
     measured: Measured
 
 
-@dataclass(frozen=True)
-class Surrogate:
-    """The policy term before masks and averaging."""
-
-    token_loss: torch.Tensor
-    """(B, T), or (B, 1) where it is the same for a whole completion."""
-    indicators: dict[str, torch.Tensor]
-    """Metric name to (B, T) or (B, 1) values that are averaged."""
-
-
-def policy_loss(
+def measured_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,
     advantages: torch.Tensor,
@@ -100,7 +90,7 @@ def policy_loss(
     entropies: torch.Tensor | None = None,
     importance_ratio: torch.Tensor | None = None,
     entropy_threshold: float | torch.Tensor | None = None,
-) -> LossOutput:
+) -> MeasuredLoss:
     """Loss of one micro-batch.
 
     Args:
@@ -118,53 +108,20 @@ def policy_loss(
             whole optimizer step; taken from this micro-batch if not given.
 
     Returns:
-        LossOutput. Its metrics are numbers, so a device is waited for.
+        MeasuredLoss, for which no device is waited for.
     """
-    output = measured_loss(
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        config,
-        normalizer=normalizer,
-        ref_logprobs=ref_logprobs,
-        sampling_logprobs=sampling_logprobs,
-        entropies=entropies,
-        importance_ratio=importance_ratio,
-        entropy_threshold=entropy_threshold,
-    )
-    return LossOutput(output.loss, *output.measured.summary())
-
-
-def measured_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    config: LossConfig,
-    *,
-    normalizer: float,
-    ref_logprobs: torch.Tensor | None = None,
-    sampling_logprobs: torch.Tensor | None = None,
-    entropies: torch.Tensor | None = None,
-    importance_ratio: torch.Tensor | None = None,
-    entropy_threshold: float | torch.Tensor | None = None,
-) -> MeasuredLoss:
-    """As `policy_loss`, without waiting for a device."""
     mask = mask.to(logprobs.dtype)
     advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages  # (B, 1) or (B, T)
     log_ratio = logprobs - old_logprobs
     ratio = importance_ratio_of_level(log_ratio, mask, config)  # (B, T) or (B, 1)
 
-    if config.type == "vespo":
-        surrogate = _vespo(logprobs, log_ratio, advantages, mask, importance_ratio, config)
-    else:
-        surrogate = SURROGATES[config.type](logprobs, ratio, advantages, config)
+    inputs = SurrogateInputs(logprobs, log_ratio, ratio, advantages, mask, importance_ratio)
+    surrogate = SURROGATES[config.row.surrogate](inputs, config)
     token_loss = surrogate.token_loss
     if config.off_policy_threshold is not None:
         sampler = old_logprobs if sampling_logprobs is None else sampling_logprobs
         token_loss = token_loss * on_policy_mask(logprobs, sampler, advantages, mask, config.off_policy_threshold)
-    if importance_ratio is not None and config.type != "vespo":
+    if importance_ratio is not None and not config.row.weighs_completions:
         token_loss = token_loss * importance_ratio
 
     indicators = dict(surrogate.indicators)
@@ -188,20 +145,36 @@ def measured_loss(
     return MeasuredLoss(loss, Measured(indicators, mask, compared))
 
 
+def _with_numbers(loss: Callable[Parameters, MeasuredLoss]) -> Callable[Parameters, LossOutput]:
+    """The same loss with metrics that are numbers."""
+
+    def policy_loss(*inputs: Parameters.args, **named: Parameters.kwargs) -> LossOutput:
+        """As `measured_loss`, with metrics that are numbers, so a device is waited for."""
+        output = loss(*inputs, **named)
+        return LossOutput(output.loss, *output.measured.summary())
+
+    signature = inspect.signature(loss).replace(return_annotation="LossOutput")
+    policy_loss.__signature__ = signature  # type: ignore[attr-defined]
+    return policy_loss
+
+
+policy_loss = _with_numbers(measured_loss)
+
+
 def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_tokens: int) -> float:
     """What a micro-batch adds to the denominator of its optimizer step.
 
-    grpo, sapo and luspo average over completions; bnpo, dapo, cispo and vespo over tokens; dr_grpo divides by
-    the longest completion that could have been (arXiv:2503.20783).
+    What that is stands in the type's row of `LOSS_TYPES`; for a user's own function it is the number of tokens.
 
     Args:
         mask: (B, T), 1 on tokens that are trained on.
+        config: the recipe's `loss` section.
+        max_completion_tokens: length of the longest completion that there could have been.
     """
-    if config.type in ("grpo", "sapo", "luspo"):
-        return float(mask.shape[0])
-    if config.type == "dr_grpo":
-        return float(mask.shape[0] * max_completion_tokens)
-    return float(mask.sum())
+    average = "tokens" if config.is_function else config.row.average
+    if average == "tokens":
+        return float(mask.sum())
+    return float(mask.shape[0] * (max_completion_tokens if average == "longest_completions" else 1))
 
 
 def groups_to_forward(
@@ -211,7 +184,8 @@ def groups_to_forward(
 
     The policy term is a multiple of the advantage, so a group whose advantages are all 0 adds nothing to it. The
     KL and the entropy bonus have a gradient on every token that is trained on, and the entropy quantile is taken
-    over all of them. What is left out stays in the normaliser: the loss is the same.
+    over all of them; what a user's own function does with a token is not known. What is left out stays in the
+    normaliser: the loss is the same.
 
     Args:
         advantages: (N,) of each completion.
@@ -219,7 +193,8 @@ def groups_to_forward(
         num_generations: G, completions per group.
         config: the recipe's `loss` section.
     """
-    needs_every_token = config.beta > 0 or config.entropy_coef > 0 or config.top_entropy_quantile < 1
+    has_other_terms = config.beta > 0 or config.entropy_coef > 0 or config.top_entropy_quantile < 1
+    needs_every_token = has_other_terms or config.is_function
     matters = trained & ((advantages != 0) | needs_every_token)
     return matters.view(-1, num_generations).any(1)
 
@@ -285,73 +260,10 @@ def masked_quantile(values: torch.Tensor, mask: torch.Tensor, quantile: float) -
     return torch.where(count > 0, found, math.inf)
 
 
-def _clipped(
-    logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig
-) -> Surrogate:
-    """-min(min(ratio, delta)·A, clip(ratio, 1-eps, 1+eps_high)·A) (PPO, arXiv:1707.06347 eq. 7)."""
-    low, high = 1 - config.epsilon, 1 + config.clip_high
-    bounded = ratio if config.delta is None else ratio.clamp(max=config.delta)
-    token_loss = -torch.min(bounded * advantages, ratio.clamp(low, high) * advantages)
-    clipped_low = (bounded < low) & (advantages < 0)
-    clipped_high = (bounded > high) & (advantages > 0)
-    indicators = {
-        "clip_ratio/low_mean": clipped_low,
-        "clip_ratio/high_mean": clipped_high,
-        "clip_ratio/region_mean": clipped_low | clipped_high,
-    }
-    return Surrogate(token_loss, {name: value.to(ratio.dtype) for name, value in indicators.items()})
-
-
-def _cispo(logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig) -> Surrogate:
-    """-sg(min(ratio, eps_high))·A·log pi: the weight is clipped, the gradient never is (arXiv:2506.13585)."""
-    token_loss = -ratio.clamp(max=config.clip_high).detach() * advantages * logprobs
-    clipped = (ratio > config.clip_high) & (advantages > 0)
-    return Surrogate(token_loss, {"cispo_clip_ratio": clipped.to(ratio.dtype)})
-
-
-def _sapo(logprobs: torch.Tensor, ratio: torch.Tensor, advantages: torch.Tensor, config: LossConfig) -> Surrogate:
-    """-4/tau·sigmoid(tau·(ratio - 1))·A: a soft gate in place of the clip (SAPO, arXiv:2511.20347)."""
-    tau = torch.where(advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg)
-    return Surrogate(-torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages, {})
-
-
-def _vespo(
-    logprobs: torch.Tensor,
-    log_ratio: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    importance_ratio: torch.Tensor | None,
-    config: LossConfig,
-) -> Surrogate:
-    """-phi(w)·A·log pi with phi(w) = w^k·exp(lambda·(1 - w)), w the importance weight of the whole completion
-    (VESPO, arXiv:2602.10693)."""
-    log_weight = (log_ratio.detach().clamp(-LOG_WEIGHT_MAX, LOG_WEIGHT_MAX) * mask).sum(-1, keepdim=True)
-    if importance_ratio is not None:
-        log_weight = log_weight + importance_ratio.log().clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX).sum(
-            -1, keepdim=True
-        )
-    log_weight = log_weight.clamp(LOG_WEIGHT_MIN, LOG_WEIGHT_MAX)  # (B, 1)
-    k = torch.where(advantages >= 0, config.vespo_k_pos, config.vespo_k_neg)
-    decay = torch.where(advantages >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg)
-    phi = (decay + k * log_weight - decay * log_weight.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
-    return Surrogate(-phi * advantages * logprobs, {"vespo/phi_seq_mean": phi})
-
-
-SURROGATES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor, LossConfig], Surrogate]] = {
-    "grpo": _clipped,
-    "bnpo": _clipped,
-    "dr_grpo": _clipped,
-    "dapo": _clipped,
-    "luspo": _clipped,
-    "cispo": _cispo,
-    "sapo": _sapo,
-}
-
-
 def _weighted_token_sum(token_loss: torch.Tensor, mask: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Sum over unmasked tokens; for grpo and sapo each completion's tokens weigh 1 together."""
+    """Sum over unmasked tokens, each completion's weighing 1 together where the average is over their means."""
     masked = token_loss * mask  # (B, T); a (B, 1) loss spreads over its completion here
-    if config.type in ("grpo", "sapo"):
+    if config.row.average == "completion_means":
         return (masked.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
     return masked.sum()
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from grpo_cli.recipe.loss_types import types_reading
 from grpo_cli.recipe.schema import (
     DATA_FILE_SUFFIXES,
-    RATIO_CLIPPING_LOSSES,
     GenerationConfig,
     LossConfig,
     OptimConfig,
@@ -90,20 +90,14 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _loss_contradictions(loss: LossConfig) -> Iterator[Finding]:
-    used = {"epsilon", "epsilon_high", "delta"} if loss.type in RATIO_CLIPPING_LOSSES else set()
-    if loss.type == "cispo":
-        used = {"epsilon_high"}
-    for key in ("epsilon", "epsilon_high", "delta"):
-        if _is_set(loss, key) and key not in used:
-            yield f"loss.{key}", f"is not used by type {loss.type}; remove it"
-    for family in ("sapo", "vespo"):
-        for key in type(loss).model_fields:
-            if key.startswith(f"{family}_") and _is_set(loss, key) and loss.type != family:
-                yield f"loss.{key}", f"is used only by type {family} (type is {loss.type}); remove it"
-    if loss.type == "vespo" and loss.importance_level == "sequence":
-        yield "loss.importance_level", "vespo weighs whole completions already; remove it"
-    if loss.delta is not None and "delta" in used and loss.delta <= 1 + loss.clip_high:
-        yield "loss.delta", f"must lie above 1 + epsilon_high = {1 + loss.clip_high:g}; raise it or remove it"
+    if loss.is_function:
+        if loss.top_entropy_quantile < 1:
+            yield (
+                "loss.top_entropy_quantile",
+                f"is taken over a whole step, and {loss.type} sees a micro-batch of it; remove it",
+            )
+    else:
+        yield from _contradictions_of_type(loss)
     if loss.aggregation == "normalize_then_sum" and _is_set(loss, "scale_rewards"):
         yield (
             "loss.scale_rewards",
@@ -115,6 +109,22 @@ def _loss_contradictions(loss: LossConfig) -> Iterator[Finding]:
             "looks at the weighted sum of the rewards, but with aggregation normalize_then_sum a group can have "
             "advantages where that is the same for all; remove one of them",
         )
+
+
+def _contradictions_of_type(loss: LossConfig) -> Iterator[Finding]:
+    """Keys that a built-in type has no use for; a user's own function may read any."""
+    for key in type(loss).model_fields:
+        readers = types_reading(key)
+        if not readers or loss.type in readers or not _is_set(loss, key):
+            continue
+        if len(readers) == 1:
+            yield f"loss.{key}", f"is used only by type {readers[0]} (type is {loss.type}); remove it"
+        else:
+            yield f"loss.{key}", f"is not used by type {loss.type}; remove it"
+    if loss.row.weighs_completions and loss.importance_level == "sequence":
+        yield "loss.importance_level", f"{loss.type} weighs whole completions already; remove it"
+    if loss.delta is not None and "delta" in loss.row.reads and loss.delta <= 1 + loss.clip_high:
+        yield "loss.delta", f"must lie above 1 + epsilon_high = {1 + loss.clip_high:g}; raise it or remove it"
     if loss.beta == 0:
         for key in ("bias_corrected_kl", "kl_estimator"):
             if _is_set(loss, key):
@@ -125,9 +135,9 @@ def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
     loss, correction = recipe.loss, recipe.loss.sampler_correction
     if correction is not None:
         key = "loss.sampler_correction"
-        if loss.type == "vespo" and correction.mode.startswith("sequence"):
+        if not loss.is_function and loss.row.weighs_completions and correction.mode.startswith("sequence"):
             mode = correction.mode.replace("sequence", "token")
-            yield f"{key}.mode", f"weighs whole completions, as type vespo does by itself; write {mode}"
+            yield f"{key}.mode", f"weighs whole completions, as type {loss.type} does by itself; write {mode}"
         low, high = correction.clip_min or 0.0, correction.clip_max or math.inf
         if correction.clip_min is None and correction.clip_max is None:
             yield f"{key}.clip_max", "is empty, as clip_min is, so nothing bounds the weights; write 3.0"

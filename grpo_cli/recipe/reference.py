@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.loss_types import types_reading
+from grpo_cli.recipe.schema import LossConfig, Recipe
 
 INTRODUCTION = """\
 # Recipe reference
@@ -37,7 +39,7 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
             if not prefix:
                 continue
         rows.append(
-            f"| `{name}` | {_type_name(info.annotation)} | {_default(info)} | {_cell(info.description)} |\n"
+            f"| `{name}` | {_type_name(info)} | {_default(info)} | {_cell(_meaning(model, name, info))} |\n"
         )
     if prefix and rows:
         yield "\n| key | type | default | meaning |\n|---|---|---|---|\n"
@@ -56,12 +58,20 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _type_name(annotation: Any) -> str:
+def _meaning(model: type[BaseModel], name: str, info: FieldInfo) -> str:
+    readers = types_reading(name) if model is LossConfig else []
+    only = f" Read by {', '.join(f'`{reader}`' for reader in readers)}." if readers else ""
+    return f"{info.description or ''}{only}"
+
+
+def _type_name(info: FieldInfo) -> str:
+    annotation = info.annotation
     if _section_of(annotation) is not None:
         return "section"
     text = re.sub(r"typing\.|<class '|'>", "", str(annotation))
-    if "Literal" in text:
-        choices = [choice if isinstance(choice, str) else json.dumps(choice) for choice in get_args(annotation)]
+    if "Literal" in text or info.examples:
+        choices = info.examples or get_args(annotation)
+        choices = [choice if isinstance(choice, str) else json.dumps(choice) for choice in choices]
         return " · ".join(f"`{choice}`" for choice in choices)
     if "Annotated" in text:
         text = "list[str]" if text.startswith("list") else "tuple[float, float]"
@@ -71,7 +81,7 @@ def _type_name(annotation: Any) -> str:
     return _cell(names.get(text, text) + (", or empty" if optional else ""))
 
 
-def _default(info: Any) -> str:
+def _default(info: FieldInfo) -> str:
     if info.default is PydanticUndefined:
         return "required"
     return "empty" if info.default in (None, [], {}) else f"`{json.dumps(info.default)}`"

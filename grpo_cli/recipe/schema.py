@@ -14,19 +14,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from grpo_cli.recipe.addresses import server_url
+from grpo_cli.recipe.loss_types import LOSS_TYPES, LossType, known_type
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """What every reward function is given beside the columns; no column may have one of these names."""
-
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
-
-RATIO_CLIPPING_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-"""Loss types built on PPO's clipped surrogate; the others bound the ratio in their own way."""
-
-CISPO_EPSILON_HIGH = 5.0
-"""CISPO's default `epsilon_high`, which bounds the ratio itself rather than its distance from 1."""
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
@@ -233,8 +226,10 @@ class SamplerCorrectionConfig(Section):
 
 
 class LossConfig(Section):
-    type: LossType = "dapo"
-    """How token losses are formed and averaged; see `docs/losses.md`."""
+    type: Annotated[str, BeforeValidator(known_type)] = Field(
+        default="dapo", examples=[*LOSS_TYPES, "module:function"]
+    )
+    """How token losses are formed and averaged, or a function of your own; see `docs/losses.md`."""
     beta: float = Field(default=0.0, ge=0)
     """Weight of the KL to the reference; 0 loads no reference."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -267,24 +262,34 @@ class LossConfig(Section):
     """Leave groups whose rewards are all equal out of the step: `true` trains on fewer groups, `resample`
     generates further prompts until the step is full, at most four times."""
     sapo_temperature_pos: float = Field(default=1.0, gt=0)
-    """SAPO: temperature of the soft gate where the advantage is positive."""
+    """Temperature of the soft gate where the advantage is positive."""
     sapo_temperature_neg: float = Field(default=1.05, gt=0)
-    """SAPO: temperature of the soft gate elsewhere."""
+    """Temperature of the soft gate elsewhere."""
     vespo_k_pos: float = Field(default=2.0, ge=0)
-    """VESPO: exponent of the weight where the advantage is not negative."""
+    """Exponent of the weight where the advantage is not negative."""
     vespo_lambda_pos: float = Field(default=3.0, gt=0)
-    """VESPO: decay of the weight where the advantage is not negative."""
+    """Decay of the weight where the advantage is not negative."""
     vespo_k_neg: float = Field(default=3.0, ge=0)
-    """VESPO: exponent of the weight where the advantage is negative."""
+    """Exponent of the weight where the advantage is negative."""
     vespo_lambda_neg: float = Field(default=2.0, gt=0)
-    """VESPO: decay of the weight where the advantage is negative."""
+    """Decay of the weight where the advantage is negative."""
+
+    @property
+    def is_function(self) -> bool:
+        """Whether `type` is the path of a user's own function."""
+        return ":" in self.type
+
+    @property
+    def row(self) -> LossType:
+        """What `type` stands for, if it is not a user's own function."""
+        assert not self.is_function, f"{self.type} is a function, not a built-in loss type"
+        return LOSS_TYPES[self.type]
 
     @property
     def clip_high(self) -> float:
         """The upper clip range: `1 + clip_high` for clipped losses, the bound itself for cispo."""
-        if self.epsilon_high is not None:
-            return self.epsilon_high
-        return CISPO_EPSILON_HIGH if self.type == "cispo" else self.epsilon
+        default = None if self.is_function else self.row.epsilon_high
+        return next(value for value in (self.epsilon_high, default, self.epsilon) if value is not None)
 
 
 class OptimConfig(Section):

@@ -12,6 +12,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 
+from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
@@ -30,6 +31,7 @@ from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.over_ranks import SplitEngine
 from grpo_cli.train.guards import autocast_for
 from grpo_cli.train.learner import Learner
+from grpo_cli.train.loss_function import resolve_loss
 from grpo_cli.train.objects import Engine, Objects
 from grpo_cli.train.optim import build_optimizer, build_scheduler, check_coverage
 from grpo_cli.train.rollouts import Rollouts
@@ -57,6 +59,7 @@ def assemble(
     Raises:
         UserError: something that the recipe names cannot be used.
     """
+    loss = resolve_loss(recipe.loss)
     rows, eval_rows = _prompt_rows(recipe, objects)
     scorer = _scorer(recipe, objects, [rows, eval_rows])
     tokenizer = load_tokenizer(recipe.model, tokenizer=objects.tokenizer)
@@ -65,7 +68,7 @@ def assemble(
     eval_dataset = PromptDataset(eval_rows, tokenizer, chat_template_kwargs=template) if eval_rows else None
     train = recipe.train
     num_steps = train.number_of_steps(len(dataset)) * train.num_iterations * train.optimizer_steps_per_rollout
-    learner = _learner(recipe, objects, ranks, strategy, tokenizer, num_steps, with_reference=with_reference)
+    learner = _learner(recipe, objects, ranks, strategy, tokenizer, loss, num_steps, with_reference=with_reference)
     engine = _engine(recipe, objects.engine, learner, note)
     sampler = PromptSampler(len(dataset), train.prompts_per_step, train.seed, recipe.data.shuffle)
     return Rollouts(recipe, ranks, engine, scorer, dataset, eval_dataset, sampler), learner
@@ -88,6 +91,7 @@ def _learner(
     ranks: Ranks,
     strategy: StrategyName,
     tokenizer: Any,
+    loss: Callable[..., MeasuredLoss | LossOutput],
     num_optimizer_steps: int,
     *,
     with_reference: bool,
@@ -111,7 +115,9 @@ def _learner(
     reference = Reference(policy, other) if needs_reference else None
     agree_on_sharing(ranks, {"the policy": policy} | ({} if other is None else {"the reference": other}))
     scheduler = build_scheduler(optimizer, recipe.optim, num_optimizer_steps)
-    return Learner(recipe, ranks, spread, model, tokenizer, policy, reference, autocast, optimizer, scheduler)
+    return Learner(
+        recipe, ranks, spread, model, tokenizer, policy, reference, autocast, optimizer, scheduler, loss
+    )
 
 
 def _prompt_rows(recipe: Recipe, objects: Objects) -> tuple[PromptRows, PromptRows | None]:

@@ -5,7 +5,7 @@ All ranks call the same methods in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -70,6 +70,8 @@ class Learner:
     autocast: Autocast
     optimizer: torch.optim.Optimizer
     scheduler: Any
+    loss: Callable[..., MeasuredLoss | LossOutput]
+    """Called as `policy_loss`."""
     _means: MetricMeans = field(default_factory=MetricMeans)
     _losses: list[torch.Tensor] = field(default_factory=list)
 

@@ -9,7 +9,6 @@ between two steps and going on elsewhere changes nothing.
 
 from __future__ import annotations
 
-from grpo_cli.algorithm.losses import measured_loss
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.learner import Learner
@@ -28,7 +27,7 @@ def train_loop(recipe: Recipe, rollouts: Rollouts, learner: Learner, recorder: R
 
     Raises:
         RewardError: a reward function failed.
-        RunError: a gradient was not finite, or a checkpoint could not be written.
+        RunError: a gradient was not finite, the loss function failed, or a checkpoint could not be written.
         StoppedEarly: after the checkpoint that a signal asked for.
         ServerLost: a rollout server stays away; the recorder's position and the policy go together.
     """
@@ -57,7 +56,7 @@ def train_loop(recipe: Recipe, rollouts: Rollouts, learner: Learner, recorder: R
                     if correction is not None:
                         ratio = sampler_ratio(old_logprobs, own.sampling_logprobs, own.mask, correction)
                     # ρ_t = π_θ / π_old,  L = Σ_t [-min(ρ_t A, clip(ρ_t, 1-ε, 1+ε) A) + β KL_t(π_θ || π_ref)] / Z
-                    output = measured_loss(
+                    output = learner.loss(
                         logprobs,
                         old_logprobs,
                         own.advantages,

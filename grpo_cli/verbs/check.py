@@ -23,6 +23,7 @@ from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
+from grpo_cli.train.loss_function import load_loss_function
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
 """What reward functions are tried on; they must cope with anything a model may write."""
@@ -53,6 +54,8 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
         scores = scorer.score(sample_batch(rows), step=0)
     except RewardError as error:
         raise UserError(f"on a sample row of the data: {error}") from error
+    if recipe.loss.is_function:
+        load_loss_function(recipe.loss.type)
     if recipe.optim.name != "adamw":
         load_object(recipe.optim.name, setting="optim.name")
     load_callbacks(recipe.train.callbacks)

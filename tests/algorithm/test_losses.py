@@ -19,10 +19,11 @@ from grpo_cli.algorithm.losses import (
     masked_quantile,
     policy_loss,
 )
+from grpo_cli.algorithm.surrogates import SURROGATES
+from grpo_cli.recipe.loss_types import LOSS_TYPES
 from grpo_cli.recipe.schema import LossConfig
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_losses.json").read_text())["cases"]
-LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
 
 
 def config_of(options: dict[str, Any]) -> LossConfig:
@@ -113,9 +114,23 @@ def test_loss_and_gradient_do_not_depend_on_the_split(loss_type: str, extra: dic
     torch.testing.assert_close(whole[2], split[2])
 
 
+def test_every_surrogate_is_of_some_loss_type() -> None:
+    assert SURROGATES.keys() == {row.surrogate for row in LOSS_TYPES.values()}
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "normalizer"),
+    [("grpo", 2), ("bnpo", 5), ("dr_grpo", 18), ("dapo", 5), ("luspo", 2), ("cispo", 5), ("sapo", 2), ("vespo", 5),
+     ("my:loss", 5)],
+)  # fmt: skip
+def test_what_a_step_divides_by(loss_type: str, normalizer: int) -> None:
+    mask = torch.tensor([[1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 0.0, 0.0]])
+    assert loss_normalizer(mask, LossConfig(type=loss_type), 9) == normalizer
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_step_with_every_token_masked_has_zero_loss_and_finite_gradient(loss_type: str) -> None:
-    config = LossConfig(type=loss_type)  # type: ignore[arg-type]
+    config = LossConfig(type=loss_type)
     logprobs = torch.full((2, 3), -1.0, requires_grad=True)
     mask = torch.zeros(2, 3)
     output = policy_loss(
@@ -152,6 +167,7 @@ def test_entropy_bonus_rewards_entropy() -> None:
         ({"entropy_coef": 0.1}, [True, True, True, False]),
         ({"top_entropy_quantile": 0.5}, [True, True, True, False]),
         ({"off_policy_threshold": 0.1, "importance_level": "sequence"}, [True, False, False, False]),
+        ({"type": "my:loss"}, [True, True, True, False]),
     ],
     ids=str,
 )
@@ -169,7 +185,7 @@ def test_completions_without_an_advantage_have_a_gradient_of_exactly_zero(loss_t
     generator = torch.Generator().manual_seed(0)
     logprobs, old, sampling = (-torch.rand(3, 4, generator=generator) * 5 for _ in range(3))
     logprobs.requires_grad_()
-    level = "token" if loss_type == "vespo" else level
+    level = "token" if LOSS_TYPES[loss_type].weighs_completions else level
     config = LossConfig(type=loss_type, importance_level=level, off_policy_threshold=0.1)  # type: ignore[arg-type]
     output = policy_loss(
         logprobs, old, torch.zeros(3), torch.ones(3, 4), config, normalizer=7.0, sampling_logprobs=sampling

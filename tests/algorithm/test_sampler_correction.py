@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_cli.algorithm.losses import loss_normalizer, policy_loss
@@ -115,6 +115,7 @@ def tokens(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 bounds = st.tuples(st.none() | st.floats(0.01, 1), st.none() | st.floats(1, 1e6))
 
 
+@settings(deadline=None)
 @given(tokens(), st.sampled_from(MODES), bounds)
 def test_weights_are_finite_within_the_bounds_and_one_where_nothing_is_known(
     given_tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -135,6 +136,7 @@ def test_weights_are_finite_within_the_bounds_and_one_where_nothing_is_known(
     assert (inside | (ratio == 0)).all() if mode.endswith("mask") else inside.all()
 
 
+@settings(deadline=None)
 @given(tokens(), st.sampled_from(MODES))
 def test_the_same_probabilities_have_weights_of_exactly_one(
     given_tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor], mode: str
@@ -143,6 +145,7 @@ def test_the_same_probabilities_have_weights_of_exactly_one(
     assert (ratio_of(old, old.clone(), mask, mode, 0.999, 1.001) == 1).all()
 
 
+@settings(deadline=None)
 @given(tokens(), st.sampled_from(MODES))
 def test_what_stands_on_padding_and_unknown_tokens_has_no_influence(
     given_tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor], mode: str
@@ -154,6 +157,7 @@ def test_what_stands_on_padding_and_unknown_tokens_has_no_influence(
     assert torch.equal(ratio_of(other_old, other_sampled, mask, mode, 0.5, 3.0), ratio)
 
 
+@settings(deadline=None)
 @given(tokens(), bounds)
 def test_a_completion_weighs_the_product_of_its_tokens(
     given_tokens: tuple[torch.Tensor, torch.Tensor, torch.Tensor], limits: tuple[float | None, float | None]

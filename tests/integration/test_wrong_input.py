@@ -115,6 +115,11 @@ def optimizer(what: str, source: str, *says: str, **more: Any) -> Wrong:
     return Wrong(what, says, add="optim: {name: op:make}", files={"op.py": source}, **more)
 
 
+def loss(what: str, line: str, *says: str, **more: Any) -> Wrong:
+    source = f"def loss(logprobs, *inputs, **named):\n    {line}\n"
+    return Wrong(what, says, add="loss: {type: my_loss:loss}", files={"my_loss.py": source}, **more)
+
+
 def model(what: str, files: dict[str, str | bytes | None], *says: str, name: str = "copy", **more: Any) -> Wrong:
     return Wrong(what, says, swap=("name: tiny", f"name: {name}"), files=files, **more)
 
@@ -651,6 +656,15 @@ CASES = [
         "def make(parameters, lr): ...\n",
         "optim.name: op:make returned a NoneType, not a torch optimizer",
     ),
+    # Losses
+    Wrong(
+        "loss that is not there",
+        ("loss.type: my has no los; did",),
+        add="loss: {type: my:los}",
+        files={"my.py": f"{REWARDS}loss = 1"},
+    ),
+    loss("loss that raises", "1 / 0", "loss.type: my_loss:loss failed: {here}/my_loss.py:2: ZeroDivision", code=1),
+    loss("loss of another kind", "return 0.5", "loss.type: my_loss:loss returned a float; return a", code=1),
     # Models and tokenizers
     model("model folder that is not there", {}, "model.name: there is no folder ./none; set it to", name="./none"),
     model(
@@ -944,7 +958,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    for name in ("my", "cb", "op", "fac"):
+    for name in ("my", "cb", "op", "fac", "my_loss"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 

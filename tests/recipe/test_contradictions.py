@@ -94,6 +94,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "loss.drop_zero_variance_groups",
         "remove one of them",
     ),
+    (
+        {"loss": {"type": "my:loss", "top_entropy_quantile": 0.5}},
+        "loss.top_entropy_quantile",
+        "my:loss sees a micro-batch of it; remove it",
+    ),
     ({"loss": {"bias_corrected_kl": True}}, "loss.bias_corrected_kl", "needs loss.beta above 0"),
     (
         {"loss": {"type": "vespo", "sampler_correction": {"mode": "sequence_mask"}}},
@@ -180,6 +185,9 @@ FINE: list[dict[str, Any]] = [
     {"loss": {"type": "vespo", "vespo_k_neg": 2.0}},
     {"loss": {"type": "cispo", "epsilon": 0.2}},
     {"loss": {"delta": 1.21}},
+    {"loss": {"type": "my:loss", "delta": 0.5, "epsilon": 0.1, "sapo_temperature_pos": 2.0, "vespo_k_neg": 2.0}},
+    {"loss": {"type": "my:loss", "kl_estimator": "k1", "importance_level": "sequence"}},
+    {"loss": {"type": "my:loss", "sampler_correction": {"mode": "sequence_mask"}}},
     {"loss": {"aggregation": "normalize_then_sum"}},
     {"loss": {"aggregation": "normalize_then_sum", "drop_zero_variance_groups": False}},
     {"loss": {"drop_zero_variance_groups": "resample", "scale_rewards": "batch", "beta": 0.1}},

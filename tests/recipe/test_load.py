@@ -242,6 +242,16 @@ def test_an_unknown_key_is_named_even_if_it_is_the_name_of_a_type(file: Path, ke
         ("loss: {beta: -1}", "loss.beta is -1; it should be greater than or equal to 0"),
         ("loss: {beta: .nan}", "loss.beta is nan; it should be a finite number"),
         ("loss: {mask_truncated: 1}", "loss.mask_truncated must be true or false, not 1"),
+        (
+            "loss: {type: dr-grpo}",
+            "loss.type is 'dr-grpo'; it must be one of 'grpo', 'bnpo', 'dr_grpo', 'dapo', 'luspo', 'cispo', "
+            "'sapo', 'vespo', or module:function of your own; did you mean 'dr_grpo'?",
+        ),
+        (
+            "loss: {type: 3}",
+            "loss.type is 3; it must be one of 'grpo', 'bnpo', 'dr_grpo', 'dapo', 'luspo', 'cispo', 'sapo', "
+            "'vespo', or module:function of your own",
+        ),
         ("loss: dapo", "loss must be a section with keys of its own, not the string 'dapo'"),
         ("loss:", "loss must be a section with keys of its own, not empty"),
         ("generation: {top_k: 1.5}", "generation.top_k must be a whole number, not 1.5"),

@@ -163,6 +163,8 @@ def test_a_string_is_short_for_a_reward_with_that_path() -> None:
         ({"epsilon_high": 0.0}, 0.0),
         ({"type": "cispo"}, 5.0),
         ({"type": "cispo", "epsilon_high": 3.0}, 3.0),
+        ({"type": "my:loss", "epsilon": 0.1}, 0.1),
+        ({"type": "my:loss", "epsilon_high": 3.0}, 3.0),
     ],
 )
 def test_the_upper_clip_is_epsilon_unless_given(loss: dict[str, Any], high: float) -> None:

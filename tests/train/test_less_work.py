@@ -15,15 +15,13 @@ import torch
 import grpo_cli
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError
+from grpo_cli.recipe.loss_types import LOSS_TYPES
 from grpo_cli.rollout.embedded.engine import TransformersEngine
 from grpo_cli.train import learner, rollouts
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.rollouts import MAX_RESAMPLE_ROUNDS
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.train.test_loop import numbers, ragged_llama, run, weights_of
-
-LOSSES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
-
 
 SAMPLER = PromptSampler(10, 3, seed=42, shuffle=True)
 """That of `tiny_recipe`."""
@@ -107,7 +105,7 @@ def forward_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mask_truncated", [False, True])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_skipping_flat_groups_changes_nothing_but_time(
     tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, loss_type: str, mask_truncated: bool
 ) -> None:

@@ -113,6 +113,8 @@ def test_every_row_is_checked_not_only_the_first(recipe: dict[str, Any]) -> None
     ("override", "message"),
     [
         ("optim.name=my_check:make", "optim.name: my_check has no make"),
+        ("loss.type=my_check:los", "loss.type: my_check has no los"),
+        ("loss.type=my_check:score", "loss.type: my_check:score cannot be called with (logprobs, old_logprobs, "),
         ("train.callbacks=[my_check:Watch]", "train.callbacks.0: my_check has no Watch"),
         ("train.callbacks=[my_check:json]", "has none of the methods on_train_start"),
         ("model.name=./nowhere", "model.name: there is no folder ./nowhere"),
