@@ -24,7 +24,7 @@ from grpo_cli.algorithm.packing import Branches, Group, Pack, pack_groups
 from grpo_cli.policy import attention
 from grpo_cli.policy.attention import LayerInputs, RowLayout
 from grpo_cli.policy.model import base_model
-from grpo_cli.policy.output_head import OutputHead
+from grpo_cli.policy.output_head import LogitForm, OutputHead, possible_forms
 
 if TYPE_CHECKING:
     from grpo_cli.policy.logprobs import PackedModel
@@ -40,8 +40,9 @@ KERNEL_TOLERANCE = 1 / 16
 """Largest error of a layer's kernel as a share of its largest value. Attention averages values, so rounding to
 bfloat16 can cost 1/256 of it; a token too many or too few costs more than this."""
 
-SHARED_LAYERS = {"full_attention", "sliding_attention", "global"}
-"""Kinds of layers, as configurations name them, that can compute a shared-prompt row."""
+SHARED_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers, as configurations name them, that can compute a shared-prompt row. Others are refused by name:
+chunked attention, for one, goes wrong only in rows that are longer than those of the self-check."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -52,20 +53,24 @@ class NotShared(Exception):
     """Why a model cannot compute shared-prompt packs."""
 
 
-def has_plain_head(policy: PackedModel, seed: int = 0) -> bool:
-    """Whether the output head, read as a matrix with a scale and a cap, gives what the model itself gives."""
-    if OutputHead.of(policy.model) is None:
-        return False
+def logit_form(policy: PackedModel, seed: int = 0) -> LogitForm | None:
+    """The form in which the output head, read as a matrix, gives the model's own values; None if none does."""
+    forms = possible_forms(policy.model)
+    if OutputHead.of(policy.model, forms[0]) is None:
+        return None
     groups, _ = self_check_groups(policy.config.vocab_size, seed)
     (pack,) = pack_groups(groups, 64, shared_prompt=False)
     pack = pack.to(policy.device)
     with _in_float32(policy):
-        expected, _ = policy.token_logprobs(pack, 1.0, plain_head=False)
-        try:
-            actual, _ = policy.token_logprobs(pack, 1.0, plain_head=True)
-        except (RuntimeError, ValueError, TypeError, AttributeError):
-            return False
-    return (actual - expected).abs().max().item() < TOLERANCE
+        expected, _ = policy.token_logprobs_as(None, pack, 1.0)
+        for form in forms:
+            try:
+                actual, _ = policy.token_logprobs_as(form, pack, 1.0)
+            except (RuntimeError, ValueError, TypeError, AttributeError):
+                return None
+            if (actual - expected).abs().max().item() < TOLERANCE:  # never, where one of them is NaN
+                return form
+    return None
 
 
 def why_not_shared(policy: PackedModel, seed: int = 0) -> str | None:
@@ -76,8 +81,7 @@ def why_not_shared(policy: PackedModel, seed: int = 0) -> str | None:
         seed: of the tokens.
     """
     config = policy.config
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-    foreign = sorted(set(kinds) - SHARED_LAYERS)
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SHARED_LAYERS)
     if foreign:
         return f"its layers are of kind {', '.join(foreign)}"
     if config._attn_implementation not in ("sdpa", attention.KERNEL):
@@ -116,7 +120,7 @@ def _check_structure(policy: PackedModel, seed: int) -> None:
         (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
         pack = pack.to(policy.device)
         layout = None if pack.branches is None else DenseLayout(pack.branches)
-        logprobs, _ = policy.token_logprobs(pack, 1.0, layout=layout, plain_head=False)
+        logprobs, _ = policy.token_logprobs_as(None, pack, 1.0, layout=layout)
         windows.update(layout.windows if layout else {})
         return logprobs[pack.samples.argsort()]
 

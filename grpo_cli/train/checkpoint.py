@@ -17,20 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.base import OptimizerState, joined_state
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.policy.model import (
-    base_model,
-    behind,
+from grpo_cli.policy.export import (
+    gathered_standalone,
+    gathered_weights,
     save_standalone,
     save_weights,
     saved_weights,
-    shared_ties,
-    standalone_tensors,
 )
 from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import Recipe
@@ -82,7 +79,8 @@ def save_checkpoint(run: Run, position: Position, scheduler: Any, note: Callable
     """
     ranks = run.ranks
     # What needs all ranks comes first: a rank whose disk is full must not leave the others waiting.
-    weights = gathered_weights(run) if run.strategy.shards_weights else None
+    is_sharded = run.strategy.shards_weights
+    weights = gathered_weights(run.model, run.strategy, ranks.is_main) if is_sharded else None
     state = run.strategy.optimizer_state()
 
     def write(partial: Path) -> None:
@@ -136,7 +134,8 @@ def save_final(run: Run) -> Path:
     Raises:
         RunError: the disk refused; checkpoints are as they were.
     """
-    weights = gathered_final(run) if run.strategy.shards_weights else None
+    is_sharded, is_main = run.strategy.shards_weights, run.ranks.is_main
+    weights = gathered_standalone(run.model, run.strategy, is_main) if is_sharded else None
 
     def write(partial: Path) -> None:
         if run.ranks.is_main:
@@ -144,36 +143,6 @@ def save_final(run: Run) -> Path:
 
     write_whole(run.folder / "final", write, run.ranks)
     return run.folder / "final"
-
-
-def gathered_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What is trained, on rank 0's CPU; one weight at a time is whole on the devices."""
-    ties = getattr(base_model(run.model), "all_tied_weights_keys", {})
-    kept: dict[str, torch.Tensor] = {}
-    for name, tensor in run.model.state_dict(keep_vars=True).items():
-        is_adapted = isinstance(run.model, PeftModel) and not tensor.requires_grad
-        if name not in ties and not is_adapted:
-            _gather(run, name, tensor.detach, kept)
-    return kept
-
-
-def gathered_final(run: Run) -> dict[str, torch.Tensor]:
-    """As `gathered_weights`, but the whole model without adapters: they are merged."""
-    kept: dict[str, torch.Tensor] = {}
-    tensors = standalone_tensors(run.model)
-    ties = shared_ties(run.model, tensors)
-    for name, get in tensors.items():
-        if not ties.get(name, False):
-            _gather(run, name, get, kept)
-    return kept
-
-
-@torch.no_grad()
-def _gather(run: Run, name: str, get: Callable[[], torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
-    with run.strategy.gathered(behind(get)):
-        whole = run.strategy.whole(get())
-        if run.ranks.is_main:
-            kept[name] = whole.to("cpu", copy=True)
 
 
 def write_whole(final: Path, write: Callable[[Path], None], ranks: Ranks) -> None:

@@ -24,8 +24,8 @@ from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import Strategy, make_strategy
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import load_policy, load_tokenizer
 from grpo_cli.policy.reference import Reference, reference_model
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings

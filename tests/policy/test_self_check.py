@@ -41,9 +41,9 @@ def test_every_seed_of_tokens_passes_however_noisy_bfloat16_is(name: str, weight
     model = noisy(name).to(weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
         policy = PackedModel(model)
-        assert policy.has_plain_head
+        assert policy.logit_form is not None
         assert [why_not_shared(policy, seed) for seed in range(8)] == [None] * 8
-        assert all(self_check.has_plain_head(policy, seed) for seed in range(8))
+        assert all(self_check.logit_form(policy, seed) for seed in range(8))
         assert max(noise(policy, seed) for seed in range(8)) > 0.15, "the noise is there"
 
 
@@ -74,7 +74,7 @@ def test_no_number_fails_every_check() -> None:
     model.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
     policy = PackedModel(model)
     assert policy.why_not_shared is not None
-    assert not policy.has_plain_head
+    assert policy.logit_form is None
 
 
 @pytest.mark.parametrize(
