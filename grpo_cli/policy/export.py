@@ -22,27 +22,19 @@ from grpo_cli.policy.model import base_model
 
 
 class Sharding(Protocol):
-    """How weights that are shared out over processes are put together. Both are called on all ranks alike."""
+    """How weights that are shared out over processes are put together. All ranks make the same calls in turn."""
 
     def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         """Inside, these parameters can be read through `whole`."""
-        ...
-
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter, or what was computed of some."""
-        ...
-
-
-class Unsharded:
-    """The `Sharding` of weights that this process holds whole."""
-
-    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        """See `Sharding.gathered`."""
         return nullcontext()
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """See `Sharding.whole`."""
+        """A parameter, or what was computed of some."""
         return tensor
+
+
+class Unsharded(Sharding):
+    """For weights that this process holds whole."""
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,10 @@ class PackedModel:
         self.is_whole = run is None
         """Whether this process runs the model by itself."""
         self._run = run or _call
+        self.logit_form: LogitForm | None = None
+        """How logits are formed, a chunk of tokens at a time; None where the model itself has to form them."""
         with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
-            self.logit_form = self_check.logit_form(self)
-            """How logits are formed, a chunk of tokens at a time; None where the model itself has to form them."""
+            self_check.find_logit_form(self)
             self.why_not_shared = self_check.why_not_shared(self)
 
     @property
@@ -72,41 +73,22 @@ class PackedModel:
         Returns:
             Two (B, T) tensors, 0 on padding.
         """
-        return self.token_logprobs_as(
-            self.logit_form, pack, temperature, entropy_gradient=entropy_gradient, layout=layout
-        )
-
-    def token_logprobs_as(
-        self,
-        form: LogitForm | None,
-        pack: Pack,
-        temperature: float,
-        *,
-        entropy_gradient: bool = False,
-        layout: attention.TokenLayout | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `token_logprobs`, with logits of another form; None for the logits that the model itself gives."""
         if layout is None and pack.branches is not None:
             layout = attention.RowLayout(pack.branches)
-        chosen, entropy = self._run(self._chosen, form, pack, temperature, entropy_gradient, layout)
+        chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient, layout)
         return _unflatten(chosen, pack), _unflatten(entropy, pack)
 
     def _chosen(
-        self,
-        form: LogitForm | None,
-        pack: Pack,
-        temperature: float,
-        entropy_gradient: bool,
-        layout: attention.TokenLayout | None,
+        self, pack: Pack, temperature: float, entropy_gradient: bool, layout: attention.TokenLayout | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `token_logprobs_as`, (N,) of the unmasked places."""
+        """As `token_logprobs`, (N,) of the unmasked places."""
         targets = pack.targets.flatten()[pack.places]  # (N,)
-        if form is None:
+        if self.logit_form is None:
             logits = self._logits(pack, layout)
             return logprobs_of_logits(logits, targets, temperature, entropy_gradient=entropy_gradient)
         hidden = self._hidden_states(pack, layout)
         # Asked for anew each time, and late: where weights are shared out, it is whole only now.
-        head = OutputHead.of(self.model, form)
+        head = OutputHead.of(self.model, self.logit_form)
         assert head is not None
         return chosen_logprobs(hidden, head, targets, temperature, entropy_gradient=entropy_gradient)
 
