@@ -120,7 +120,7 @@ def load(name: str) -> tuple[Any, Any]:
     import torch
     import transformers
 
-    from grpo_cli.policy.model import load_policy, load_tokenizer
+    from grpo_cli.policy.load import load_policy, load_tokenizer
     from grpo_cli.recipe.schema import ModelConfig
 
     transformers.utils.logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Attention over shared-prompt rows: each completion sees its prompt and itself, and nothing else is computed.
 
-transformers calls `shared_prompt_attention` in every layer, once `install` has named it as the model's kernel. The
-row's structure comes as the keyword argument LAYOUT, which models hand through to their kernel; without it the
+transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is KERNEL.
+The row's structure comes as the keyword argument LAYOUT, which models hand through to their kernel; without it the
 kernel is plain SDPA.
 """
 
@@ -52,11 +52,6 @@ class TokenLayout(Protocol):
     def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """(R, H, L, D), what each query attends to."""
         ...
-
-
-def install(model: Any) -> None:
-    """Make `shared_prompt_attention` the kernel of a transformers model."""
-    model.set_attn_implementation(KERNEL)
 
 
 def shared_prompt_attention(
@@ -121,10 +116,6 @@ class RowLayout:
         )
         return attended
 
-    @property
-    def _is_lone_prompt(self) -> bool:
-        return len(self.branches.groups) == 1 and not self.branches.groups[0].branch_lengths
-
     def note_window(self, inputs: LayerInputs) -> None:
         """Remember what the layer said of its window."""
         if inputs.window is not None:
@@ -133,7 +124,8 @@ class RowLayout:
     def _flex(self, inputs: LayerInputs) -> torch.Tensor:
         """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
         length, window = inputs.query.shape[2], inputs.window
-        if self._is_lone_prompt and (window is None or length <= window):
+        first, *others = self.branches.groups
+        if not others and not first.branch_lengths and (window is None or length <= window):  # a lone prompt
             parts = inputs.query, inputs.key, inputs.value
             return scaled_dot_product_attention(*parts, is_causal=True, scale=inputs.scale, enable_gqa=True)
         if window not in self._block_masks:

@@ -10,7 +10,7 @@ import torch
 from grpo_cli.algorithm.packing import Pack
 from grpo_cli.policy import attention, self_check
 from grpo_cli.policy.model import base_model, evaluating
-from grpo_cli.policy.output_head import OutputHead, chosen_logprobs
+from grpo_cli.policy.output_head import LogitForm, OutputHead, chosen_logprobs
 
 
 class PackedModel:
@@ -34,8 +34,10 @@ class PackedModel:
         self.is_whole = run is None
         """Whether this process runs the model by itself."""
         self._run = run or _call
+        self.logit_form: LogitForm | None = None
+        """How logits are formed, a chunk of tokens at a time; None where the model itself has to form them."""
         with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
-            self.has_plain_head = self_check.has_plain_head(self)
+            self_check.find_logit_form(self)
             self.why_not_shared = self_check.why_not_shared(self)
 
     @property
@@ -56,7 +58,6 @@ class PackedModel:
         *,
         entropy_gradient: bool = False,
         layout: attention.TokenLayout | None = None,
-        plain_head: bool | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability of each completion token and entropy of the distribution it was drawn from.
 
@@ -68,39 +69,28 @@ class PackedModel:
             temperature: of sampling.
             entropy_gradient: let gradients flow through the entropies.
             layout: what computes the attention of a shared-prompt pack, if not `RowLayout`.
-            plain_head: apply the output head in chunks; `has_plain_head` if not given.
 
         Returns:
             Two (B, T) tensors, 0 on padding.
         """
         if layout is None and pack.branches is not None:
             layout = attention.RowLayout(pack.branches)
-        plain_head = self.has_plain_head if plain_head is None else plain_head
-        chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient, layout, plain_head)
+        chosen, entropy = self._run(self._chosen, pack, temperature, entropy_gradient, layout)
         return _unflatten(chosen, pack), _unflatten(entropy, pack)
 
     def _chosen(
-        self,
-        pack: Pack,
-        temperature: float,
-        entropy_gradient: bool,
-        layout: attention.TokenLayout | None,
-        plain_head: bool,
+        self, pack: Pack, temperature: float, entropy_gradient: bool, layout: attention.TokenLayout | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """As `token_logprobs`, (N,) of the unmasked places."""
         targets = pack.targets.flatten()[pack.places]  # (N,)
-        if plain_head:
-            hidden = self._hidden_states(pack, layout)
-            # Asked for anew each time, and late: where weights are shared out, it is whole only now.
-            head = OutputHead.of(self.model)
-            assert head is not None
-            chosen, entropy = chosen_logprobs(
-                hidden, head, targets, temperature, entropy_gradient=entropy_gradient
-            )
-        else:
+        if self.logit_form is None:
             logits = self._logits(pack, layout)
-            chosen, entropy = logprobs_of_logits(logits, targets, temperature, entropy_gradient=entropy_gradient)
-        return chosen, entropy
+            return logprobs_of_logits(logits, targets, temperature, entropy_gradient=entropy_gradient)
+        hidden = self._hidden_states(pack, layout)
+        # Asked for anew each time, and late: where weights are shared out, it is whole only now.
+        head = OutputHead.of(self.model, self.logit_form)
+        assert head is not None
+        return chosen_logprobs(hidden, head, targets, temperature, entropy_gradient=entropy_gradient)
 
     def _hidden_states(self, pack: Pack, layout: attention.TokenLayout | None) -> torch.Tensor:
         """(N, D) of the places that predict completion tokens."""

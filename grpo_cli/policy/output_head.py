@@ -17,11 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from grpo_cli.policy.model import base_model
 
 CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits of one chunk, per kind of device."""
@@ -36,20 +38,35 @@ FACTORS = {
     "logits_scaling": -1,  # Granite; MiniCPM3, which divides the hidden states
     "logits_mup_width_multiplier": -1,  # Inkling, likewise
 }
-"""Settings of transformers' configurations that logits are multiplied by (1) or divided by (-1)."""
+"""Settings of transformers' configurations that most models multiply logits by (1) or divide them by (-1)."""
 
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Settings that cap logits: Gemma and those after it, RecurrentGemma, xLSTM."""
 
-EXCEPTIONS = {
-    ("hyperclovax", "logits_scaling"): 1,  # multiplies where Granite divides
-    ("mpt", "logit_scale"): 0,
-    ("aya_vision", "logit_scale"): 0,  # the text model's setting, which the model around it does not apply
-    ("cohere2_vision", "logit_scale"): 0,
-    ("gemma3", "final_logit_softcapping"): 0,
-    ("shieldgemma2", "final_logit_softcapping"): 0,
-}
-"""(model type, setting) where the meaning is another one; 0: the model ignores it."""
+
+class LogitForm(NamedTuple):
+    """What a model makes of the products of hidden states and the output head's weight.
+
+    Logits are softcap tanh(scale products / softcap), or scale products without a cap.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+def possible_forms(model: Any) -> list[LogitForm]:
+    """What the settings of a model may mean, by the conventions of transformers 5.23, the usual meaning first.
+
+    Some models pay no attention to a setting, and some multiply by what others divide by. Only a comparison with
+    the logits that the model itself gives tells which form is right.
+    """
+    config = model.config.get_text_config()
+    values = {name: getattr(config, name, None) for name in (*FACTORS, *SOFTCAPS)}
+    set_ones = {name: float(value) for name, value in values.items() if isinstance(value, int | float) and value}
+    factors = (value ** FACTORS[name] for name, value in set_ones.items() if name in FACTORS)
+    scale = math.prod(factors, start=1.0)
+    softcap = next((value for name, value in set_ones.items() if name in SOFTCAPS), None)
+    return list(dict.fromkeys([LogitForm(scale, softcap), LogitForm(), LogitForm(1 / scale, softcap)]))
 
 
 @dataclass(frozen=True)
@@ -62,34 +79,18 @@ class OutputHead:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, model: Any) -> OutputHead | None:
-        """The head of a transformers causal language model, or of a PeftModel around one.
+    def of(cls, model: Any, form: LogitForm) -> OutputHead | None:
+        """The head of a transformers causal language model or of a PeftModel around one, with logits of `form`.
 
         None where it is no plain nn.Linear over the whole vocabulary: wrapped by LoRA, quantised, padded.
-        Scale and cap are read from the configuration, by the conventions of transformers 5.23. A caller that must
-        be sure compares the logits with the model's own.
         """
-        if hasattr(model, "get_base_model"):
-            model = model.get_base_model()
-        layer = model.get_output_embeddings()
+        layer = base_model(model).get_output_embeddings()
         if type(layer) is not nn.Linear:  # a subclass may compute something else
             return None
         config = model.config.get_text_config()
         if getattr(config, "unpadded_vocab_size", None) not in (None, layer.out_features):
             return None
-        kinds = (model.config.model_type, config.model_type)
-        scale, softcap = 1.0, None
-        for name, exponent in (FACTORS | dict.fromkeys(SOFTCAPS, 1)).items():
-            value = getattr(config, name, None)
-            for kind in kinds:
-                exponent = EXCEPTIONS.get((kind, name), exponent)
-            if not isinstance(value, int | float) or not exponent:
-                continue
-            if name in SOFTCAPS:
-                softcap = float(value)
-            else:
-                scale *= float(value) ** exponent
-        return cls(layer.weight, layer.bias, scale, softcap)
+        return cls(layer.weight, layer.bias, *form)
 
 
 def chosen_logprobs(

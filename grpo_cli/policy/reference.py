@@ -9,8 +9,9 @@ from typing import Any
 
 from peft import PeftModel
 
+from grpo_cli.policy.load import Loading, load_pretrained
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import Loading, is_in_parts, load_pretrained
+from grpo_cli.policy.model import is_in_parts
 from grpo_cli.recipe.schema import ModelConfig
 
 

@@ -11,7 +11,7 @@ size of the values.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from grpo_cli.algorithm.packing import Branches, Group, Pack, pack_groups
 from grpo_cli.policy import attention
 from grpo_cli.policy.attention import LayerInputs, RowLayout
 from grpo_cli.policy.model import base_model
-from grpo_cli.policy.output_head import OutputHead
+from grpo_cli.policy.output_head import OutputHead, possible_forms
 
 if TYPE_CHECKING:
     from grpo_cli.policy.logprobs import PackedModel
@@ -40,8 +40,9 @@ KERNEL_TOLERANCE = 1 / 16
 """Largest error of a layer's kernel as a share of its largest value. Attention averages values, so rounding to
 bfloat16 can cost 1/256 of it; a token too many or too few costs more than this."""
 
-SHARED_LAYERS = {"full_attention", "sliding_attention", "global"}
-"""Kinds of layers, as configurations name them, that can compute a shared-prompt row."""
+SHARED_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of layers, as configurations name them, that can compute a shared-prompt row. Others are refused by name:
+chunked attention, for one, goes wrong only in rows that are longer than those of the self-check."""
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -52,20 +53,24 @@ class NotShared(Exception):
     """Why a model cannot compute shared-prompt packs."""
 
 
-def has_plain_head(policy: PackedModel, seed: int = 0) -> bool:
-    """Whether the output head, read as a matrix with a scale and a cap, gives what the model itself gives."""
-    if OutputHead.of(policy.model) is None:
-        return False
-    groups, _ = self_check_groups(policy.config.vocab_size, seed)
-    (pack,) = pack_groups(groups, 64, shared_prompt=False)
-    pack = pack.to(policy.device)
+def find_logit_form(policy: PackedModel, seed: int = 0) -> None:
+    """Set the form of logits in which the output head, read as a matrix, gives the model's own values; or None."""
+    policy.logit_form = None
+    forms = possible_forms(policy.model)
+    if OutputHead.of(policy.model, forms[0]) is None:
+        return
+    pack = _packed(policy, self_check_groups(policy.config.vocab_size, seed)[0], shared_prompt=False)
     with _in_float32(policy):
-        expected, _ = policy.token_logprobs(pack, 1.0, plain_head=False)
-        try:
-            actual, _ = policy.token_logprobs(pack, 1.0, plain_head=True)
-        except (RuntimeError, ValueError, TypeError, AttributeError):
-            return False
-    return (actual - expected).abs().max().item() < TOLERANCE
+        expected, _ = policy.token_logprobs(pack, 1.0)
+        for form in forms:
+            policy.logit_form = form
+            try:
+                actual, _ = policy.token_logprobs(pack, 1.0)
+            except (RuntimeError, ValueError, TypeError, AttributeError):
+                break
+            if (actual - expected).abs().max().item() < TOLERANCE:  # never, where there is a NaN
+                return
+    policy.logit_form = None
 
 
 def why_not_shared(policy: PackedModel, seed: int = 0) -> str | None:
@@ -76,14 +81,13 @@ def why_not_shared(policy: PackedModel, seed: int = 0) -> str | None:
         seed: of the tokens.
     """
     config = policy.config
-    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-    foreign = sorted(set(kinds) - SHARED_LAYERS)
+    foreign = sorted(set(getattr(config, "layer_types", None) or ()) - SHARED_LAYERS)
     if foreign:
         return f"its layers are of kind {', '.join(foreign)}"
     if config._attn_implementation not in ("sdpa", attention.KERNEL):
         asked = "model.attn_implementation: only auto and sdpa let it be replaced"
         return f"its attention kernel is {config._attn_implementation}; {asked}"
-    attention.install(base_model(policy.model))
+    base_model(policy.model).set_attn_implementation(attention.KERNEL)
     reason = None
     try:
         _check_structure(policy, seed)
@@ -113,10 +117,9 @@ def _check_structure(policy: PackedModel, seed: int) -> None:
     windows: dict[int, int] = {}
 
     def logprobs(groups: list[Group], shared_prompt: bool) -> torch.Tensor:
-        (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
-        pack = pack.to(policy.device)
+        pack = _packed(policy, groups, shared_prompt)
         layout = None if pack.branches is None else DenseLayout(pack.branches)
-        logprobs, _ = policy.token_logprobs(pack, 1.0, layout=layout, plain_head=False)
+        logprobs, _ = policy.token_logprobs(pack, 1.0, layout=layout)
         windows.update(layout.windows if layout else {})
         return logprobs[pack.samples.argsort()]
 
@@ -145,7 +148,7 @@ def _windows(config: Any) -> dict[int, int]:
 
 def _check_kernel(policy: PackedModel, seed: int) -> None:
     """Run the device's kernel in the precision of training."""
-    pack = _shared_pack(policy, seed)
+    pack = _packed(policy, self_check_groups(policy.config.vocab_size, seed)[0])
     assert pack.branches is not None
     layout = _WatchedLayout(pack.branches)
     logprobs, entropies = policy.token_logprobs(pack, 1.0, layout=layout)
@@ -170,14 +173,15 @@ def _check_gradient(policy: PackedModel, seed: int) -> None:
     if trained is None or not policy.is_whole:
         return
     with torch.enable_grad():
-        logprobs, _ = policy.token_logprobs(_shared_pack(policy, seed), 1.0)
+        pack = _packed(policy, self_check_groups(policy.config.vocab_size, seed)[0])
+        logprobs, _ = policy.token_logprobs(pack, 1.0)
         (gradient,) = torch.autograd.grad(logprobs.sum(), trained, allow_unused=True)
     if gradient is not None and not gradient.isfinite().all():
         raise NotShared("the gradients of a shared-prompt row are not finite")
 
 
-def _shared_pack(policy: PackedModel, seed: int) -> Pack:
-    (pack,) = pack_groups(self_check_groups(policy.config.vocab_size, seed)[0], 64)
+def _packed(policy: PackedModel, groups: list[Group], shared_prompt: bool = True) -> Pack:
+    (pack,) = pack_groups(groups, 64, shared_prompt=shared_prompt)
     return pack.to(policy.device)
 
 
@@ -228,12 +232,9 @@ def _dense_attention(branches: Branches, inputs: LayerInputs) -> torch.Tensor:
 @contextmanager
 def _in_float32(policy: PackedModel) -> Iterator[None]:
     """Without autocast, and with half-precision weights lifted to float32 one at a time, where they are used."""
-    with torch.autocast(policy.device.type, enabled=False):
-        if any(parameter.dtype in HALVES for parameter in policy.model.parameters()):
-            with _Lifting():
-                yield
-        else:
-            yield
+    has_halves = any(parameter.dtype in HALVES for parameter in policy.model.parameters())
+    with torch.autocast(policy.device.type, enabled=False), _Lifting() if has_halves else nullcontext():
+        yield
 
 
 class _Lifting(TorchFunctionMode):

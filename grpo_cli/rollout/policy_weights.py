@@ -4,31 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from grpo_cli.errors import UserError
-from grpo_cli.policy.model import base_model, behind, shared_ties, standalone_tensors
+from grpo_cli.policy.export import Sharding, Unsharded, exported_tensors, gathered
+from grpo_cli.policy.model import base_model
 from grpo_cli.serve.protocol import TensorSpec
 
 
-class Sharding(Protocol):
-    """How weights that are shared out over processes are put together; see `train.strategies`."""
-
-    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        """Inside, these parameters can be read through `whole`."""
-        ...
-
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter, or what was computed of some."""
-        ...
-
-
 class PolicyWeights:
-    """A view of the policy: `gathered` gives what the weights are when it is entered.
+    """A view of the policy: it gives what the weights are when they are asked for.
 
     Args:
         model: a transformers model or its PEFT wrapper; it is not changed.
@@ -46,33 +34,24 @@ class PolicyWeights:
                 f"model.name: transformers keeps the weights of a {base.config.model_type} in another shape than "
                 "its checkpoints, and vLLM takes only the latter; use generation.engine: transformers"
             )
-        self._tensors = standalone_tensors(model)
-        parts = (".base_layer.", ".original_module.")  # what an adapter wraps
-        parameters = {name.replace(parts[0], ".").replace(parts[1], ".") for name, _ in base.named_parameters()}
-        for name, is_shared in shared_ties(model, self._tensors).items():
-            if not is_shared:
+        self._tensors = {tensor.name: tensor for tensor in exported_tensors(model)}
+        for tensor in self._tensors.values():
+            if tensor.is_parted:
                 raise UserError(
-                    f"model.lora: an adapter parts {name} from the weight that the model ties it to, which vLLM "
-                    "cannot serve; leave both out of target_modules and modules_to_save"
+                    f"model.lora: an adapter parts {tensor.name} from the weight that the model ties it to, which "
+                    "vLLM cannot serve; leave both out of target_modules and modules_to_save"
                 )
-            del self._tensors[name]
-        self._parameters = parameters
-        self._sharding = sharding
+        self._sharding = sharding or Unsharded()
         self.announce: Callable[[Sequence[str]], AbstractContextManager[None]] = lambda names: nullcontext()
-        """Entered before weights are gathered, with their names: who else has to gather them is told so."""
+        """Entered before weights are gathered, with their names, to tell other ranks to gather them too."""
         self.device: torch.device = device or base.device
-
-    def _origin(self, name: str) -> torch.Tensor:
-        """The parameter or buffer behind a name: the one that an adapter changes, if there is one."""
-        get: Any = self._tensors[name]
-        return get.args[0].get_base_layer().weight if isinstance(get, partial) else behind(get)[0]
 
     def specs(self, dtype: str) -> list[TensorSpec]:
         """What will be sent: parameters in the server's `dtype`, buffers in their own."""
         specs = []
-        for name in self._tensors:
-            tensor = self._origin(name)
-            is_cast = tensor.is_floating_point() and name in self._parameters
+        for name, exported in self._tensors.items():
+            tensor = exported.origin
+            is_cast = tensor.is_floating_point() and isinstance(tensor, torch.nn.Parameter)
             own = str(tensor.dtype).removeprefix("torch.")
             shape = list(getattr(tensor, "ds_shape", tensor.shape))  # of the whole, where DeepSpeed holds a part
             specs.append(TensorSpec(name=name, dtype=dtype if is_cast else own, shape=shape))  # type: ignore[arg-type]
@@ -83,30 +62,14 @@ class PolicyWeights:
         """Gives what `tensor` gives, which may be asked for these names, once and in this order."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # each thread has a current device of its own
-        needed = [tensor for name in names for tensor in behind(self._tensors[name])]
-        sharding = self._sharding
-        left = list(names)
-
-        def tensor(name: str) -> torch.Tensor:
-            left.remove(name)
-            return self.tensor(name)
-
-        with self.announce(names), nullcontext() if sharding is None else sharding.gathered(needed):
-            try:
-                yield tensor
-            finally:
-                # Where each of them takes all ranks, the others are waiting for those that an error left over.
-                for name in left if sharding is not None else ():
-                    self.tensor(name)
+        with self.announce(names), gathered([self._tensors[name] for name in names], self._sharding) as tensor:
+            yield tensor
 
     def join_gathering(self, names: Sequence[str]) -> None:
         """Do this rank's part of what another does with `gathered`."""
-        with self.gathered(names) as tensor:
-            for name in names:
-                tensor(name)
+        with self.gathered(names):
+            pass  # what is not asked for is put together all the same
 
-    @torch.no_grad()
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, merged with its adapter if it has one."""
-        tensor = self._tensors[name]()
-        return tensor if self._sharding is None else self._sharding.whole(tensor)
+        """One tensor, merged with its adapter if it has one; inside `gathered` where weights are shared out."""
+        return self._sharding.whole(self._tensors[name].compute())

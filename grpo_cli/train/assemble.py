@@ -19,8 +19,8 @@ from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import make_strategy
+from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import load_policy, load_tokenizer
 from grpo_cli.policy.reference import Reference, reference_model
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import unused_settings

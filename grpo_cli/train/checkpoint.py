@@ -15,18 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
 from grpo_cli.distributed.strategies.base import OptimizerState, joined_state
 from grpo_cli.errors import RunError
-from grpo_cli.policy.model import (
-    base_model,
-    behind,
+from grpo_cli.policy.export import (
+    gathered_standalone,
+    gathered_weights,
     save_standalone,
     save_weights,
     saved_weights,
-    shared_ties,
-    standalone_tensors,
 )
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.optim import restore_schedule
@@ -65,8 +62,9 @@ def save_checkpoint(
     """
     ranks = learner.ranks
     # What needs all ranks comes first: a rank whose disk is full must not leave the others waiting.
-    weights = gathered_weights(learner) if learner.strategy.shards_weights else None
-    state = learner.strategy.optimizer_state()
+    strategy, is_sharded = learner.strategy, learner.strategy.shards_weights
+    weights = gathered_weights(learner.model, strategy, ranks.is_main) if is_sharded else None
+    state = strategy.optimizer_state()
 
     def write(partial: Path) -> None:
         part = partial / optimizer_file(ranks.rank, ranks.world_size)
@@ -112,7 +110,8 @@ def save_final(folder: Path, learner: Learner) -> Path:
     Raises:
         RunError: the disk refused; checkpoints are as they were.
     """
-    weights = gathered_final(learner) if learner.strategy.shards_weights else None
+    strategy, is_main = learner.strategy, learner.ranks.is_main
+    weights = gathered_standalone(learner.model, strategy, is_main) if strategy.shards_weights else None
 
     def write(partial: Path) -> None:
         if learner.ranks.is_main:
@@ -120,36 +119,6 @@ def save_final(folder: Path, learner: Learner) -> Path:
 
     write_whole(folder / "final", write, learner.ranks)
     return folder / "final"
-
-
-def gathered_weights(learner: Learner) -> dict[str, torch.Tensor]:
-    """What is trained, on rank 0's CPU; one weight at a time is whole on the devices."""
-    ties = getattr(base_model(learner.model), "all_tied_weights_keys", {})
-    kept: dict[str, torch.Tensor] = {}
-    for name, tensor in learner.model.state_dict(keep_vars=True).items():
-        is_adapted = isinstance(learner.model, PeftModel) and not tensor.requires_grad
-        if name not in ties and not is_adapted:
-            _gather(learner, name, tensor.detach, kept)
-    return kept
-
-
-def gathered_final(learner: Learner) -> dict[str, torch.Tensor]:
-    """As `gathered_weights`, but the whole model without adapters: they are merged."""
-    kept: dict[str, torch.Tensor] = {}
-    tensors = standalone_tensors(learner.model)
-    ties = shared_ties(learner.model, tensors)
-    for name, get in tensors.items():
-        if not ties.get(name, False):
-            _gather(learner, name, get, kept)
-    return kept
-
-
-@torch.no_grad()
-def _gather(learner: Learner, name: str, get: Callable[[], torch.Tensor], kept: dict[str, torch.Tensor]) -> None:
-    with learner.strategy.gathered(behind(get)):
-        whole = learner.strategy.whole(get())
-        if learner.ranks.is_main:
-            kept[name] = whole.to("cpu", copy=True)
 
 
 @dataclass(frozen=True)

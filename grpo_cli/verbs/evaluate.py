@@ -13,8 +13,8 @@ from rich.table import Table
 
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import UserError
+from grpo_cli.policy.export import saved_weights
 from grpo_cli.policy.files import locate_gguf
-from grpo_cli.policy.model import saved_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.assemble import assemble
 from grpo_cli.train.guards import explained_failures

@@ -108,7 +108,7 @@ def smol_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2 as `save_pretrained` writes it."""
     if not MODEL.is_dir():
         pytest.skip("`make model` brings SmolLM2-135M-Instruct")
-    from grpo_cli.policy.model import load_policy, load_tokenizer
+    from grpo_cli.policy.load import load_policy, load_tokenizer
 
     config = ModelConfig(name=str(MODEL))
     folder = tmp_path_factory.mktemp("smol")

@@ -32,7 +32,7 @@ from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.policy import attention
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import without_dropout
-from grpo_cli.policy.output_head import OutputHead
+from grpo_cli.policy.output_head import LogitForm, OutputHead
 from tests.conftest import tiny_llama
 
 BASE: dict[str, Any] = {
@@ -201,7 +201,7 @@ def test_packs_of_any_budget_equal_plain_forwards_gradients_included(name: str, 
     expected = one_by_one(model, ragged(), entropy_gradient=entropy_gradient)
     policy = PackedModel(model)
     assert policy.shares_prompts
-    assert policy.has_plain_head
+    assert policy.logit_form is not None
     for shared_prompt, budget in ((True, 1), (True, 9), (True, 17), (True, 1000), (False, 1), (False, 1000)):
         actual = outputs(policy, ragged(), budget, shared_prompt=shared_prompt, entropy_gradient=entropy_gradient)
         assert_same(actual, expected)
@@ -246,17 +246,21 @@ def test_a_window_that_a_layer_keeps_to_itself_is_found_out(monkeypatch: pytest.
     assert not PackedModel(model).shares_prompts
 
 
+def thrice_the_logits(_: Any, arguments: Any, output: Any) -> Any:
+    output.logits = 3 * output.logits
+    return output
+
+
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_an_output_head_that_is_no_plain_matrix_gives_whole_logits(wrapped: bool) -> None:
     model = build(SHARING["llama"]())
+    if not wrapped:
+        model.register_forward_hook(thrice_the_logits)
     expected = one_by_one(model, ragged(), entropy_gradient=True)
     if wrapped:
         model = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
-    else:
-        # A head whose logits the model changes in a way of its own.
-        model.config.logit_scale = 3.0
     policy = PackedModel(model)
-    assert not policy.has_plain_head
+    assert policy.logit_form is None
     actual = outputs(policy, ragged(), 1000, shared_prompt=True, entropy_gradient=True)
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(actual[1], expected[1], rtol=1e-5, atol=2e-5)
@@ -264,17 +268,17 @@ def test_an_output_head_that_is_no_plain_matrix_gives_whole_logits(wrapped: bool
 
 def test_a_head_that_gives_other_values_than_the_model_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(SHARING["llama"]())
-    right = OutputHead.of(model)
+    right = OutputHead.of(model, LogitForm())
     assert right is not None
-    monkeypatch.setattr(OutputHead, "of", lambda _: OutputHead(right.weight, right.bias, scale=1.5))
-    assert not PackedModel(model).has_plain_head
+    monkeypatch.setattr(OutputHead, "of", lambda *_: OutputHead(right.weight, right.bias, scale=1.5))
+    assert PackedModel(model).logit_form is None
 
 
 def test_a_model_that_gives_all_logits_when_asked_for_some_is_read_rightly() -> None:
     model = build(SHARING["llama"]())
     expected = one_by_one(model, ragged())
     policy = PackedModel(model)
-    policy.has_plain_head = False
+    policy.logit_form = None
     forward = model.forward
 
     def all_logits(*, logits_to_keep: torch.Tensor, **arguments: Any) -> Any:
@@ -355,7 +359,7 @@ def test_the_self_check_is_made_without_dropout_and_leaves_the_mode_alone(traini
 def test_the_self_check_allows_for_the_rounding_of_each_precision(dtype: torch.dtype) -> None:
     policy = PackedModel(build(SHARING["llama"]()).to(dtype))
     assert policy.shares_prompts
-    assert policy.has_plain_head
+    assert policy.logit_form is not None
 
 
 def test_precision_of_a_forward_is_that_of_autocast_where_there_is_one() -> None:

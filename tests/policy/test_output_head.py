@@ -36,7 +36,8 @@ from transformers import (
 )
 
 from grpo_cli.policy import output_head
-from grpo_cli.policy.output_head import OutputHead, chosen_logprobs
+from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.policy.output_head import LogitForm, OutputHead, chosen_logprobs
 from tests.conftest import tiny_llama
 
 TOKENS, WORDS, WIDTH = 7, 11, 5
@@ -434,11 +435,19 @@ def logits_of(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
     return logprobs.view(len(hidden), count)
 
 
+def head_of(model: Any) -> OutputHead:
+    """The head in the form that the self-check finds."""
+    form = PackedModel(model).logit_form
+    assert form is not None
+    head = OutputHead.of(model, form)
+    assert head is not None
+    return head
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_head_of_a_model_gives_the_models_own_distribution(name: str) -> None:
     model = build(name)
-    head = OutputHead.of(model)
-    assert head is not None
+    head = head_of(model)
     assert (head.bias is not None) == (name == "phi")
     ids = words(6, 97)[None]
     with torch.no_grad():
@@ -463,13 +472,13 @@ def test_a_setting_that_the_model_around_the_text_model_ignores_is_ignored() -> 
     with torch.no_grad():
         hidden = model.model(input_ids=ids).last_hidden_state[0]
         expected = model(input_ids=ids).logits[0].log_softmax(-1)
-        torch.testing.assert_close(logits_of(OutputHead.of(model), hidden), expected, rtol=1e-5, atol=2e-5)
+        torch.testing.assert_close(logits_of(head_of(model), hidden), expected, rtol=1e-5, atol=2e-5)
 
 
 def test_lora_on_the_layers_leaves_the_head_and_lora_on_the_head_has_none() -> None:
     model = tiny_llama()
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    head = OutputHead.of(adapted)
+    head = OutputHead.of(adapted, LogitForm())
     assert head is not None
     assert head.weight is model.lm_head.weight
     assert not head.weight.requires_grad
@@ -477,7 +486,10 @@ def test_lora_on_the_layers_leaves_the_head_and_lora_on_the_head_has_none() -> N
         {"target_modules": ["lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     ):
-        assert OutputHead.of(get_peft_model(tiny_llama(), LoraConfig(**changes, task_type="CAUSAL_LM"))) is None
+        assert (
+            OutputHead.of(get_peft_model(tiny_llama(), LoraConfig(**changes, task_type="CAUSAL_LM")), LogitForm())
+            is None
+        )
 
 
 def test_a_head_that_is_no_plain_linear_layer_over_the_vocabulary_is_none() -> None:
@@ -486,7 +498,7 @@ def test_a_head_that_is_no_plain_linear_layer_over_the_vocabulary_is_none() -> N
 
     model = tiny_llama()
     model.lm_head = Quantised(32, 260, bias=False)
-    assert OutputHead.of(model) is None
+    assert OutputHead.of(model, LogitForm()) is None
     model = tiny_llama()
     model.config.unpadded_vocab_size = 257
-    assert OutputHead.of(model) is None
+    assert OutputHead.of(model, LogitForm()) is None

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from grpo_cli.algorithm.packing import Group, Pack, pack_groups
+from grpo_cli.policy.load import load_policy, read_whole
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import load_policy, read_whole
 from grpo_cli.policy.reference import Reference, reference_model
 from grpo_cli.recipe.schema import ModelConfig
 from tests.conftest import tiny_llama
-from tests.policy.test_model import train_a_little
+from tests.policy.test_export import train_a_little
 
 
 def pack() -> Pack:

@@ -12,6 +12,7 @@ from grpo_cli.algorithm.packing import pack_groups
 from grpo_cli.policy import attention, self_check
 from grpo_cli.policy.attention import LayerInputs, RowLayout
 from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.policy.output_head import LogitForm
 from grpo_cli.policy.self_check import self_check_groups, why_not_shared
 from tests.policy.test_logprobs import GPT2, HEADS, build
 
@@ -41,9 +42,11 @@ def test_every_seed_of_tokens_passes_however_noisy_bfloat16_is(name: str, weight
     model = noisy(name).to(weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
         policy = PackedModel(model)
-        assert policy.has_plain_head
+        assert policy.logit_form is not None
         assert [why_not_shared(policy, seed) for seed in range(8)] == [None] * 8
-        assert all(self_check.has_plain_head(policy, seed) for seed in range(8))
+        for seed in range(8):
+            self_check.find_logit_form(policy, seed)
+            assert policy.logit_form == LogitForm()
         assert max(noise(policy, seed) for seed in range(8)) > 0.15, "the noise is there"
 
 
@@ -74,7 +77,7 @@ def test_no_number_fails_every_check() -> None:
     model.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
     policy = PackedModel(model)
     assert policy.why_not_shared is not None
-    assert not policy.has_plain_head
+    assert policy.logit_form is None
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,16 @@ def test_a_kernel_whose_values_are_not_finite_is_found_out(monkeypatch: pytest.M
         PackedModel(build(LlamaConfig(**HEADS))).why_not_shared
         == "its log-probabilities are not finite in float32"
     )
+
+
+def test_a_kernel_whose_gradients_are_not_finite_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = RowLayout.attend
+    # The root of 0 is 0, and its derivative infinite.
+    monkeypatch.setattr(
+        RowLayout, "attend", lambda layout, inputs: right(layout, inputs) + (0 * inputs.query.abs()).sqrt()
+    )
+    reason = PackedModel(build(LlamaConfig(**HEADS))).why_not_shared
+    assert reason == "the gradients of a shared-prompt row are not finite"
 
 
 def test_a_model_told_to_take_plain_rows_has_sdpa_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 import torch
 
 from grpo_cli.errors import UserError
-from grpo_cli.policy.model import base_model, load_policy, merged_state_dict
+from grpo_cli.policy.load import load_policy
+from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import LoraConfig, ModelConfig
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from tests.conftest import tiny_llama
@@ -25,6 +27,12 @@ def with_lora(model: Any, **settings: Any) -> Any:
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return policy
+
+
+def merged(policy: Any) -> dict[str, torch.Tensor]:
+    """The state dict of the model that PEFT itself makes of the base model and its adapters."""
+    state: dict[str, torch.Tensor] = copy.deepcopy(policy).merge_and_unload().state_dict()
+    return state
 
 
 def names(weights: PolicyWeights) -> list[str]:
@@ -66,7 +74,7 @@ def test_the_weights_are_those_of_now_and_not_of_when_it_was_made(lora: bool) ->
     changed = {name for name in before if not torch.equal(before[name], weights.tensor(name))}
     assert len(changed) == (len({name.split(".lora_")[0] for name in trained}) if lora else len(before))
     assert changed
-    assert_gives(weights, merged_state_dict(model) if lora else model.state_dict())
+    assert_gives(weights, merged(model) if lora else model.state_dict())
 
 
 class Parted:
@@ -100,7 +108,7 @@ def test_others_are_told_first_and_what_is_needed_is_gathered_only_as_long_as_it
     names = ["model.norm.weight", "model.layers.1.self_attn.q_proj.weight"]
     with weights.gathered(names) as tensor:
         given = {name: tensor(name) for name in names}
-    expected = merged_state_dict(model) if lora else model.state_dict()
+    expected = merged(model) if lora else model.state_dict()
     assert all(torch.equal(given[name], 2 * expected[name]) for name in names)
     inner = base_model(model).model
     behind = [inner.norm.weight, *inner.layers[1].self_attn.q_proj.parameters()]
@@ -134,7 +142,7 @@ def test_adapters_are_merged_and_the_base_model_is_left_as_it_is(settings: dict[
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     weights = PolicyWeights(policy)
     assert set(names(weights)) == plain
-    assert_gives(weights, merged_state_dict(policy))
+    assert_gives(weights, merged(policy))
     own = tiny_llama(attention_bias=True).state_dict()
     assert not torch.equal(
         weights.tensor("model.layers.0.self_attn.q_proj.weight"), own["model.layers.0.self_attn.q_proj.weight"]
@@ -155,7 +163,7 @@ def test_what_is_given_computes_what_the_policy_computes() -> None:
 
 def test_adapters_elsewhere_leave_tied_weights_tied() -> None:
     policy = with_lora(tiny_llama(tie_word_embeddings=True))
-    expected = merged_state_dict(policy)
+    expected = merged(policy)
     del expected["lm_head.weight"]
     assert_gives(PolicyWeights(policy), expected)
 

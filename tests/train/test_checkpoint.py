@@ -20,7 +20,7 @@ import yaml
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.replicated import Replicated
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.policy.model import load_policy
+from grpo_cli.policy.load import load_policy
 from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import ModelConfig, OptimConfig, Recipe
 from grpo_cli.train import whole_files

@@ -99,7 +99,9 @@ def test_a_pack_goes_forward_and_backward_without_a_word_to_the_host(
     # With padded rows transformers itself asks, once in each pass, whether anything is padded.
     monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
     policy, config = PackedModel(tiny_llama()), LossConfig(**LOSSES[name])
-    policy.has_plain_head = has_plain_head
+    assert policy.logit_form is not None
+    if not has_plain_head:
+        policy.logit_form = None
     (pack,) = pack_groups(groups(), 100, shared_prompt=shared_prompt)
     means = MetricMeans()
     with NoWaiting():

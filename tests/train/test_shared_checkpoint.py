@@ -14,7 +14,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.base import part_of_state
 from grpo_cli.distributed.strategies.replicated import Replicated
 from grpo_cli.errors import RunError
-from grpo_cli.policy.model import load_policy
+from grpo_cli.policy.load import load_policy
 from grpo_cli.recipe.schema import ModelConfig
 from grpo_cli.train.checkpoint import optimizer_file, save_final
 from tests.conftest import tiny_llama

@@ -16,7 +16,8 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import fsdp, make_strategy
 from grpo_cli.distributed.strategies.handing_on import _layout, is_empty
 from grpo_cli.errors import UserError
-from grpo_cli.policy.model import base_model, load_policy
+from grpo_cli.policy.load import load_policy
+from grpo_cli.policy.model import base_model
 from grpo_cli.policy.reference import reference_model
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.optim import build_optimizer

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from grpo_cli.policy.model import load_tokenizer
+from grpo_cli.policy.load import load_tokenizer
 from grpo_cli.recipe.schema import ModelConfig
 from grpo_cli.rollout.embedded.stop_strings import StopStrings
 from tests.conftest import byte_tokenizer
