@@ -36,8 +36,8 @@ def serve() -> None:
 
     from grpo_cli.recipe.schema import GenerationConfig, ServerConfig
     from grpo_cli.rollout.policy_weights import PolicyWeights
-    from grpo_cli.rollout.server.client import VllmClient
-    from grpo_cli.rollout.server.connection import RolloutServer
+    from grpo_cli.rollout.server.engine import ServerEngine
+    from grpo_cli.rollout.server.connection import ServerConnection
     from grpo_cli.rollout.server.spawned_server import SpawnedServer
 
     channel = Channel()
@@ -48,11 +48,11 @@ def serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         spawned = SpawnedServer(model, tokenizer, config, options["vllm"], Path(folder, "server.log"))
         spawned.ensure_running()
-        server = RolloutServer(spawned.url, spawned.key, config.timeout_s)
+        server = ServerConnection(spawned.url, spawned.key, config.timeout_s)
         calls: list[str] = []
         server._http.event_hooks = {"request": [lambda request: calls.append(request.url.path)]}
         weights = PolicyWeights(model)
-        client = VllmClient([server], weights, tokenizer, GenerationConfig(), set(), spawned=spawned)
+        client = ServerEngine([server], weights, tokenizer, GenerationConfig(), set(), spawned=spawned)
         try:
             version, size = 0, client.update_weights(0)
             source = torch.ones(size, dtype=torch.uint8)

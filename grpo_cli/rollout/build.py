@@ -14,12 +14,12 @@ from grpo_cli.distributed.strategies import Strategy
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.rollout.embedded.engine import TransformersEngine, eos_token_ids
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.client import VllmClient
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.engine import ServerEngine
+from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
 from grpo_cli.serve.lock import read_key
 
@@ -40,7 +40,7 @@ def build_engine(
     """
     generation = recipe.generation
     if generation.engine == "transformers":
-        own = TransformersEngine(policy, tokenizer, generation, autocast, note)
+        own = EmbeddedEngine(policy, tokenizer, generation, autocast, note)
         is_alone = ranks.world_size == 1 and not strategy.shards_weights
         return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
     weights = PolicyWeights(policy.model, strategy, ranks.device)
@@ -53,7 +53,7 @@ def build_engine(
         from grpo_cli.rollout.vllm.engine import VllmEngine
 
         return VllmEngine(policy.model, weights, tokenizer, generation, eos)
-    made: list[VllmClient] = []
+    made: list[ServerEngine] = []
     ranks.led(lambda: made.append(_client(recipe, policy, tokenizer, weights, eos, note)))
     return made[0] if ranks.world_size == 1 else LedEngine(made[0] if made else None, ranks, weights)
 
@@ -65,7 +65,7 @@ def _client(
     weights: PolicyWeights,
     eos: set[int],
     note: Callable[[str], None],
-) -> VllmClient:
+) -> ServerEngine:
     generation, server = recipe.generation, recipe.generation.server
     assert server is not None
     spawned, key = None, None
@@ -83,5 +83,5 @@ def _client(
         except UserError as error:
             raise UserError(f"generation.server.api_key_file: {error}") from error
     urls = [spawned.url] if spawned is not None else server.urls
-    servers = [RolloutServer(url, key, server.timeout_s) for url in urls]
-    return VllmClient(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)
+    servers = [ServerConnection(url, key, server.timeout_s) for url in urls]
+    return ServerEngine(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)

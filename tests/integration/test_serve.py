@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerConnection, ServerAway, WrongWeights
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import (
     BEGIN_WEIGHTS,
@@ -90,7 +90,7 @@ def weights_of(request: pytest.FixtureRequest, version: int = 1) -> Weights:
     return Weights(run=request.node.name[:60], version=version)
 
 
-def assert_recovers(client: RolloutServer, model: Any, weights: Weights) -> None:
+def assert_recovers(client: ServerConnection, model: Any, weights: Weights) -> None:
     """A whole set makes the server generate from it, and from nothing else."""
     client.send_weights(weights, PolicyWeights(model))
     assert client.info().refusing is None
@@ -248,7 +248,7 @@ def test_the_end_of_a_completion_is_the_requests_business(server: Serve) -> None
 # Weights
 
 
-def count_calls(client: RolloutServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def count_calls(client: ServerConnection, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     send = client._http.request
 
@@ -302,7 +302,7 @@ def test_begin_without_commit_refuses_until_a_whole_set_comes(
 
 
 def send_set(
-    client: RolloutServer, weights: Weights, policy: PolicyWeights, leave_out: str = "", digest: str | None = None
+    client: ServerConnection, weights: Weights, policy: PolicyWeights, leave_out: str = "", digest: str | None = None
 ) -> Committed:
     """As `send_weights` through memory, with something wrong."""
     specs = [spec for spec in policy.specs("float32") if spec.name != leave_out]
@@ -357,7 +357,7 @@ import os, signal, sys
 from transformers import AutoModelForCausalLM
 from grpo_cli.rollout.server import connection
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Weights
 
@@ -374,7 +374,7 @@ def dying(group, flat):
 wire.broadcast = dying
 connection.shares_memory = lambda info: False
 policy = PolicyWeights(AutoModelForCausalLM.from_pretrained(model))
-RolloutServer(url, open(key_file).read().strip(), 60).send_weights(Weights(run="dying", version=1), policy)
+ServerConnection(url, open(key_file).read().strip(), 60).send_weights(Weights(run="dying", version=1), policy)
 """
 
 

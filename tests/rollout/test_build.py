@@ -15,8 +15,8 @@ from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout import build as build_module
 from grpo_cli.rollout.build import build_engine
-from grpo_cli.rollout.embedded.engine import TransformersEngine
-from grpo_cli.rollout.server.client import VllmClient
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
+from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.vllm import engine as vllm_engine
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -41,13 +41,13 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
     return make
 
 
-def headers_of(engine: VllmClient) -> list[str | None]:
+def headers_of(engine: ServerEngine) -> list[str | None]:
     return [server._http.headers.get("Authorization") for server in engine.servers]
 
 
 def test_by_default_the_policy_itself_generates(build: Any) -> None:
     engine, notes = build()
-    assert isinstance(engine, TransformersEngine)
+    assert isinstance(engine, EmbeddedEngine)
     assert notes == []
 
 
@@ -69,7 +69,7 @@ def test_vllm_in_this_process(build: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_servers_that_run_already(build: Any) -> None:
     engine, notes = build(engine="vllm_server", server={"urls": ["10.0.0.5", "https://node1:444"], "timeout_s": 7})
-    assert isinstance(engine, VllmClient)
+    assert isinstance(engine, ServerEngine)
     assert [server.url for server in engine.servers] == ["http://10.0.0.5:8000", "https://node1:444"]
     assert {server.timeout_s for server in engine.servers} == {7}
     assert headers_of(engine) == [None, None]
@@ -122,7 +122,7 @@ def test_a_server_of_one_s_own_is_started_and_told_of(build: Any, monkeypatch: p
 
     monkeypatch.setattr(build_module, "SpawnedServer", Spawned)
     engine, notes = build(engine="vllm_server", server={"spawn": True}, vllm={"max_model_len": 64})
-    assert isinstance(engine, VllmClient)
+    assert isinstance(engine, ServerEngine)
     assert [server.url for server in engine.servers] == ["http://127.0.0.1:8123"]
     assert headers_of(engine) == [f"Bearer {KEY}"]
     assert started == [engine.spawned]

@@ -14,7 +14,7 @@ import torch
 import grpo_cli
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.errors import RunError
-from grpo_cli.rollout.embedded.engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.train import loop, update
 from grpo_cli.train.collect import MAX_RESAMPLE_ROUNDS
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -67,14 +67,14 @@ class Forwards(grpo_cli.Callback):
 
 @pytest.fixture(autouse=True)
 def generation_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = TransformersEngine.generate
+    generate = EmbeddedEngine.generate
 
     def generating(*arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(Forwards, "is_generating", True)
             return generate(*arguments, **options)
 
-    monkeypatch.setattr(TransformersEngine, "generate", generating)
+    monkeypatch.setattr(EmbeddedEngine, "generate", generating)
 
 
 def trained(recipe: dict[str, Any], name: str, **changes: Any) -> tuple[Any, Forwards]:

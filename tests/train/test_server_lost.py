@@ -15,7 +15,7 @@ from rich.console import Console
 import grpo_cli
 from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.rollout.build import build_engine
-from grpo_cli.rollout.embedded.engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.train import run as run_module
 from grpo_cli.train.api import SHOWCASE_STREAM
 from grpo_cli.train.checkpoint import list_checkpoints, read_position
@@ -34,7 +34,7 @@ class Engine:
     `is_lost` is given "update_weights" or "generate", the new version or the stream, and the version before.
     """
 
-    def __init__(self, inner: TransformersEngine) -> None:
+    def __init__(self, inner: EmbeddedEngine) -> None:
         self.inner = inner
         self.is_lost: IsLost = lambda call, what, version: False
         self.version = -1
@@ -76,7 +76,7 @@ class Engines:
 
     def build(self, *args: Any, **kwargs: Any) -> Engine:
         inner = build_engine(*args, **kwargs)
-        assert isinstance(inner, TransformersEngine)
+        assert isinstance(inner, EmbeddedEngine)
         engine = Engine(inner)
         if self.losses:
             engine.is_lost = self.losses.pop(0)

@@ -19,7 +19,7 @@ from grpo_cli.rollout.embedded.stop_strings import StopStrings
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded
 
 
-class TransformersEngine:
+class EmbeddedEngine:
     """Samples from a transformers causal language model with its own decoding loop.
 
     A prompt is computed once and its keys and values are read by its whole group; a row leaves as soon as it is

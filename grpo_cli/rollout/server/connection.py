@@ -61,7 +61,7 @@ class WrongWeights(Exception):
     """The server has other weights than the ones that are wanted, or none that are whole."""
 
 
-class RolloutServer:
+class ServerConnection:
     """Speaks to one server.
 
     Args:

@@ -15,7 +15,7 @@ from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerConnection, ServerAway, WrongWeights
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
 from grpo_cli.rollout.vllm_requests import completion, generate_request
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
@@ -24,7 +24,7 @@ MAX_ATTEMPTS = 5
 """A prompt, or a set of weights, that fails this often is not the fault of a moment."""
 
 
-class VllmClient:
+class ServerEngine:
     """Generates on servers, which all have the weights of the same version.
 
     Args:
@@ -39,7 +39,7 @@ class VllmClient:
 
     def __init__(
         self,
-        servers: Sequence[RolloutServer],
+        servers: Sequence[ServerConnection],
         policy: PolicyWeights,
         tokenizer: Any,
         config: GenerationConfig,
@@ -73,10 +73,10 @@ class VllmClient:
             _daemon(partial(self._update_one, server, moved))
         return sum(_result(moved.get()) for _ in self.servers)
 
-    def _update_one(self, server: RolloutServer, moved: queue.SimpleQueue[Any]) -> None:
+    def _update_one(self, server: ServerConnection, moved: queue.SimpleQueue[Any]) -> None:
         moved.put(_outcome(self._bring_up_to_date, server))
 
-    def _bring_up_to_date(self, server: RolloutServer) -> int:
+    def _bring_up_to_date(self, server: ServerConnection) -> int:
         """Wait for a server if need be, and send the weights unless it has them; return the bytes moved."""
         assert self.weights is not None
         with server.lock:
@@ -93,7 +93,7 @@ class VllmClient:
                     reason = error
             raise RunError(f"the weights could not be sent in {MAX_ATTEMPTS} attempts: {reason}")
 
-    def _wait(self, server: RolloutServer) -> ServerInfo:
+    def _wait(self, server: ServerConnection) -> ServerInfo:
         is_known = server.url in self._infos
         own = self.spawned
         if own is not None:
@@ -157,7 +157,7 @@ class VllmClient:
             for _ in range(min(room, share)):
                 _daemon(partial(self._take_work, server, work))
 
-    def _take_work(self, server: RolloutServer, work: _Work) -> None:
+    def _take_work(self, server: ServerConnection, work: _Work) -> None:
         while not work.stopped.is_set():
             try:
                 index = work.waiting.get_nowait()
@@ -168,7 +168,7 @@ class VllmClient:
             if isinstance(outcome, Exception):
                 return
 
-    def _generate(self, server: RolloutServer, request: GenerateRequest) -> GenerateResponse:
+    def _generate(self, server: ServerConnection, request: GenerateRequest) -> GenerateResponse:
         reason: Exception | None = None
         for _ in range(MAX_ATTEMPTS):
             try:

@@ -14,8 +14,8 @@ import pytest
 from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion
-from grpo_cli.rollout.server.client import MAX_ATTEMPTS, VllmClient
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.engine import MAX_ATTEMPTS, ServerEngine
+from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.rollout.vllm_requests import generate_request
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
@@ -58,13 +58,13 @@ def notes() -> list[str]:
 
 
 @pytest.fixture
-def connect(policy: FakePolicy, notes: list[str]) -> Iterator[Callable[..., VllmClient]]:
-    clients: list[VllmClient] = []
+def connect(policy: FakePolicy, notes: list[str]) -> Iterator[Callable[..., ServerEngine]]:
+    clients: list[ServerEngine] = []
 
-    def make(*fakes: FakeServer, timeout_s: float = PATIENCE_S, config: GenerationConfig = CONFIG) -> VllmClient:
-        servers = [RolloutServer(fake.url, None, timeout_s) for fake in fakes]
+    def make(*fakes: FakeServer, timeout_s: float = PATIENCE_S, config: GenerationConfig = CONFIG) -> ServerEngine:
+        servers = [ServerConnection(fake.url, None, timeout_s) for fake in fakes]
         tokenizer = byte_tokenizer()
-        client: Any = VllmClient(servers, policy, tokenizer, config, {256}, note=notes.append)  # type: ignore[arg-type]
+        client: Any = ServerEngine(servers, policy, tokenizer, config, {256}, note=notes.append)  # type: ignore[arg-type]
         clients.append(client)
         return clients[-1]
 
@@ -73,13 +73,13 @@ def connect(policy: FakePolicy, notes: list[str]) -> Iterator[Callable[..., Vllm
         client.close()
 
 
-def update(client: VllmClient, version: int) -> int:
+def update(client: ServerEngine, version: int) -> int:
     """As a training step does: the policy moves on, and its weights are sent."""
     client.policy.set(version)  # type: ignore[attr-defined]
     return client.update_weights(version)
 
 
-def generate(client: VllmClient, count: int = 12, **kwargs: Any) -> list[list[Completion]]:
+def generate(client: ServerEngine, count: int = 12, **kwargs: Any) -> list[list[Completion]]:
     return client.generate(PROMPTS[:count], KEYS[:count], SIZE, **kwargs)
 
 
@@ -485,8 +485,8 @@ def test_a_server_of_one_s_own_is_started_again_and_stopped(
 ) -> None:
     fake.die()
     spawned = Spawned(fake)
-    client = VllmClient(
-        [RolloutServer(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256},
+    client = ServerEngine(
+        [ServerConnection(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256},
         spawned=spawned, note=notes.append,
     )  # type: ignore[arg-type]  # fmt: skip
     update(client, 3)
@@ -506,8 +506,8 @@ def test_a_server_of_one_s_own_that_ends_again_and_again_is_lost(
     fake: FakeServer, policy: FakePolicy, call: Any
 ) -> None:
     spawned = Spawned(fake)
-    client = VllmClient(
-        [RolloutServer(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256}, spawned=spawned
+    client = ServerEngine(
+        [ServerConnection(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256}, spawned=spawned
     )  # type: ignore[arg-type]
     update(client, 0)
     fake.die()
@@ -530,8 +530,8 @@ def test_a_server_of_one_s_own_that_ended_is_not_waited_for(fake: FakeServer, po
 
     spawned.ensure_running = lambda: None  # type: ignore[method-assign]
     spawned.check = ended  # type: ignore[method-assign]
-    client = VllmClient(
-        [RolloutServer(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256}, spawned=spawned
+    client = ServerEngine(
+        [ServerConnection(fake.url, None, PATIENCE_S)], policy, byte_tokenizer(), CONFIG, {256}, spawned=spawned
     )  # type: ignore[arg-type]
     with pytest.raises(RunError, match="ended with code 1"):
         update(client, 0)
