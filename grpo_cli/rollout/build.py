@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,31 @@ from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.server.connection import ServerConnection
+from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
 from grpo_cli.serve.lock import read_key
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made from; see `build_engine`."""
+
+    recipe: Recipe
+    policy: PackedModel
+    tokenizer: Any
+    autocast: Callable[[], AbstractContextManager[Any]]
+    note: Callable[[str], None]
+    ranks: Ranks
+    strategy: Strategy
+
+    def weights(self) -> PolicyWeights:
+        """The policy's, for an engine that must be given them."""
+        return PolicyWeights(self.policy.model, self.strategy, self.ranks.device)
+
+    def eos_token_ids(self) -> set[int]:
+        """Tokens that end a completion."""
+        return eos_token_ids(self.policy.model, self.tokenizer)
 
 
 def build_engine(
@@ -35,53 +57,74 @@ def build_engine(
 ) -> RolloutEngine:
     """Make the engine that `generation.engine` names, for all ranks together.
 
+    Args:
+        recipe: of the run.
+        policy: what generates, or whose weights are given to what generates.
+        tokenizer: decodes completions.
+        autocast: context manager factory for the precision of the policy's forward passes.
+        note: told what the user should know.
+        ranks: all of them.
+        strategy: how the policy's weights are spread over them.
+
     Raises:
         UserError: it cannot be used with this model or on this machine.
     """
-    generation = recipe.generation
-    if generation.engine == "transformers":
-        own = EmbeddedEngine(policy, tokenizer, generation, autocast, note)
-        is_alone = ranks.world_size == 1 and not strategy.shards_weights
-        return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
-    weights = PolicyWeights(policy.model, strategy, ranks.device)
-    eos = eos_token_ids(policy.model, tokenizer)
-    if generation.engine == "vllm" and ranks.world_size > 1:
-        raise UserError(
-            f"generation.engine: vllm is for one process, and {ranks.world_size} train; write vllm_server"
-        )
-    if generation.engine == "vllm":
-        from grpo_cli.rollout.vllm.engine import VllmEngine
+    make = ENGINES[recipe.generation.engine]
+    return make(Parts(recipe, policy, tokenizer, autocast, note, ranks, strategy))
 
-        return VllmEngine(policy.model, weights, tokenizer, generation, eos)
+
+def _embedded(parts: Parts) -> RolloutEngine:
+    ranks, strategy = parts.ranks, parts.strategy
+    own = EmbeddedEngine(parts.policy, parts.tokenizer, parts.recipe.generation, parts.autocast, parts.note)
+    is_alone = ranks.world_size == 1 and not strategy.shards_weights
+    return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
+
+
+def _vllm(parts: Parts) -> RolloutEngine:
+    from grpo_cli.rollout.vllm.engine import VllmEngine
+
+    count = parts.ranks.world_size
+    if count > 1:
+        raise UserError(f"generation.engine: vllm is for one process, and {count} train; write vllm_server")
+    generation, eos = parts.recipe.generation, parts.eos_token_ids()
+    return VllmEngine(parts.policy.model, parts.weights(), parts.tokenizer, generation, eos)
+
+
+def _over_servers(parts: Parts) -> RolloutEngine:
+    ranks, weights = parts.ranks, parts.weights()
     made: list[ServerEngine] = []
-    ranks.led(lambda: made.append(_client(recipe, policy, tokenizer, weights, eos, note)))
+    ranks.led(lambda: made.append(_connected(parts, weights)))
     return made[0] if ranks.world_size == 1 else LedEngine(made[0] if made else None, ranks, weights)
 
 
-def _client(
-    recipe: Recipe,
-    policy: PackedModel,
-    tokenizer: Any,
-    weights: PolicyWeights,
-    eos: set[int],
-    note: Callable[[str], None],
-) -> ServerEngine:
-    generation, server = recipe.generation, recipe.generation.server
+def _connected(parts: Parts, weights: PolicyWeights) -> ServerEngine:
+    """The engine of rank 0, with the server that it starts if it is to start one."""
+    generation, server = parts.recipe.generation, parts.recipe.generation.server
     assert server is not None
-    spawned, key = None, None
+    spawned, key, urls = None, None, server.urls
     if server.spawn:
-        log = Path(recipe.train.output_dir).expanduser() / "server.log"
-        note(f"starting a rollout server; its log is {log}")
+        log = Path(parts.recipe.train.output_dir).expanduser() / "server.log"
+        parts.note(f"starting a rollout server; its log is {log}")
         local = placement(os.environ).local_world_size
         training = range(local) if local > 1 else [weights.device.index or 0]
-        spawned = SpawnedServer(policy.model, tokenizer, server, generation.vllm, log, training=training)
+        spawned = SpawnedServer(
+            parts.policy.model, parts.tokenizer, server, generation.vllm, log, training=training
+        )
         spawned.ensure_running()
-        key = spawned.key
+        key, urls = spawned.key, [spawned.url]
     elif server.api_key_file is not None:
         try:
             key = read_key(Path(server.api_key_file).expanduser())
         except UserError as error:
             raise UserError(f"generation.server.api_key_file: {error}") from error
-    urls = [spawned.url] if spawned is not None else server.urls
     servers = [ServerConnection(url, key, server.timeout_s) for url in urls]
-    return ServerEngine(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)
+    eos = parts.eos_token_ids()
+    return ServerEngine(servers, weights, parts.tokenizer, generation, eos, spawned=spawned, note=parts.note)
+
+
+ENGINES: dict[str, Callable[[Parts], RolloutEngine]] = {
+    "transformers": _embedded,
+    "vllm": _vllm,
+    "vllm_server": _over_servers,
+}
+"""What makes the engine of each name that `generation.engine` may have."""

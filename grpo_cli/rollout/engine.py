@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from grpo_cli.errors import UserError
+
 SampleKey = tuple[int, ...]
 """Names a stream of random numbers, such as (seed, stream, step, prompt): each completion adds its own index."""
 
@@ -84,6 +86,25 @@ def decoded(tokenizer: Any, token_ids: Sequence[int], stop: Sequence[str]) -> st
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
     ends = [text.find(string) for string in stop if string in text]
     return text[: min(ends)] if ends else text
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], most: int, limit: int, what_to_do: str) -> None:
+    """Refuse prompts that leave no room for a completion of `most` tokens.
+
+    Args:
+        prompts: token ids of each.
+        most: `max_completion_tokens`.
+        limit: tokens that a prompt and its completion may have together.
+        what_to_do: the rest of the message, which names the limit.
+
+    Raises:
+        UserError: the longest prompt and such a completion exceed `limit`.
+    """
+    longest = max(map(len, prompts), default=0)
+    if longest + most > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and generation.max_completion_tokens ({most}) exceed {what_to_do}"
+        )
 
 
 def sample_uniforms(key: SampleKey, sample: int, length: int) -> np.ndarray:

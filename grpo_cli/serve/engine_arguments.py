@@ -1,4 +1,4 @@
-"""vLLM's engine arguments: those that a CPU build needs, and how they are written on a command line. No torch."""
+"""vLLM's engine arguments: those that training or a CPU build needs, and how a command line has them. No torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from typing import Any
 
 from grpo_cli.errors import UserError
 from grpo_cli.serve.environment import is_cpu_build
+
+HOW_TO_INSTALL = "pip install 'grpo-cli[vllm]' on a machine with a GPU, make vllm without one"
+
+REQUIRED = {
+    "worker_extension_cls": "grpo_cli.serve.worker.WeightReceiver",
+    "weight_transfer_config": {"backend": "grpo"},
+    "logprobs_mode": "processed_logprobs",
+}
+"""What training depends on, whatever else vLLM is told."""
+
+SHARED_GPU_MEMORY = 0.3
+"""Share of a GPU's memory that vLLM takes where the policy trains on the same one."""
 
 CPU_DEFAULTS = {
     "dtype": "float32",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.files import locate_gguf
 from grpo_cli.policy.model import saved_weights
 from grpo_cli.recipe.schema import ModelConfig, Recipe
@@ -94,10 +94,9 @@ def _load_adapter(run: Run, folder: Path) -> None:
     try:
         run.model.load_state_dict(saved_weights(run.model, folder), strict=False)
     except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
-        reason = " ".join(str(error).split())[:500]
         raise UserError(
             f"--model {folder}: the adapter cannot be loaded into {run.recipe.model.name} with this model.lora\n"
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
 
 

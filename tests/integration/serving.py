@@ -40,6 +40,7 @@ class Serve:
     def __init__(
         self, model: Path, *options: str, environment: dict[str, str] | None = None, locked: bool = True
     ) -> None:
+        self.model = model
         # Sockets live in it, whose paths may have 107 characters: too few for pytest's folders.
         self.folder = Path(tempfile.mkdtemp(prefix="serve-"))
         self.key_file = self.folder / "key"
@@ -135,7 +136,14 @@ def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
 
 
 def generate(server: ServerConnection, weights: Weights | None = None, **changes: Any) -> GenerateResponse:
-    settings = {"token_ids": PROMPT, "n": 4, "max_tokens": 16, "seed": 7, "temperature": 0.7, "weights": weights}
+    settings = {
+        "token_ids": PROMPT,
+        "n": 4,
+        "max_completion_tokens": 16,
+        "seed": 7,
+        "temperature": 0.7,
+        "weights": weights,
+    }
     return server.generate(GenerateRequest(**(settings | changes)))
 
 

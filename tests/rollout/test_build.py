@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,9 +12,9 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.replicated import Replicated
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.schema import GenerationConfig, Recipe
 from grpo_cli.rollout import build as build_module
-from grpo_cli.rollout.build import build_engine
+from grpo_cli.rollout.build import ENGINES, build_engine
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.vllm import engine as vllm_engine
@@ -43,6 +43,10 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
 
 def headers_of(engine: ServerEngine) -> list[str | None]:
     return [server._http.headers.get("Authorization") for server in engine.servers]
+
+
+def test_every_engine_of_the_recipe_can_be_made() -> None:
+    assert set(ENGINES) == set(get_args(GenerationConfig.model_fields["engine"].annotation))
 
 
 def test_by_default_the_policy_itself_generates(build: Any) -> None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
-from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.errors import RunError, ServerLost, ServerNeverReached
+from grpo_cli.recipe.sampling import Sampling
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import ServerConnection, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
-from grpo_cli.rollout.vllm_requests import completion, generate_request
+from grpo_cli.rollout.with_vllm import completion, seed_of
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
 
 MAX_ATTEMPTS = 5
@@ -31,7 +31,7 @@ class ServerEngine:
         servers: at least one.
         policy: what the servers are given.
         tokenizer: decodes completions.
-        config: the recipe's `generation` section.
+        sampling: how tokens are drawn and where a completion ends.
         eos_token_ids: tokens that end a completion.
         spawned: the server that this engine starts and stops, if it is its own.
         note: told what the user should know while waiting.
@@ -42,7 +42,7 @@ class ServerEngine:
         servers: Sequence[ServerConnection],
         policy: PolicyWeights,
         tokenizer: Any,
-        config: GenerationConfig,
+        sampling: Sampling,
         eos_token_ids: set[int],
         *,
         spawned: SpawnedServer | None = None,
@@ -51,7 +51,7 @@ class ServerEngine:
         self.servers = list(servers)
         self.policy = policy
         self.tokenizer = tokenizer
-        self.config = config
+        self.sampling = sampling
         self.eos_token_ids = eos_token_ids
         self.spawned = spawned
         self.note = note
@@ -132,7 +132,7 @@ class ServerEngine:
         assert self.weights is not None, "update_weights comes before generate"
         self._check_lengths(prompts)
         requests = [
-            generate_request(self.config, self.eos_token_ids, prompt, key, num_generations, self.weights)
+            generate_request(self.sampling, self.eos_token_ids, prompt, key, num_generations, self.weights)
             for prompt, key in zip(prompts, keys, strict=True)
         ]
         work = _Work(requests)
@@ -142,7 +142,7 @@ class ServerEngine:
             for _ in requests:
                 index, outcome = work.outcomes.get()
                 _result(outcome)
-                groups[index] = [completion(part, self.config, self.tokenizer) for part in outcome.completions]
+                groups[index] = [completion(part, self.sampling, self.tokenizer) for part in outcome.completions]
                 if on_group is not None:
                     on_group(index, groups[index])
         finally:
@@ -183,15 +183,13 @@ class ServerEngine:
         raise RunError(f"a prompt failed {MAX_ATTEMPTS} times: {reason}")
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        longest, most = max(map(len, prompts), default=0), self.config.max_completion_tokens
         for server in self.servers:
             limit = self._infos[server.url].max_model_len
-            if longest + most > limit:
-                raise UserError(
-                    f"a prompt of {longest} tokens and generation.max_completion_tokens ({most}) exceed the "
-                    f"--max-model-len {limit} of {server.url}; raise it there, or lower data.max_prompt_tokens or "
-                    "generation.max_completion_tokens"
-                )
+            what_to_do = (
+                f"the --max-model-len {limit} of {server.url}; raise it there, or lower data.max_prompt_tokens or "
+                "generation.max_completion_tokens"
+            )
+            check_lengths(prompts, self.sampling.max_completion_tokens, limit, what_to_do)
 
     def release_memory(self) -> None:
         """Nothing: the servers have memory of their own."""
@@ -202,6 +200,25 @@ class ServerEngine:
             server.close()
         if self.spawned is not None:
             self.spawned.stop()
+
+
+def generate_request(
+    sampling: Sampling,
+    eos_token_ids: set[int],
+    prompt: Sequence[int],
+    key: SampleKey,
+    num_generations: int,
+    weights: Weights | None = None,
+) -> GenerateRequest:
+    """What a server is asked for one prompt's group."""
+    return GenerateRequest(
+        token_ids=list(prompt),
+        n=num_generations,
+        seed=seed_of(key),
+        stop_token_ids=sorted(eos_token_ids),
+        weights=weights,
+        **sampling.model_dump(include=set(Sampling.model_fields)),
+    )
 
 
 def _daemon(target: Callable[[], None]) -> None:

@@ -18,7 +18,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server import connection
-from grpo_cli.rollout.server.connection import ServerConnection, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
 from tests.conftest import tiny_llama
@@ -63,7 +63,7 @@ def server(fake: FakeServer, connect: Any) -> ServerConnection:
 
 def request(weights: Weights | None = V1, **changes: Any) -> GenerateRequest:
     return GenerateRequest(
-        **{"token_ids": [1, 2], "n": 2, "max_tokens": 4, "seed": 40, "weights": weights} | changes
+        **{"token_ids": [1, 2], "n": 2, "max_completion_tokens": 4, "seed": 40, "weights": weights} | changes
     )
 
 
@@ -193,7 +193,9 @@ def test_an_interrupted_generation_is_to_be_repeated(fake: FakeServer, server: S
 
 
 @pytest.mark.parametrize("weights", [V2.model_dump(), {"run": "other", "version": 1}, None])
-def test_what_other_weights_generated_is_not_taken(fake: FakeServer, server: ServerConnection, weights: Any) -> None:
+def test_what_other_weights_generated_is_not_taken(
+    fake: FakeServer, server: ServerConnection, weights: Any
+) -> None:
     server.send_weights(V1, FakePolicy(1))
     fake.answers[protocol.GENERATE] = lambda answer: answer | {"weights": weights}
     with pytest.raises(WrongWeights, match="generated with"):
@@ -216,7 +218,9 @@ def assert_has(fake: FakeServer, policy: FakePolicy, weights: Weights) -> None:
         assert torch.equal(fake.loaded[name].float(), tensor), name
 
 
-def test_a_server_without_room_is_sent_the_weights_by_broadcast(fake: FakeServer, server: ServerConnection) -> None:
+def test_a_server_without_room_is_sent_the_weights_by_broadcast(
+    fake: FakeServer, server: ServerConnection
+) -> None:
     fake.faults[protocol.BEGIN_WEIGHTS] = [507]
     policy = FakePolicy(1)
     server.send_weights(V1, policy)
@@ -409,7 +413,9 @@ def test_weights_are_written_beside_the_probe_and_nowhere_else(
     assert fake.count(protocol.COMMIT_WEIGHTS) == 0
 
 
-def test_a_probe_of_another_machine_is_not_taken_for_this_one_s(fake: FakeServer, server: ServerConnection) -> None:
+def test_a_probe_of_another_machine_is_not_taken_for_this_one_s(
+    fake: FakeServer, server: ServerConnection
+) -> None:
     fake.probe.write_text("another instance")
     server.send_weights(V1, FakePolicy(1))
     assert fake.rendezvous[0] is not None
