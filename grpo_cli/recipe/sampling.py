@@ -1,7 +1,6 @@
-"""How a token is drawn and where a completion ends: one model for the recipe, the engines and their servers.
+"""How a token is drawn and where a completion ends, for recipe, engines and servers alike. No torch import.
 
-A further setting is declared here, given to vLLM in `serve/sampling.py`, and applied by the embedded engine in
-`rollout/embedded/sampling.py`. No torch import.
+`serve/sampling.py` gives these settings to vLLM, `rollout/embedded/sampling.py` applies them.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from grpo_cli.serve.lock import read_key
 
 @dataclass(frozen=True)
 class Parts:
-    """What an engine is made from; see `build_engine`."""
+    """What an engine is made from."""
 
     recipe: Recipe
     policy: PackedModel
@@ -38,12 +38,8 @@ class Parts:
     strategy: Strategy
 
     def weights(self) -> PolicyWeights:
-        """The policy's, for an engine that must be given them."""
+        """For an engine that must be given the policy's weights."""
         return PolicyWeights(self.policy.model, self.strategy, self.ranks.device)
-
-    def eos_token_ids(self) -> set[int]:
-        """Tokens that end a completion."""
-        return eos_token_ids(self.policy.model, self.tokenizer)
 
 
 def build_engine(
@@ -57,20 +53,11 @@ def build_engine(
 ) -> RolloutEngine:
     """Make the engine that `generation.engine` names, for all ranks together.
 
-    Args:
-        recipe: of the run.
-        policy: what generates, or whose weights are given to what generates.
-        tokenizer: decodes completions.
-        autocast: context manager factory for the precision of the policy's forward passes.
-        note: told what the user should know.
-        ranks: all of them.
-        strategy: how the policy's weights are spread over them.
-
     Raises:
         UserError: it cannot be used with this model or on this machine.
     """
-    make = ENGINES[recipe.generation.engine]
-    return make(Parts(recipe, policy, tokenizer, autocast, note, ranks, strategy))
+    parts = Parts(recipe, policy, tokenizer, autocast, note, ranks, strategy)
+    return ENGINES[recipe.generation.engine](parts)
 
 
 def _embedded(parts: Parts) -> RolloutEngine:
@@ -83,11 +70,10 @@ def _embedded(parts: Parts) -> RolloutEngine:
 def _vllm(parts: Parts) -> RolloutEngine:
     from grpo_cli.rollout.vllm.engine import VllmEngine
 
-    count = parts.ranks.world_size
+    count, model, tokenizer = parts.ranks.world_size, parts.policy.model, parts.tokenizer
     if count > 1:
         raise UserError(f"generation.engine: vllm is for one process, and {count} train; write vllm_server")
-    generation, eos = parts.recipe.generation, parts.eos_token_ids()
-    return VllmEngine(parts.policy.model, parts.weights(), parts.tokenizer, generation, eos)
+    return VllmEngine(model, parts.weights(), tokenizer, parts.recipe.generation, eos_token_ids(model, tokenizer))
 
 
 def _over_servers(parts: Parts) -> RolloutEngine:
@@ -98,18 +84,17 @@ def _over_servers(parts: Parts) -> RolloutEngine:
 
 
 def _connected(parts: Parts, weights: PolicyWeights) -> ServerEngine:
-    """The engine of rank 0, with the server that it starts if it is to start one."""
+    """The engine of rank 0, with a server of its own if the recipe wants one started."""
+    model, tokenizer, note = parts.policy.model, parts.tokenizer, parts.note
     generation, server = parts.recipe.generation, parts.recipe.generation.server
     assert server is not None
     spawned, key, urls = None, None, server.urls
     if server.spawn:
         log = Path(parts.recipe.train.output_dir).expanduser() / "server.log"
-        parts.note(f"starting a rollout server; its log is {log}")
+        note(f"starting a rollout server; its log is {log}")
         local = placement(os.environ).local_world_size
         training = range(local) if local > 1 else [weights.device.index or 0]
-        spawned = SpawnedServer(
-            parts.policy.model, parts.tokenizer, server, generation.vllm, log, training=training
-        )
+        spawned = SpawnedServer(model, tokenizer, server, generation.vllm, log, training=training)
         spawned.ensure_running()
         key, urls = spawned.key, [spawned.url]
     elif server.api_key_file is not None:
@@ -118,8 +103,8 @@ def _connected(parts: Parts, weights: PolicyWeights) -> ServerEngine:
         except UserError as error:
             raise UserError(f"generation.server.api_key_file: {error}") from error
     servers = [ServerConnection(url, key, server.timeout_s) for url in urls]
-    eos = parts.eos_token_ids()
-    return ServerEngine(servers, weights, parts.tokenizer, generation, eos, spawned=spawned, note=parts.note)
+    eos = eos_token_ids(model, tokenizer)
+    return ServerEngine(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)
 
 
 ENGINES: dict[str, Callable[[Parts], RolloutEngine]] = {

@@ -89,17 +89,7 @@ def decoded(tokenizer: Any, token_ids: Sequence[int], stop: Sequence[str]) -> st
 
 
 def check_lengths(prompts: Sequence[Sequence[int]], most: int, limit: int, what_to_do: str) -> None:
-    """Refuse prompts that leave no room for a completion of `most` tokens.
-
-    Args:
-        prompts: token ids of each.
-        most: `max_completion_tokens`.
-        limit: tokens that a prompt and its completion may have together.
-        what_to_do: the rest of the message, which names the limit.
-
-    Raises:
-        UserError: the longest prompt and such a completion exceed `limit`.
-    """
+    """Raise UserError, which ends with `what_to_do`, if a prompt and `most` further tokens exceed `limit`."""
     longest = max(map(len, prompts), default=0)
     if longest + most > limit:
         raise UserError(

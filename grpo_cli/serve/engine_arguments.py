@@ -29,8 +29,8 @@ CPU_DEFAULTS = {
 }
 
 SPLITTING = ("enable_chunked_prefill", "long_prefill_token_threshold")
-"""With one of these a prompt may be computed in several steps. vLLM discards what it samples before the last, and
-turns the generator of a seeded request back in a way that only a GPU's knows: on a CPU the engine dies."""
+"""With one of these a prompt may be computed in several steps. vLLM discards what it samples before the last step,
+and rewinds the generator of a seeded request by a method that a CPU's generator lacks: there the engine dies."""
 
 
 def engine_defaults() -> dict[str, Any]:

@@ -131,8 +131,7 @@ class ServerInfo(Body):
     max_num_seqs: int
     world_size: int
     """Workers over all replicas."""
-    devices: list[str] = []
+    devices: list[str]
     """What each of them computes on: the id of a GPU, or `cpu`."""
-    device: Literal["cpu", "cuda"]
     memory_probe: str
     """A file that holds `instance`: whoever can read it can hand over weights in memory."""

@@ -42,7 +42,6 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
             max_model_len=model.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             world_size=config.parallel_config.world_size_across_dp,
-            device="cuda" if config.device_config.device_type == "cuda" else "cpu",
             devices=store.devices,
             memory_probe=str(store.probe),
         )

@@ -15,15 +15,9 @@ from grpo_cli.serve.protocol import SampledTokens
 def sampling_params(
     sampling: Sampling, *, n: int, seed: int | None, stop_token_ids: Sequence[int]
 ) -> SamplingParams:
-    """What vLLM is asked for one group.
+    """For a group of `n` completions, of which the i-th is drawn with seed + i.
 
-    Only what is given here ends a completion; the model's own configuration adds nothing.
-
-    Args:
-        sampling: of each completion.
-        n: completions in the group.
-        seed: completion i is drawn with seed + i.
-        stop_token_ids: tokens that end a completion.
+    Only `stop_token_ids` and the settings end a completion; the model's own configuration adds nothing.
     """
     return SamplingParams(
         n=n,

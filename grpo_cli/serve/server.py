@@ -74,12 +74,9 @@ def find_key(options: ServeOptions) -> Key:
     Raises:
         UserError: the key file cannot be used.
     """
-    if options.api_key_file is not None:
-        path = options.api_key_file.expanduser()
-        return Key(make_key_file(path), path)
-    if is_loopback(options.host):
+    if options.api_key_file is None and is_loopback(options.host):
         return Key(None, None)
-    path = KEY_FILE.expanduser()
+    path = (options.api_key_file or KEY_FILE).expanduser()
     return Key(make_key_file(path), path)
 
 
@@ -234,20 +231,12 @@ def _stop_while_loading(number: int, frame: Any) -> NoReturn:
 
 def http_options(arguments: Namespace) -> dict[str, Any]:
     """What vLLM hands to its web server; TLS and limits are the user's to set."""
-    return {
-        "host": arguments.host,
-        "port": arguments.port,
+    same = ("host", "port", "enable_ssl_refresh", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
+            "ssl_ciphers", "h11_max_incomplete_event_size", "h11_max_header_count")  # fmt: skip
+    return {name: getattr(arguments, name) for name in same} | {
         "log_level": arguments.uvicorn_log_level,
         "access_log": not arguments.disable_uvicorn_access_log,
         "timeout_graceful_shutdown": 5,  # what waits for a dead engine waits for ever
-        "enable_ssl_refresh": arguments.enable_ssl_refresh,
-        "ssl_keyfile": arguments.ssl_keyfile,
-        "ssl_certfile": arguments.ssl_certfile,
-        "ssl_ca_certs": arguments.ssl_ca_certs,
-        "ssl_cert_reqs": arguments.ssl_cert_reqs,
-        "ssl_ciphers": arguments.ssl_ciphers,
-        "h11_max_incomplete_event_size": arguments.h11_max_incomplete_event_size,
-        "h11_max_header_count": arguments.h11_max_header_count,
     }
 
 

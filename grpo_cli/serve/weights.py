@@ -51,7 +51,7 @@ class WeightStore:
         self.refusing = refusing
         self.instance = secrets.token_hex(8)
         self.is_drained = False
-        """Nothing that is asked for now is generated before the next whole set."""
+        """Whether generation has stopped: what is asked for now waits for the next whole set."""
         self._begun: BeginWeights | None = None
         self._lock = asyncio.Lock()
         sweep(memory_folder())

@@ -41,7 +41,7 @@ Source = Callable[[wire.Bucket], torch.Tensor]
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing: groups are joined when weights come through them."""
+    """Empty: a process group is joined when weights first come through it."""
 
 
 @dataclass

@@ -30,7 +30,7 @@ RENDEZVOUS = {"backend": "gloo", "host": "127.0.0.1", "port": 1, "world_size": 2
 COMPLETION = {"token_ids": [1], "logprobs": [-0.5], "finish_reason": "stop"}
 INFO = {
     "instance": "i", "weights": None, "refusing": None, "dtype": "float32", "max_model_len": 8,
-    "max_num_seqs": 4, "world_size": 1, "devices": ["cpu"], "device": "cpu",
+    "max_num_seqs": 4, "world_size": 1, "devices": ["cpu"],
     "memory_probe": "/p",
 }  # fmt: skip
 

@@ -48,7 +48,6 @@ class Engine:
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=32),
             parallel_config=SimpleNamespace(world_size_across_dp=2),
-            device_config=SimpleNamespace(device_type="cpu"),
         )
         self.parts = [part(0), part(1, "length")]
         self.requests: list[tuple[Any, Any, str]] = []
@@ -135,7 +134,7 @@ def test_the_server_says_what_it_is(client: TestClient, store: Store) -> None:
     info = ServerInfo.model_validate_json(client.get(protocol.INFO).content)
     assert info == ServerInfo(
         instance="instance", weights=LOADED, refusing=None, dtype="bfloat16", max_model_len=16,
-        max_num_seqs=32, world_size=2, devices=["GPU-1", "GPU-2"], device="cpu",
+        max_num_seqs=32, world_size=2, devices=["GPU-1", "GPU-2"],
         memory_probe="/memory/instance",
     )  # fmt: skip
     store.weights, store.refusing = None, "no weights yet"

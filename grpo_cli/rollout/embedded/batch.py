@@ -72,7 +72,7 @@ class Batch:
             self.drawn = torch.zeros(count, self.limit, dtype=torch.long, device=device)
 
     def begin(self, logits: torch.Tensor, groups: Sequence[int]) -> None:
-        """Add the rows of these groups at the end and draw the first token of each, which the host sees at once."""
+        """Add the rows of these groups at the end and draw the first token of each, seen by the host at once."""
         size = self.group_size
         added = [row for group in groups for row in range(group * size, (group + 1) * size)]
         row_ids = on_device(added, self.device)

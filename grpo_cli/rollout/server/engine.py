@@ -21,7 +21,7 @@ from grpo_cli.rollout.with_vllm import completion, seed_of
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
 
 MAX_ATTEMPTS = 5
-"""A prompt, or a set of weights, that fails this often is not the fault of a moment."""
+"""Attempts at a prompt or a set of weights. What fails so often is no passing fault."""
 
 
 class ServerEngine:
@@ -98,7 +98,7 @@ class ServerEngine:
         own = self.spawned
         if own is not None:
             own.ensure_running()
-        # One that has worked once may just be ending of what it was lost by.
+        # One that has answered before is started again if it ends; one that has not ends for a reason to be told.
         check = (own.ensure_running if is_known else own.check) if own is not None else lambda: None
         try:
             if is_known or self.spawned is not None:

@@ -26,12 +26,12 @@ from grpo_cli.serve.environment import prepare
 from grpo_cli.serve.lock import make_key_file
 
 MAX_STARTS = 3
-"""A server that ends this often without having generated in between ends for a reason."""
+"""Starts in a row without anything generated in between, after which the server is given up."""
 
 STOP_TIMEOUT_S = 20.0
 
 LINGER_S = 5.0
-"""Time that an engine has to notice that its server is gone."""
+"""Wait for an engine to notice that its server is gone, before it is killed."""
 
 
 class SpawnedServer:

@@ -141,7 +141,7 @@ class FakeServer:
         return 200, {
             "instance": self.instance, "weights": self.weights and self.weights.model_dump(),
             "refusing": self.refusing, "dtype": self.dtype, "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs, "world_size": 1, "devices": ["cpu"], "device": "cpu",
+            "max_num_seqs": self.max_num_seqs, "world_size": 1, "devices": ["cpu"],
             "memory_probe": str(self.probe),
         }  # fmt: skip
 
