@@ -136,7 +136,7 @@ def test_key_and_weights_go_through_no_proxy(
     monkeypatch.delenv("no_proxy", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        assert connect(fake, timeout_s=1).info().model == "fake"
+        assert connect(fake, timeout_s=1).info().instance == fake.instance
 
 
 def test_waiting_ends_when_the_server_answers(fake: FakeServer, server: ServerConnection) -> None:
