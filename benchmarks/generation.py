@@ -87,12 +87,12 @@ def our_engine(spec: Spec, model: Any, tokenizer: Any, prompts: list[list[int]],
 
     from grpo_cli.policy.logprobs import PackedModel
     from grpo_cli.recipe.schema import GenerationConfig, ModelConfig
-    from grpo_cli.rollout.embedded.engine import TransformersEngine
+    from grpo_cli.rollout.embedded.engine import EmbeddedEngine
     from grpo_cli.train.guards import autocast_for
 
     config = GenerationConfig(num_generations=spec.group_size, max_completion_tokens=spec.completion)
     autocast = autocast_for(ModelConfig(name=spec.model), torch.device(spec.device))
-    engine: Any = TransformersEngine(PackedModel(model), tokenizer, config, autocast)
+    engine: Any = EmbeddedEngine(PackedModel(model), tokenizer, config, autocast)
     engine.eos_token_ids = {end}
     rounds = iter(range(sys.maxsize))
 

@@ -36,8 +36,8 @@ def serve() -> None:
 
     from grpo_cli.recipe.schema import GenerationConfig, ServerConfig
     from grpo_cli.rollout.policy_weights import PolicyWeights
-    from grpo_cli.rollout.server.client import VllmClient
-    from grpo_cli.rollout.server.connection import RolloutServer
+    from grpo_cli.rollout.server.connection import ServerConnection
+    from grpo_cli.rollout.server.engine import ServerEngine
     from grpo_cli.rollout.server.spawned_server import SpawnedServer
 
     channel = Channel()
@@ -48,13 +48,13 @@ def serve() -> None:
     with tempfile.TemporaryDirectory() as folder:
         spawned = SpawnedServer(model, tokenizer, config, options["vllm"], Path(folder, "server.log"))
         spawned.ensure_running()
-        server = RolloutServer(spawned.url, spawned.key, config.timeout_s)
+        server = ServerConnection(spawned.url, spawned.key, config.timeout_s)
         calls: list[str] = []
         server._http.event_hooks = {"request": [lambda request: calls.append(request.url.path)]}
         weights = PolicyWeights(model)
-        client = VllmClient([server], weights, tokenizer, GenerationConfig(), set(), spawned=spawned)
+        engine = ServerEngine([server], weights, tokenizer, GenerationConfig(), set(), spawned=spawned)
         try:
-            version, size = 0, client.update_weights(0)
+            version, size = 0, engine.update_weights(0)
             source = torch.ones(size, dtype=torch.uint8)
             target = torch.zeros_like(source)
             channel.send(bytes=size, tensors=len(weights.specs("float32")))
@@ -67,21 +67,21 @@ def serve() -> None:
                     target.copy_(source)
                 elif request["what"] == "update":
                     version += 1
-                    client.update_weights(version)
+                    engine.update_weights(version)
                 else:
-                    lengths = generate(client, tokenizer, request)
+                    lengths = generate(engine, tokenizer, request)
                 channel.send(seconds=time.perf_counter() - start, lengths=lengths, calls=len(calls), peak=0)
         finally:
-            client.close()
+            engine.close()
 
 
-def generate(client: Any, tokenizer: Any, request: Message) -> list[int]:
+def generate(engine: Any, tokenizer: Any, request: Message) -> list[int]:
     """One rollout of forced length; the lengths of its completions."""
     texts = random_prompts(tokenizer, request["prompts"], request["prompt"], seed=1)
     prompts = tokenizer(texts)["input_ids"]
-    client.config = client.config.model_copy(update={"max_completion_tokens": request["completion"]})
+    engine.sampling = engine.sampling.model_copy(update={"max_completion_tokens": request["completion"]})
     keys = [(request["round"], index) for index in range(len(prompts))]
-    groups = client.generate(prompts, keys, request["group_size"])
+    groups = engine.generate(prompts, keys, request["group_size"])
     return [len(completion.token_ids) for group in groups for completion in group]
 
 

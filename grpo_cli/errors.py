@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 
+def one_line(error: BaseException, limit: int = 500) -> str:
+    """The first `limit` characters of what an error says, without line breaks; its type if it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 class UserError(Exception):
     """The recipe, the command line or an input file is wrong. The CLI prints it and exits with 2."""
 

@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.files import locate_gguf, read_chat_template
 from grpo_cli.policy.model import without_dropout
 from grpo_cli.recipe import schema
@@ -169,7 +169,7 @@ def _from_pretrained(auto_class: Any, name: str, setting: str, **arguments: Any)
             raise UserError(f"{message}\n({error})") from error
         raise UserError(f"{setting}: loading {what}{shown} needs a package\n({error})") from error
     except Exception as error:  # a damaged file can end in any exception of transformers and its parsers
-        reason = " ".join(str(error).split())[:500]
+        reason = one_line(error)
         local = Path(name).is_dir()
         hint = "" if local else f"; without a network, set {setting} to a folder or .gguf file on this machine"
         if "attn_implementation" in reason:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from grpo_cli.algorithm.packing import Branches, Group, Pack, pack_groups
+from grpo_cli.errors import one_line
 from grpo_cli.policy import attention
 from grpo_cli.policy.attention import LayerInputs, RowLayout
 from grpo_cli.policy.model import base_model
@@ -96,7 +97,7 @@ def why_not_shared(policy: PackedModel, seed: int = 0) -> str | None:
     except NotShared as error:
         reason = str(error)
     except Exception as error:  # of any kind: the model's code, its hooks and a GPU's compiler run in there
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:LONGEST_REASON]
+        reason = f"{type(error).__name__}: {one_line(error)}"[:LONGEST_REASON]
     if reason is not None:
         base_model(policy.model).set_attn_implementation("sdpa")
     return reason

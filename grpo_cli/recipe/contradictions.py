@@ -16,9 +16,9 @@ from grpo_cli.recipe.schema import (
     LossConfig,
     OptimConfig,
     Recipe,
-    Section,
     TrainConfig,
 )
+from grpo_cli.recipe.section import Section
 
 Finding = tuple[str, str]
 """Dotted key, message."""
@@ -152,13 +152,12 @@ def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
         f"loss.{key}" for key in ("sampler_correction", "off_policy_threshold") if getattr(loss, key) is not None
     )
     if users and recipe.generation.engine in ("vllm", "vllm_server"):
-        for key in ("top_p", "top_k", "min_p", "repetition_penalty"):
-            if _is_set(recipe.generation, key):
-                yield (
-                    f"generation.{key}",
-                    f"changes the distribution whose log-probabilities {recipe.generation.engine} reports, and "
-                    f"{users} would compare it with the policy's unchanged one; remove {key}, or {users}",
-                )
+        for key in recipe.generation.filters:
+            yield (
+                f"generation.{key}",
+                f"changes the distribution whose log-probabilities {recipe.generation.engine} reports, and "
+                f"{users} would compare it with the policy's unchanged one; remove {key}, or {users}",
+            )
 
 
 RESERVED_VLLM_ARGUMENTS = {

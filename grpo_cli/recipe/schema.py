@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from grpo_cli.recipe.addresses import server_url
 from grpo_cli.recipe.loss_types import LOSS_TYPES, LossType, known_type
+from grpo_cli.recipe.sampling import Sampling
+from grpo_cli.recipe.section import Section
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -45,14 +47,6 @@ def possible_path(text: str | None) -> str | None:
     except RuntimeError as error:
         raise ValueError("begin with the home folder of a user of this machine, or have no ~") from error
     return text
-
-
-class Section(BaseModel):
-    """One section of a recipe: unknown keys are errors, types are not coerced, values do not change."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
 
 class LoraConfig(Section):
@@ -180,39 +174,25 @@ class ServerConfig(Section):
     """Longest time that a server may be silent or away; then the run ends with a checkpoint."""
 
 
-class GenerationConfig(Section):
-    _paths = field_validator("replay")(possible_path)
+class EngineConfig(Section):
+    """The first keys of `GenerationConfig`, which come before those of `Sampling` as its last base class."""
 
     engine: Literal["transformers", "vllm", "vllm_server", "replay"] = "transformers"
     """What generates completions: `transformers` the policy itself, `vllm` vLLM in the training process,
     `vllm_server` one or several `grpo serve`; `replay` takes those that a run has stored."""
-    replay: str | None = None
-    """Folder of the run whose completions `engine: replay` trains on again."""
     num_generations: int = Field(default=8, ge=2)
     """Completions per prompt: the size of a group."""
-    max_completion_tokens: int = Field(default=512, ge=1)
-    """Longest completion in tokens."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by it, in sampling and in training."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sample from the smallest set of tokens whose probability reaches it."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample from the `top_k` most likely tokens; 0 is all."""
-    min_p: float = Field(default=0.0, ge=0, lt=1)
-    """Leave out tokens less likely than `min_p` times the likeliest."""
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    """Above 1, tokens of the prompt and the completion so far become less likely."""
-    stop: list[Annotated[str, Field(min_length=1)]] = []
-    """Strings that end a completion; the text handed to rewards ends before them."""
+
+
+class GenerationConfig(Sampling, EngineConfig):
+    _paths = field_validator("replay")(possible_path)
+
     server: ServerConfig | None = None
     """The servers of `engine: vllm_server`."""
     vllm: dict[str, Any] = {}
     """vLLM's engine arguments, such as `max_model_len: 4096`, for `engine: vllm` and for a spawned server."""
-
-    @property
-    def is_filtered(self) -> bool:
-        """Whether tokens are drawn from another distribution than softmax(logits / temperature)."""
-        return self.top_p < 1 or self.top_k > 0 or self.min_p > 0 or self.repetition_penalty != 1
+    replay: str | None = None
+    """Folder of the run whose completions `engine: replay` trains on again."""
 
 
 class SamplerCorrectionConfig(Section):

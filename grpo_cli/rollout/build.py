@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,32 @@ from grpo_cli.distributed.strategies import Strategy
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.rollout.embedded.engine import TransformersEngine, eos_token_ids
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.replay import ReplayEngine
-from grpo_cli.rollout.server.client import VllmClient
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.connection import ServerConnection
+from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
 from grpo_cli.serve.lock import read_key
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an engine is made from."""
+
+    recipe: Recipe
+    policy: PackedModel
+    tokenizer: Any
+    autocast: Callable[[], AbstractContextManager[Any]]
+    note: Callable[[str], None]
+    ranks: Ranks
+    strategy: Strategy
+
+    def weights(self) -> PolicyWeights:
+        """For an engine that must be given the policy's weights."""
+        return PolicyWeights(self.policy.model, self.strategy, self.ranks.device)
 
 
 def build_engine(
@@ -39,54 +57,68 @@ def build_engine(
     Raises:
         UserError: it cannot be used with this model or on this machine.
     """
-    generation = recipe.generation
-    if generation.engine == "replay":
-        assert generation.replay is not None
-        stored = ReplayEngine(Path(generation.replay).expanduser(), recipe.train.max_steps or 1)
-        return stored if ranks.world_size == 1 else SplitEngine(stored, ranks, nullcontext)
-    if generation.engine == "transformers":
-        own = TransformersEngine(policy, tokenizer, generation, autocast, note)
-        is_alone = ranks.world_size == 1 and not strategy.shards_weights
-        return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
-    weights = PolicyWeights(policy.model, strategy, ranks.device)
-    eos = eos_token_ids(policy.model, tokenizer)
-    if generation.engine == "vllm" and ranks.world_size > 1:
-        raise UserError(
-            f"generation.engine: vllm is for one process, and {ranks.world_size} train; write vllm_server"
-        )
-    if generation.engine == "vllm":
-        from grpo_cli.rollout.vllm.engine import VllmEngine
+    parts = Parts(recipe, policy, tokenizer, autocast, note, ranks, strategy)
+    return ENGINES[recipe.generation.engine](parts)
 
-        return VllmEngine(policy.model, weights, tokenizer, generation, eos)
-    made: list[VllmClient] = []
-    ranks.led(lambda: made.append(_client(recipe, policy, tokenizer, weights, eos, note)))
+
+def _embedded(parts: Parts) -> RolloutEngine:
+    ranks, strategy = parts.ranks, parts.strategy
+    own = EmbeddedEngine(parts.policy, parts.tokenizer, parts.recipe.generation, parts.autocast, parts.note)
+    is_alone = ranks.world_size == 1 and not strategy.shards_weights
+    return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
+
+
+def _vllm(parts: Parts) -> RolloutEngine:
+    from grpo_cli.rollout.vllm.engine import VllmEngine
+
+    count, model, tokenizer = parts.ranks.world_size, parts.policy.model, parts.tokenizer
+    if count > 1:
+        raise UserError(f"generation.engine: vllm is for one process, and {count} train; write vllm_server")
+    return VllmEngine(model, parts.weights(), tokenizer, parts.recipe.generation, eos_token_ids(model, tokenizer))
+
+
+def _over_servers(parts: Parts) -> RolloutEngine:
+    ranks, weights = parts.ranks, parts.weights()
+    made: list[ServerEngine] = []
+    ranks.led(lambda: made.append(_connected(parts, weights)))
     return made[0] if ranks.world_size == 1 else LedEngine(made[0] if made else None, ranks, weights)
 
 
-def _client(
-    recipe: Recipe,
-    policy: PackedModel,
-    tokenizer: Any,
-    weights: PolicyWeights,
-    eos: set[int],
-    note: Callable[[str], None],
-) -> VllmClient:
-    generation, server = recipe.generation, recipe.generation.server
+def _connected(parts: Parts, weights: PolicyWeights) -> ServerEngine:
+    """The engine of rank 0, with a server of its own if the recipe wants one started."""
+    model, tokenizer, note = parts.policy.model, parts.tokenizer, parts.note
+    generation, server = parts.recipe.generation, parts.recipe.generation.server
     assert server is not None
-    spawned, key = None, None
+    spawned, key, urls = None, None, server.urls
     if server.spawn:
-        log = Path(recipe.train.output_dir).expanduser() / "server.log"
+        log = Path(parts.recipe.train.output_dir).expanduser() / "server.log"
         note(f"starting a rollout server; its log is {log}")
         local = placement(os.environ).local_world_size
         training = range(local) if local > 1 else [weights.device.index or 0]
-        spawned = SpawnedServer(policy.model, tokenizer, server, generation.vllm, log, training=training)
+        spawned = SpawnedServer(model, tokenizer, server, generation.vllm, log, training=training)
         spawned.ensure_running()
-        key = spawned.key
+        key, urls = spawned.key, [spawned.url]
     elif server.api_key_file is not None:
         try:
             key = read_key(Path(server.api_key_file).expanduser())
         except UserError as error:
             raise UserError(f"generation.server.api_key_file: {error}") from error
-    urls = [spawned.url] if spawned is not None else server.urls
-    servers = [RolloutServer(url, key, server.timeout_s) for url in urls]
-    return VllmClient(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)
+    servers = [ServerConnection(url, key, server.timeout_s) for url in urls]
+    eos = eos_token_ids(model, tokenizer)
+    return ServerEngine(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)
+
+
+def _replay(parts: Parts) -> RolloutEngine:
+    folder = parts.recipe.generation.replay
+    assert folder is not None
+    stored = ReplayEngine(Path(folder).expanduser(), parts.recipe.train.max_steps or 1)
+    return stored if parts.ranks.world_size == 1 else SplitEngine(stored, parts.ranks, nullcontext)
+
+
+ENGINES: dict[str, Callable[[Parts], RolloutEngine]] = {
+    "transformers": _embedded,
+    "vllm": _vllm,
+    "vllm_server": _over_servers,
+    "replay": _replay,
+}
+"""What makes the engine of each name that `generation.engine` may have."""

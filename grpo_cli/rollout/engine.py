@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from grpo_cli.errors import UserError
+
 SampleKey = tuple[int, ...]
 """Names a stream of random numbers, such as (seed, stream, step, prompt): each completion adds its own index."""
 
@@ -85,6 +87,15 @@ def decoded(tokenizer: Any, token_ids: Sequence[int], stop: Sequence[str]) -> st
     text: str = tokenizer.decode(token_ids, skip_special_tokens=True)
     ends = [text.find(string) for string in stop if string in text]
     return text[: min(ends)] if ends else text
+
+
+def check_lengths(prompts: Sequence[Sequence[int]], most: int, limit: int, what_to_do: str) -> None:
+    """Raise UserError, which ends with `what_to_do`, if a prompt and `most` further tokens exceed `limit`."""
+    longest = max(map(len, prompts), default=0)
+    if longest + most > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and generation.max_completion_tokens ({most}) exceed {what_to_do}"
+        )
 
 
 def sample_uniforms(key: SampleKey, sample: int, length: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""vLLM's engine arguments: those that a CPU build needs, and how they are written on a command line. No torch."""
+"""vLLM's engine arguments: those that training or a CPU build needs, and how a command line has them. No torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from typing import Any
 from grpo_cli.errors import UserError
 from grpo_cli.serve.environment import is_cpu_build
 
+HOW_TO_INSTALL = "pip install 'grpo-cli[vllm]' on a machine with a GPU, make vllm without one"
+
+REQUIRED = {
+    "worker_extension_cls": "grpo_cli.serve.worker.WeightReceiver",
+    "weight_transfer_config": {"backend": "grpo"},
+    "logprobs_mode": "processed_logprobs",
+}
+"""What training depends on, whatever else vLLM is told."""
+
+SHARED_GPU_MEMORY = 0.3
+"""Share of a GPU's memory that vLLM takes where the policy trains on the same one."""
+
 CPU_DEFAULTS = {
     "dtype": "float32",
     "enforce_eager": True,  # compiling takes minutes and gains little here
@@ -17,8 +29,8 @@ CPU_DEFAULTS = {
 }
 
 SPLITTING = ("enable_chunked_prefill", "long_prefill_token_threshold")
-"""With one of these a prompt may be computed in several steps. vLLM discards what it samples before the last, and
-turns the generator of a seeded request back in a way that only a GPU's knows: on a CPU the engine dies."""
+"""With one of these a prompt may be computed in several steps. vLLM discards what it samples before the last step,
+and rewinds the generator of a seeded request by a method that a CPU's generator lacks: there the engine dies."""
 
 
 def engine_defaults() -> dict[str, Any]:

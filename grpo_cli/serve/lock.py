@@ -112,7 +112,8 @@ def read_key(path: str | os.PathLike[str]) -> str:
     except FileNotFoundError as error:
         raise UserError(f"there is no key file {path}") from error
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UserError(f"cannot read key file {path}: {_reason(error)}") from error
+        reason = getattr(error, "strerror", None) or error  # without the number and path that an OSError adds
+        raise UserError(f"cannot read key file {path}: {reason}") from error
     key = content.removesuffix(b"\n").removesuffix(b"\r") if content.endswith(b"\n") else content
     if not key:
         raise UserError(f"key file {path} is empty")
@@ -143,7 +144,8 @@ def make_key_file(path: str | os.PathLike[str]) -> str:
             _make_folders(path.parent)
             _write_new(path, secrets.token_urlsafe(32) + "\n")
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UserError(f"cannot write key file {path}: {_reason(error)}") from error
+        reason = getattr(error, "strerror", None) or error  # without the number and path that an OSError adds
+        raise UserError(f"cannot write key file {path}: {reason}") from error
     return read_key(path)
 
 
@@ -178,11 +180,6 @@ def _write_new(path: Path, content: str) -> None:
             return
     finally:
         os.unlink(temporary)
-
-
-def _reason(error: Exception) -> str:
-    """What the system said, without the number and path that `str` adds."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def is_loopback(host: str) -> bool:

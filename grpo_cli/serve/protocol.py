@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from grpo_cli.recipe.sampling import Sampling
+from grpo_cli.recipe.section import Section
 
 PREFIX = "/v1/grpo"
 INFO, GENERATE = f"{PREFIX}/info", f"{PREFIX}/generate"
@@ -26,8 +29,9 @@ Count = Annotated[int, Field(ge=0)]
 Dtype = Literal["float32", "bfloat16", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
 
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+class Body(Section):
+    """What a request or an answer holds. A field that the other side does not know is an error, so that two
+    versions of this program do not talk past each other."""
 
 
 class Weights(Body):
@@ -40,27 +44,22 @@ class Weights(Body):
         return f"version {self.version} of run {self.run}"
 
 
-class GenerateRequest(Body):
-    """One prompt and the group of completions that it shall get."""
+class GenerateRequest(Sampling, Body):
+    """One prompt, the group of completions that it shall get, and how they are sampled."""
 
     token_ids: list[Count] = Field(min_length=1)
     n: int = Field(ge=1)
-    max_tokens: int = Field(ge=1)
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """Completion i is drawn with seed + i."""
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: Count = 0
-    min_p: float = Field(default=0.0, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0)
-    stop: list[Annotated[str, Field(min_length=1)]] = []
     stop_token_ids: list[Count] = []
     """Tokens that end a completion and stay in it; the model's own end-of-sequence token is not added."""
     weights: Weights | None = None
     """The weights that must generate; whatever is loaded if empty."""
 
 
-class ServedCompletion(Body):
+class SampledTokens(Body):
+    """A completion as vLLM gives it."""
+
     token_ids: list[int]
     logprobs: list[float]
     """Under the distribution that the token was drawn from: temperature, penalty and filters applied."""
@@ -70,7 +69,7 @@ class ServedCompletion(Body):
 class GenerateResponse(Body):
     weights: Weights | None
     """What generated; none for the weights that the server started with."""
-    completions: list[ServedCompletion] = []
+    completions: list[SampledTokens] = []
     interrupted: str | None = None
     """Why there are no completions: the request is to be sent again."""
 
@@ -117,13 +116,11 @@ class Committed(Body):
     weights: Weights
     digest: str
     """Of the bytes that arrived, as `wire.Digest` counts them."""
-    seconds: float
 
 
 class ServerInfo(Body):
     instance: str
     """Changes whenever the server starts."""
-    model: str
     weights: Weights | None
     """None for the weights that the server started with."""
     refusing: str | None
@@ -134,8 +131,7 @@ class ServerInfo(Body):
     max_num_seqs: int
     world_size: int
     """Workers over all replicas."""
-    devices: list[str] = []
+    devices: list[str]
     """What each of them computes on: the id of a GPU, or `cpu`."""
-    device: Literal["cpu", "cuda"]
     memory_probe: str
     """A file that holds `instance`: whoever can read it can hand over weights in memory."""

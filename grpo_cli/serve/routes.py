@@ -21,7 +21,7 @@ from grpo_cli.serve.protocol import (
     Staging,
     Weights,
 )
-from grpo_cli.serve.sampling import sampling_params, served_completions
+from grpo_cli.serve.sampling import sampled_tokens, sampling_params
 from grpo_cli.serve.weights import WeightStore, label, while_alive
 
 
@@ -36,14 +36,12 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
         model, config = engine.model_config, engine.vllm_config
         return ServerInfo(
             instance=store.instance,
-            model=model.model,
             weights=store.weights,
             refusing=store.refusing,
             dtype=str(model.dtype).removeprefix("torch."),
             max_model_len=model.max_model_len,
             max_num_seqs=config.scheduler_config.max_num_seqs,
             world_size=config.parallel_config.world_size_across_dp,
-            device="cuda" if config.device_config.device_type == "cuda" else "cpu",
             devices=store.devices,
             memory_probe=str(store.probe),
         )
@@ -72,11 +70,11 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
 def check_request(request: GenerateRequest, model_config: Any) -> None:
     """Raise HTTPException 400 for a prompt that the model cannot take."""
     length, limit = len(request.token_ids), model_config.max_model_len
-    if length + request.max_tokens > limit:
+    if length + request.max_completion_tokens > limit:
         raise HTTPException(
             400,
-            f"a prompt of {length} tokens and max_tokens {request.max_tokens} exceed the server's "
-            f"--max-model-len {limit}",
+            f"a prompt of {length} tokens and max_completion_tokens {request.max_completion_tokens} exceed the "
+            f"server's --max-model-len {limit}",
         )
     vocabulary = model_config.get_vocab_size()
     for field, tokens in (("token_ids", request.token_ids), ("stop_token_ids", request.stop_token_ids)):
@@ -95,13 +93,14 @@ def check_weights(wanted: Weights | None, store: WeightStore) -> None:
 
 async def _generate(engine: Any, store: WeightStore, request: GenerateRequest) -> GenerateResponse:
     weights = store.weights
-    outputs = engine.generate({"prompt_token_ids": request.token_ids}, sampling_params(request), random_uuid())
+    params = sampling_params(request, n=request.n, seed=request.seed, stop_token_ids=request.stop_token_ids)
+    outputs = engine.generate({"prompt_token_ids": request.token_ids}, params, random_uuid())
     *_, output = [output async for output in outputs]  # one, since only the final one was asked for
     versions = {span.version for part in output.outputs for span in part.weight_versions or []}
     if weights is not None and versions != {label(weights)}:
         return GenerateResponse(weights=weights, interrupted="the weights changed while it was generated")
     try:
-        return GenerateResponse(weights=weights, completions=served_completions(output))
+        return GenerateResponse(weights=weights, completions=sampled_tokens(output))
     except InterruptedError as error:
         return GenerateResponse(weights=weights, interrupted=str(error))
 

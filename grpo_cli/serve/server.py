@@ -14,8 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from grpo_cli.errors import RunError, UserError
-from grpo_cli.serve.engine_arguments import as_options, engine_defaults, most_sharing, refuse_splitting
+from grpo_cli.errors import RunError, UserError, one_line
+from grpo_cli.serve.engine_arguments import (
+    HOW_TO_INSTALL,
+    REQUIRED,
+    as_options,
+    engine_defaults,
+    most_sharing,
+    refuse_splitting,
+)
 from grpo_cli.serve.lock import Lock, is_loopback, make_key_file
 
 KEY_FILE = Path("~/.config/grpo/server-key")
@@ -67,12 +74,9 @@ def find_key(options: ServeOptions) -> Key:
     Raises:
         UserError: the key file cannot be used.
     """
-    if options.api_key_file is not None:
-        path = options.api_key_file.expanduser()
-        return Key(make_key_file(path), path)
-    if is_loopback(options.host):
+    if options.api_key_file is None and is_loopback(options.host):
         return Key(None, None)
-    path = KEY_FILE.expanduser()
+    path = (options.api_key_file or KEY_FILE).expanduser()
     return Key(make_key_file(path), path)
 
 
@@ -127,9 +131,7 @@ def parse(options: ServeOptions) -> Namespace:
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"grpo serve: {error}") from error
     refuse_splitting(vars(arguments), lambda name: f"grpo serve --{name.replace('_', '-')}")
-    arguments.worker_extension_cls = "grpo_cli.serve.worker.WeightReceiver"
-    arguments.weight_transfer_config = {"backend": "grpo"}
-    arguments.logprobs_mode = "processed_logprobs"
+    vars(arguments).update(REQUIRED)
     if options.tp is None:
         arguments.tensor_parallel_size = None  # found once the model's configuration is there
     return arguments
@@ -150,9 +152,7 @@ def serve(options: ServeOptions) -> None:
     try:
         import uvloop
     except ImportError as error:
-        raise UserError(
-            "grpo serve needs vLLM: pip install 'grpo-cli[vllm]' on a machine with a GPU, make vllm without one"
-        ) from error
+        raise UserError(f"grpo serve needs vLLM: {HOW_TO_INSTALL}") from error
     arguments = parse(options)
     if options.stop_with_stdin:
         _stop_with_stdin()
@@ -195,12 +195,13 @@ async def _run(arguments: Namespace, key: Key) -> None:
             engine_arguments.tensor_parallel_size = _gpus_for(engine_arguments)
         engine_arguments.create_engine_config()
     except (ValueError, OSError, TypeError) as error:
-        raise UserError(f"grpo serve: {_reason(error)}") from error
+        raise UserError(f"grpo serve: {one_line(error, 1000)}") from error
     try:
         async with build_async_engine_client_from_engine_args(engine_arguments) as engine:
             await engine.collective_rpc("stop_with_server", args=(os.getpid(),))
-            dummy = "it was started without weights (--load-format dummy)" if _is_dummy(arguments) else None
-            store = WeightStore(engine, refusing=dummy, devices=await engine.collective_rpc("device_id"))
+            is_dummy = str(arguments.load_format) == "dummy"
+            refusing = "it was started without weights (--load-format dummy)" if is_dummy else None
+            store = WeightStore(engine, refusing=refusing, devices=await engine.collective_rpc("device_id"))
             try:
                 app = await build_app(engine, store, arguments, key.text)
                 ready = asyncio.create_task(_announce(app, address, arguments.model, store, key))
@@ -211,7 +212,7 @@ async def _run(arguments: Namespace, key: Key) -> None:
                 store.close()
         await stopping
     except RuntimeError as error:
-        raise RunError(f"grpo serve: vLLM failed, its log above says why ({_reason(error)})") from error
+        raise RunError(f"grpo serve: vLLM failed, its log above says why ({one_line(error, 1000)})") from error
     finally:
         listener.close()
     if died:
@@ -230,20 +231,12 @@ def _stop_while_loading(number: int, frame: Any) -> NoReturn:
 
 def http_options(arguments: Namespace) -> dict[str, Any]:
     """What vLLM hands to its web server; TLS and limits are the user's to set."""
-    return {
-        "host": arguments.host,
-        "port": arguments.port,
+    same = ("host", "port", "enable_ssl_refresh", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
+            "ssl_ciphers", "h11_max_incomplete_event_size", "h11_max_header_count")  # fmt: skip
+    return {name: getattr(arguments, name) for name in same} | {
         "log_level": arguments.uvicorn_log_level,
         "access_log": not arguments.disable_uvicorn_access_log,
         "timeout_graceful_shutdown": 5,  # what waits for a dead engine waits for ever
-        "enable_ssl_refresh": arguments.enable_ssl_refresh,
-        "ssl_keyfile": arguments.ssl_keyfile,
-        "ssl_certfile": arguments.ssl_certfile,
-        "ssl_ca_certs": arguments.ssl_ca_certs,
-        "ssl_cert_reqs": arguments.ssl_cert_reqs,
-        "ssl_ciphers": arguments.ssl_ciphers,
-        "h11_max_incomplete_event_size": arguments.h11_max_incomplete_event_size,
-        "h11_max_header_count": arguments.h11_max_header_count,
     }
 
 
@@ -269,14 +262,6 @@ async def _announce(app: Any, address: str, model: str, store: Any, key: Key) ->
     lock = f"key file {key.path}" if key.path else "no key: this machine only"
     state = "waiting for weights" if store.refusing else "weights version 0, as loaded"
     print(f"ready: {address}  model {model}  {state}  {lock}", flush=True)
-
-
-def _is_dummy(arguments: Namespace) -> bool:
-    return str(arguments.load_format) == "dummy"
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
 def _stop_with_stdin() -> None:

@@ -9,13 +9,13 @@ import os
 import secrets
 import shutil
 import tempfile
-import time
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
+from grpo_cli.errors import one_line
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import (
     STAGING_FILE,
@@ -51,7 +51,7 @@ class WeightStore:
         self.refusing = refusing
         self.instance = secrets.token_hex(8)
         self.is_drained = False
-        """Nothing that is asked for now is generated before the next whole set."""
+        """Whether generation has stopped: what is asked for now waits for the next whole set."""
         self._begun: BeginWeights | None = None
         self._lock = asyncio.Lock()
         sweep(memory_folder())
@@ -106,7 +106,6 @@ class WeightStore:
                 update["path"] = str(self._folder / STAGING_FILE)
             else:
                 update["rendezvous"] = begun.rendezvous.model_dump()
-            start = time.perf_counter()
             try:
                 loading = self.engine.collective_rpc("load_weight_set", args=(update,))
                 digests = await while_alive(self.engine, loading)
@@ -116,13 +115,14 @@ class WeightStore:
                 if not await self.engine.reset_prefix_cache(reset_running_requests=True):
                     raise ValueError("the prefix cache could not be dropped")
             except Exception as error:  # the engine passes on whatever its workers raise
-                self.refusing = f"{request.weights} did not arrive whole ({_one_line(error)}); send a whole set"
+                reason = one_line(error, 300)
+                self.refusing = f"{request.weights} did not arrive whole ({reason}); send a whole set"
                 raise HTTPException(500, self.refusing) from error
             self.weights = request.weights
             self.refusing = None
             self.is_drained = False
             await self.engine.resume_generation()
-            return Committed(weights=request.weights, digest=digests[0], seconds=time.perf_counter() - start)
+            return Committed(weights=request.weights, digest=digests[0])
 
     def close(self) -> None:
         self._probe_file.close()
@@ -160,7 +160,3 @@ def sweep(parent: str) -> None:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if probe.read():
                 shutil.rmtree(folder)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

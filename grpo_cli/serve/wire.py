@@ -24,7 +24,7 @@ ALIGNMENT = 64
 """Bytes; a tensor may be viewed in any dtype where it starts, and be summed up in words of eight."""
 
 FIND_TIMEOUT_S = 20.0
-"""torch asks again for as long, also where the other side is there and says that nobody listens."""
+"""How long torch goes on trying to connect, even if the other machine answers that nobody listens."""
 
 BUCKET_BYTES = 64 * 2**20
 """Of a buffer that travels at once; a single larger tensor is a bucket of its own."""

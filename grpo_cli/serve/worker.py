@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ Source = Callable[[wire.Bucket], torch.Tensor]
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing: groups are joined when weights come through them."""
+    """Empty: a process group is joined when weights first come through it."""
 
 
 @dataclass
@@ -222,9 +223,8 @@ def _received(buckets: Sequence[wire.Bucket], source: Source, digest: wire.Diges
         yield from wire.tensors_in(bucket, flat)
 
 
-def _unpinned_nccl(backend: str) -> Any:
-    from contextlib import nullcontext
-
+def _unpinned_nccl(backend: str) -> AbstractContextManager[None]:
+    """Inside, vLLM does not hold NCCL to the settings that its own groups need; nothing for other backends."""
     if backend != "nccl":
         return nullcontext()
     from vllm.utils.nccl import unpinned_nccl_env

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from grpo_cli.distributed.strategies.base import OptimizerState, joined_state
-from grpo_cli.errors import RunError
+from grpo_cli.errors import RunError, one_line
 from grpo_cli.policy.export import (
     gathered_standalone,
     gathered_weights,
@@ -171,7 +171,7 @@ def _explained(path: Path) -> Iterator[None]:
     except Exception as error:  # torch, pickle, zipfile, safetensors and json each raise their own
         raise RunError(
             f"--resume: {path} is damaged, or of another model or optimizer "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:300]}); "
+            f"({type(error).__name__}: {one_line(error, 300)}); "
             "remove it to go on from the checkpoint before it, if there is one"
         ) from error
 

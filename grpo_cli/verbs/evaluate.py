@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.export import saved_weights
 from grpo_cli.policy.files import locate_gguf
 from grpo_cli.recipe.schema import ModelConfig, Recipe
@@ -84,10 +84,10 @@ def _load_adapter(learner: Learner, folder: Path) -> None:
     try:
         learner.model.load_state_dict(saved_weights(learner.model, folder), strict=False)
     except Exception as error:  # a damaged file can end in any exception of PEFT and safetensors
-        reason, name = " ".join(str(error).split())[:500], learner.recipe.model.name
+        name = learner.recipe.model.name
         raise UserError(
             f"--model {folder}: the adapter cannot be loaded into {name} with this model.lora\n"
-            f"({type(error).__name__}: {reason})"
+            f"({type(error).__name__}: {one_line(error)})"
         ) from error
 
 

@@ -17,7 +17,7 @@ import httpx2
 import psutil
 import torch
 
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.rollout.server.spawned_server import free_port
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, Weights
 
@@ -40,6 +40,7 @@ class Serve:
     def __init__(
         self, model: Path, *options: str, environment: dict[str, str] | None = None, locked: bool = True
     ) -> None:
+        self.model = model
         # Sockets live in it, whose paths may have 107 characters: too few for pytest's folders.
         self.folder = Path(tempfile.mkdtemp(prefix="serve-"))
         self.key_file = self.folder / "key"
@@ -96,9 +97,9 @@ class Serve:
         ]
         return engine
 
-    def client(self, timeout_s: float = 60) -> RolloutServer:
+    def client(self, timeout_s: float = 60) -> ServerConnection:
         """As the trainer reaches it."""
-        return RolloutServer(self.url, self.key_file.read_text().strip(), timeout_s)
+        return ServerConnection(self.url, self.key_file.read_text().strip(), timeout_s)
 
     def http(self, key: str | None = None) -> httpx2.Client:
         """Without a key if none is given."""
@@ -134,8 +135,15 @@ def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
     raise AssertionError(f"{condition} did not come true in {timeout_s} s")
 
 
-def generate(server: RolloutServer, weights: Weights | None = None, **changes: Any) -> GenerateResponse:
-    settings = {"token_ids": PROMPT, "n": 4, "max_tokens": 16, "seed": 7, "temperature": 0.7, "weights": weights}
+def generate(server: ServerConnection, weights: Weights | None = None, **changes: Any) -> GenerateResponse:
+    settings = {
+        "token_ids": PROMPT,
+        "n": 4,
+        "max_completion_tokens": 16,
+        "seed": 7,
+        "temperature": 0.7,
+        "weights": weights,
+    }
     return server.generate(GenerateRequest(**(settings | changes)))
 
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import (
     BEGIN_WEIGHTS,
@@ -90,7 +90,7 @@ def weights_of(request: pytest.FixtureRequest, version: int = 1) -> Weights:
     return Weights(run=request.node.name[:60], version=version)
 
 
-def assert_recovers(client: RolloutServer, model: Any, weights: Weights) -> None:
+def assert_recovers(client: ServerConnection, model: Any, weights: Weights) -> None:
     """A whole set makes the server generate from it, and from nothing else."""
     client.send_weights(weights, PolicyWeights(model))
     assert client.info().refusing is None
@@ -108,7 +108,7 @@ def assert_refuses(server: Serve, weights: Weights, reason: str) -> None:
         with pytest.raises(WrongWeights, match=re.escape(reason)):
             generate(client, wanted)
     with server.http(server.key()) as http:
-        foreign = http.post("/v1/completions", json={"model": client.info().model, "prompt": "a", "max_tokens": 1})
+        foreign = http.post("/v1/completions", json={"model": str(server.model), "prompt": "a", "max_tokens": 1})
     assert foreign.status_code == 503
     assert reason in foreign.text
 
@@ -184,7 +184,7 @@ def test_websockets_are_refused_without_the_key(server: Serve, path: str, key: s
 # Generation
 
 
-REQUEST = {"token_ids": PROMPT, "n": 1, "max_tokens": 4}
+REQUEST = {"token_ids": PROMPT, "n": 1, "max_completion_tokens": 4}
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ REQUEST = {"token_ids": PROMPT, "n": 1, "max_tokens": 4}
         (REQUEST | {"stop_token_ids": [999]}, 400, "stop_token_ids"),
         (REQUEST | {"n": 0}, 400, "body.n"),
         (REQUEST | {"n": 1.5}, 400, "body.n"),
-        (REQUEST | {"max_tokens": 0}, 400, "max_tokens"),
+        (REQUEST | {"max_completion_tokens": 0}, 400, "max_completion_tokens"),
         (REQUEST | {"temperature": -1}, 400, "temperature"),
         (REQUEST | {"top_p": 0}, 400, "top_p"),
         (REQUEST | {"seed": 2**70}, 400, "seed"),
@@ -224,13 +224,13 @@ def test_a_group_in_one_request_is_seeded_and_its_logprobs_are_the_models(
 ) -> None:
     client, weights = server.client(), weights_of(request)
     client.send_weights(weights, PolicyWeights(perturbed))
-    group = generate(client, weights, n=6, max_tokens=24)
+    group = generate(client, weights, n=6, max_completion_tokens=24)
     assert group.weights == weights
     assert len({tuple(part.token_ids) for part in group.completions}) == 6
     assert all(len(part.token_ids) == 24 and part.finish_reason == "length" for part in group.completions)
-    assert generate(client, weights, n=6, max_tokens=24) == group
-    assert generate(client, weights, n=6, max_tokens=24, seed=100) != group
-    third = generate(client, weights, n=1, max_tokens=24, seed=9).completions[0]
+    assert generate(client, weights, n=6, max_completion_tokens=24) == group
+    assert generate(client, weights, n=6, max_completion_tokens=24, seed=100) != group
+    third = generate(client, weights, n=1, max_completion_tokens=24, seed=9).completions[0]
     assert third.token_ids == group.completions[2].token_ids, "completion i is drawn with seed + i"
     for temperature in (0.7, 1.0, 1.5):
         assert drift(generate(client, weights, temperature=temperature), perturbed, temperature) < TOLERANCE
@@ -238,8 +238,8 @@ def test_a_group_in_one_request_is_seeded_and_its_logprobs_are_the_models(
 
 def test_the_end_of_a_completion_is_the_requests_business(server: Serve) -> None:
     client = server.client()
-    tokens = generate(client, n=1, max_tokens=24).completions[0].token_ids
-    stopped = generate(client, n=1, max_tokens=24, stop_token_ids=[tokens[5]]).completions[0]
+    tokens = generate(client, n=1, max_completion_tokens=24).completions[0].token_ids
+    stopped = generate(client, n=1, max_completion_tokens=24, stop_token_ids=[tokens[5]]).completions[0]
     assert stopped.finish_reason == "stop"
     assert stopped.token_ids == tokens[: tokens.index(tokens[5]) + 1]
     assert len(stopped.logprobs) == len(stopped.token_ids)
@@ -248,7 +248,7 @@ def test_the_end_of_a_completion_is_the_requests_business(server: Serve) -> None
 # Weights
 
 
-def count_calls(client: RolloutServer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def count_calls(client: ServerConnection, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     paths: list[str] = []
     send = client._http.request
 
@@ -302,7 +302,11 @@ def test_begin_without_commit_refuses_until_a_whole_set_comes(
 
 
 def send_set(
-    client: RolloutServer, weights: Weights, policy: PolicyWeights, leave_out: str = "", digest: str | None = None
+    client: ServerConnection,
+    weights: Weights,
+    policy: PolicyWeights,
+    leave_out: str = "",
+    digest: str | None = None,
 ) -> Committed:
     """As `send_weights` through memory, with something wrong."""
     specs = [spec for spec in policy.specs("float32") if spec.name != leave_out]
@@ -357,7 +361,7 @@ import os, signal, sys
 from transformers import AutoModelForCausalLM
 from grpo_cli.rollout.server import connection
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Weights
 
@@ -374,7 +378,7 @@ def dying(group, flat):
 wire.broadcast = dying
 connection.shares_memory = lambda info: False
 policy = PolicyWeights(AutoModelForCausalLM.from_pretrained(model))
-RolloutServer(url, open(key_file).read().strip(), 60).send_weights(Weights(run="dying", version=1), policy)
+ServerConnection(url, open(key_file).read().strip(), 60).send_weights(Weights(run="dying", version=1), policy)
 """
 
 

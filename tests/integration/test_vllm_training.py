@@ -291,7 +291,7 @@ FAULTS = '''
 """Kills the server, or its engine, at the moments that FAULTS names."""
 import json, os, threading, time
 import psutil
-from grpo_cli.rollout.server.connection import RolloutServer
+from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.serve import protocol
 
 plan = json.loads(os.environ["FAULTS"])
@@ -326,7 +326,7 @@ def is_due(fault, version):
 
 class Saboteur:
     def on_train_start(self, state):
-        call = RolloutServer._call
+        call = ServerConnection._call
 
         def sabotaged(self, answer, method, path, body=None):
             timer = None
@@ -342,7 +342,7 @@ class Saboteur:
                     log.write(f"{path} of version {body.weights.version if body else None}: {error!r}\\n")
                 raise
 
-        RolloutServer._call = sabotaged
+        ServerConnection._call = sabotaged
 
     def on_step_end(self, state):
         if is_due("between", state.step):

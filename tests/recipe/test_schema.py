@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.load import load_recipe
-from grpo_cli.recipe.schema import LossConfig, Recipe, RewardConfig, Section
+from grpo_cli.recipe.schema import LossConfig, Recipe, RewardConfig
+from grpo_cli.recipe.section import Section
 
 PLAIN: dict[str, Any] = {
     "model": {"name": "m"},

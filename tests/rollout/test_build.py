@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -12,11 +12,11 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.replicated import Replicated
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.schema import GenerationConfig, Recipe
 from grpo_cli.rollout import build as build_module
-from grpo_cli.rollout.build import build_engine
-from grpo_cli.rollout.embedded.engine import TransformersEngine
-from grpo_cli.rollout.server.client import VllmClient
+from grpo_cli.rollout.build import ENGINES, build_engine
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
+from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.vllm import engine as vllm_engine
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -41,13 +41,17 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
     return make
 
 
-def headers_of(engine: VllmClient) -> list[str | None]:
+def headers_of(engine: ServerEngine) -> list[str | None]:
     return [server._http.headers.get("Authorization") for server in engine.servers]
+
+
+def test_every_engine_of_the_recipe_can_be_made() -> None:
+    assert set(ENGINES) == set(get_args(GenerationConfig.model_fields["engine"].annotation))
 
 
 def test_by_default_the_policy_itself_generates(build: Any) -> None:
     engine, notes = build()
-    assert isinstance(engine, TransformersEngine)
+    assert isinstance(engine, EmbeddedEngine)
     assert notes == []
 
 
@@ -69,7 +73,7 @@ def test_vllm_in_this_process(build: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_servers_that_run_already(build: Any) -> None:
     engine, notes = build(engine="vllm_server", server={"urls": ["10.0.0.5", "https://node1:444"], "timeout_s": 7})
-    assert isinstance(engine, VllmClient)
+    assert isinstance(engine, ServerEngine)
     assert [server.url for server in engine.servers] == ["http://10.0.0.5:8000", "https://node1:444"]
     assert {server.timeout_s for server in engine.servers} == {7}
     assert headers_of(engine) == [None, None]
@@ -122,7 +126,7 @@ def test_a_server_of_one_s_own_is_started_and_told_of(build: Any, monkeypatch: p
 
     monkeypatch.setattr(build_module, "SpawnedServer", Spawned)
     engine, notes = build(engine="vllm_server", server={"spawn": True}, vllm={"max_model_len": 64})
-    assert isinstance(engine, VllmClient)
+    assert isinstance(engine, ServerEngine)
     assert [server.url for server in engine.servers] == ["http://127.0.0.1:8123"]
     assert headers_of(engine) == [f"Bearer {KEY}"]
     assert started == [engine.spawned]

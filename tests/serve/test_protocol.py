@@ -17,20 +17,20 @@ from grpo_cli.serve.protocol import (
     CommitWeights,
     GenerateRequest,
     GenerateResponse,
-    ServedCompletion,
+    SampledTokens,
     ServerInfo,
     Staging,
     Weights,
 )
 
 WEIGHTS = {"run": "r", "version": 3}
-REQUEST = {"token_ids": [1, 2], "n": 2, "max_tokens": 4}
+REQUEST = {"token_ids": [1, 2], "n": 2, "max_completion_tokens": 4}
 BEGIN = {"weights": WEIGHTS, "tensors": [{"name": "w", "dtype": "bfloat16", "shape": [2, 3]}]}
 RENDEZVOUS = {"backend": "gloo", "host": "127.0.0.1", "port": 1, "world_size": 2, "group": "g"}
 COMPLETION = {"token_ids": [1], "logprobs": [-0.5], "finish_reason": "stop"}
 INFO = {
-    "instance": "i", "model": "m", "weights": None, "refusing": None, "dtype": "float32", "max_model_len": 8,
-    "max_num_seqs": 4, "world_size": 1, "devices": ["cpu"], "device": "cpu",
+    "instance": "i", "weights": None, "refusing": None, "dtype": "float32", "max_model_len": 8,
+    "max_num_seqs": 4, "world_size": 1, "devices": ["cpu"],
     "memory_probe": "/p",
 }  # fmt: skip
 
@@ -38,11 +38,11 @@ VALID: list[tuple[type[Body], dict[str, Any]]] = [
     (Weights, WEIGHTS),
     (GenerateRequest, REQUEST),
     (GenerateResponse, {"weights": WEIGHTS, "completions": [COMPLETION], "interrupted": None}),
-    (ServedCompletion, COMPLETION),
+    (SampledTokens, COMPLETION),
     (BeginWeights, BEGIN | {"rendezvous": RENDEZVOUS}),
     (Staging, {"path": None}),
     (CommitWeights, {"weights": WEIGHTS, "digest": "d"}),
-    (Committed, {"weights": WEIGHTS, "digest": "d", "seconds": 0.5}),
+    (Committed, {"weights": WEIGHTS, "digest": "d"}),
     (ServerInfo, INFO),
 ]
 
@@ -70,8 +70,8 @@ def test_a_body_comes_back_as_it_was_sent_and_takes_no_unknown_field(
         {"n": 0},
         {"n": "2"},
         {"n": 2.0},
-        {"max_tokens": 0},
-        {"max_tokens": None},
+        {"max_completion_tokens": 0},
+        {"max_completion_tokens": None},
         {"seed": -1},
         {"seed": 2**63},
         {"seed": "1"},
@@ -111,9 +111,7 @@ def test_a_number_that_is_none_is_refused(field: str, value: str) -> None:
 @pytest.mark.parametrize("value", ["NaN", "-Infinity"])
 def test_a_log_probability_that_is_none_is_refused(value: str) -> None:
     with pytest.raises(ValidationError, match="logprobs"):
-        ServedCompletion.model_validate_json(
-            f'{{"token_ids": [1], "logprobs": [{value}], "finish_reason": "stop"}}'
-        )
+        SampledTokens.model_validate_json(f'{{"token_ids": [1], "logprobs": [{value}], "finish_reason": "stop"}}')
 
 
 @pytest.mark.parametrize(

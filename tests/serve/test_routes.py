@@ -22,7 +22,7 @@ from grpo_cli.serve.routes import Gate, grpo_routes
 
 PATIENCE_S = 20.0
 LOADED = Weights(run="run", version=4)
-BODY = {"token_ids": [1, 2, 3], "n": 2, "max_tokens": 5, "seed": 7, "weights": LOADED.model_dump()}
+BODY = {"token_ids": [1, 2, 3], "n": 2, "max_completion_tokens": 5, "seed": 7, "weights": LOADED.model_dump()}
 TENSORS = [{"name": "w", "dtype": "float32", "shape": [2]}]
 
 
@@ -44,13 +44,10 @@ class Engine:
     errored = False
 
     def __init__(self) -> None:
-        self.model_config = SimpleNamespace(
-            model="tiny", dtype="torch.bfloat16", max_model_len=16, get_vocab_size=lambda: 100
-        )
+        self.model_config = SimpleNamespace(dtype="torch.bfloat16", max_model_len=16, get_vocab_size=lambda: 100)
         self.vllm_config = SimpleNamespace(
             scheduler_config=SimpleNamespace(max_num_seqs=32),
             parallel_config=SimpleNamespace(world_size_across_dp=2),
-            device_config=SimpleNamespace(device_type="cpu"),
         )
         self.parts = [part(0), part(1, "length")]
         self.requests: list[tuple[Any, Any, str]] = []
@@ -97,7 +94,7 @@ class Store:
 
     async def commit(self, request: Any) -> Any:
         self.taken.append(request)
-        return protocol.Committed(weights=request.weights, digest="d", seconds=0.5)
+        return protocol.Committed(weights=request.weights, digest="d")
 
 
 @pytest.fixture
@@ -136,8 +133,8 @@ def client(app: Any) -> Iterator[TestClient]:
 def test_the_server_says_what_it_is(client: TestClient, store: Store) -> None:
     info = ServerInfo.model_validate_json(client.get(protocol.INFO).content)
     assert info == ServerInfo(
-        instance="instance", model="tiny", weights=LOADED, refusing=None, dtype="bfloat16", max_model_len=16,
-        max_num_seqs=32, world_size=2, devices=["GPU-1", "GPU-2"], device="cpu",
+        instance="instance", weights=LOADED, refusing=None, dtype="bfloat16", max_model_len=16,
+        max_num_seqs=32, world_size=2, devices=["GPU-1", "GPU-2"],
         memory_probe="/memory/instance",
     )  # fmt: skip
     store.weights, store.refusing = None, "no weights yet"
@@ -171,7 +168,11 @@ def test_each_request_has_a_name_of_its_own(client: TestClient, engine: Engine) 
 @pytest.mark.parametrize(
     ("changes", "status", "reason"),
     [
-        ({"max_tokens": 14}, 400, "prompt of 3 tokens and max_tokens 14 exceed the server's --max-model-len 16"),
+        (
+            {"max_completion_tokens": 14},
+            400,
+            "and max_completion_tokens 14 exceed the server's --max-model-len 16",
+        ),
         ({"token_ids": [1, 100]}, 400, "token_ids: 100 is not in the vocabulary of 100"),
         ({"stop_token_ids": [5, 200]}, 400, "stop_token_ids: 200 is not in the vocabulary"),
         ({"weights": {"run": "run", "version": 5}}, 409, "has version 4 of run run, not version 5 of run run"),
@@ -191,7 +192,7 @@ def test_what_cannot_be_generated_is_refused_with_a_reason(
 
 
 def test_the_longest_request_that_fits_is_taken(client: TestClient) -> None:
-    assert client.post(protocol.GENERATE, json=BODY | {"max_tokens": 13}).status_code == 200
+    assert client.post(protocol.GENERATE, json=BODY | {"max_completion_tokens": 13}).status_code == 200
     assert client.post(protocol.GENERATE, json=BODY | {"token_ids": [99]}).status_code == 200
 
 

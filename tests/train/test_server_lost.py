@@ -14,7 +14,7 @@ from rich.console import Console
 
 import grpo_cli
 from grpo_cli.errors import ServerLost, StoppedEarly
-from grpo_cli.rollout.embedded.engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.train.api import SHOWCASE_STREAM
 from grpo_cli.train.checkpoint import read_position
 from grpo_cli.train.evaluate import EVAL_STREAM
@@ -33,7 +33,7 @@ class Engine:
     `is_lost` is given "update_weights" or "generate", the new version or the stream, and the version before.
     """
 
-    def __init__(self, inner: TransformersEngine) -> None:
+    def __init__(self, inner: EmbeddedEngine) -> None:
         self.inner = inner
         self.is_lost: IsLost = lambda call, what, version: False
         self.version = -1

@@ -1,4 +1,4 @@
-"""Completions while they are generated: their tokens are drawn and fed on the device, and end on the host."""
+"""Completions while they are generated: tokens are drawn on the device; the host decides where completions end."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Literal
 import numpy as np
 import torch
 
-from grpo_cli.recipe.schema import GenerationConfig
+from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.rollout.embedded.memory import filled_holes, on_device
 from grpo_cli.rollout.embedded.sampling import logits_processors, sample_tokens
 from grpo_cli.rollout.engine import SampleKey, sample_uniforms
 
 LOOK_EVERY = {"cpu": 1}
-"""Steps between two looks of the host at what was drawn, by kind of device."""
+"""Steps after which the host looks at the tokens that were drawn, by kind of device."""
 
 LOOK_EVERY_ELSEWHERE = 8
-"""The host waits for a GPU when it looks. What a row has drawn after its end is dropped."""
+"""Fewer looks, as the host waits for the GPU at each. What a row has drawn after its end is dropped."""
 
 
 class Batch:
@@ -27,7 +27,7 @@ class Batch:
         prompts: token ids of each.
         keys: of each prompt's randomness.
         num_generations: completions of each prompt.
-        config: how tokens are drawn.
+        sampling: how tokens are drawn, and how many at most.
         ends: whether a completion ends with the last of these tokens.
         device: that tokens are drawn on.
     """
@@ -37,23 +37,23 @@ class Batch:
         prompts: Sequence[Sequence[int]],
         keys: Sequence[SampleKey],
         num_generations: int,
-        config: GenerationConfig,
+        sampling: Sampling,
         ends: Callable[[list[int]], bool],
         device: torch.device,
     ) -> None:
-        self.config = config
+        self.sampling = sampling
         self.ends = ends
         self.device = device
         self.group_size = num_generations
-        self.limit = config.max_completion_tokens
+        self.limit = sampling.max_completion_tokens
         self.look_every = LOOK_EVERY.get(device.type, LOOK_EVERY_ELSEWHERE)
-        self.processors = logits_processors(config)
+        self.processors = logits_processors(sampling)
         count = len(prompts) * num_generations
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         self.logprobs: list[list[float]] = [[] for _ in range(count)]
         self.reasons: list[Literal["stop", "length"] | None] = [None] * count
         self.rows: list[int] = []  # R of the N
-        self.longest = 0  # tokens of the longest of them, as far as the host has looked
+        self.longest = 0  # tokens of the longest row, not counting `unseen`
         self.unseen: list[tuple[torch.Tensor, torch.Tensor]] = []
         """(R,) tokens and log-probabilities of each step that the host has not looked at."""
         uniforms = [sample_uniforms(key, sample, self.limit) for key in keys for sample in range(num_generations)]
@@ -62,9 +62,9 @@ class Batch:
         self.row_ids = none  # (R,) as `rows`
         self.places = none  # (R,) of the next token
         self.last = none  # (R,) tokens that were drawn last
-        # For a repetition penalty. Padding repeats a token of the prompt, so that no stranger is penalised.
+        # For a repetition penalty. Prompts are padded with their first token: no other token may be penalised.
         self.history = self.drawn = torch.zeros(count, 0, dtype=torch.long, device=device)  # (N, W), (N, T)
-        if config.repetition_penalty != 1:
+        if sampling.repetition_penalty != 1:
             width = max((len(prompt) for prompt in prompts), default=0)
             padded = [[prompt[0]] * (width - len(prompt)) + list(prompt) for prompt in prompts]
             history = torch.tensor(padded, dtype=torch.long, device=device).view(len(prompts), width)
@@ -72,7 +72,7 @@ class Batch:
             self.drawn = torch.zeros(count, self.limit, dtype=torch.long, device=device)
 
     def begin(self, logits: torch.Tensor, groups: Sequence[int]) -> None:
-        """Add the rows of these groups at the end, with the first token of each; the host looks at it at once."""
+        """Add the rows of these groups at the end and draw the first token of each, seen by the host at once."""
         size = self.group_size
         added = [row for group in groups for row in range(group * size, (group + 1) * size)]
         row_ids = on_device(added, self.device)
@@ -102,20 +102,20 @@ class Batch:
     def _draw(
         self, logits: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, longest: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(r,) tokens and log-probabilities for r rows, the longest of which has so many tokens."""
+        """(r,) tokens and log-probabilities for r rows, of which the longest has `longest` tokens."""
         history = self.history[:0]
-        if self.config.repetition_penalty != 1:
+        if self.sampling.repetition_penalty != 1:
             own = self.drawn[rows, :longest]
             is_own = torch.arange(longest, device=self.device) < places[:, None]
             history = torch.cat([self.history[rows], torch.where(is_own, own, self.history[rows, :1])], 1)
         uniforms = self.uniforms[rows, places]
-        tokens, logprobs = sample_tokens(logits, uniforms, self.config.temperature, self.processors, history)
-        if self.config.repetition_penalty != 1:
+        tokens, logprobs = sample_tokens(logits, uniforms, self.sampling.temperature, self.processors, history)
+        if self.sampling.repetition_penalty != 1:
             self.drawn[rows, places] = tokens
         return tokens, logprobs
 
     def _take(self, rows: Sequence[int], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Let the host have the (r, k) tokens that r rows have drawn, each up to its end."""
+        """Add the (r, k) tokens that r rows have drawn to their completions, each up to its end."""
         for row, drawn, their_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             own = self.tokens[row]
             for token, logprob in zip(drawn, their_logprobs, strict=True):
@@ -129,7 +129,7 @@ class Batch:
                     break
 
     def retire(self) -> tuple[list[int], np.ndarray]:
-        """Look at what was drawn, and let finished rows go.
+        """Look at the tokens that were drawn, and drop the rows that have finished.
 
         Returns:
             The finished rows, and the places of those that stay.

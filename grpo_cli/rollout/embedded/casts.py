@@ -1,4 +1,4 @@
-"""Weights in the precision of a rollout: cast once, by autocast itself, for as long as the rollout lasts."""
+"""Casts the weights to the precision of generation once for a whole rollout, and not in every forward pass."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 
 @contextmanager
 def weights_cast_once(model: Any, autocast: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Under autocast, no gradients, and no weight cast a second time.
+    """Inside, autocast is on, no gradients are recorded, and each weight is cast once.
 
-    Outside of inference mode autocast keeps what it casts of parameters that ask for a gradient until it is left;
-    all others it casts in every forward pass. So here the frozen ones ask for one too. Tied weights are cast once.
+    Autocast keeps the cast copy of a parameter until it is left, but only if the parameter requires a gradient; it
+    casts every other one anew in each forward pass. So frozen parameters are made to require one meanwhile.
 
     Args:
         model: whole on this process.
-        autocast: context manager factory; where it casts nothing, nothing is kept.
+        autocast: context manager factory.
     """
     frozen = [
         parameter

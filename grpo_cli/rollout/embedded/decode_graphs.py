@@ -1,8 +1,8 @@
 """Decoding steps that are recorded once and replayed: on a GPU, CUDA graphs.
 
-A step of a small model is hundreds of kernels, each started by the host in more time than it takes. A recorded one
-is started whole. What it reads and writes stays where it is, so its sizes are rounded up, and there is one for
-each shape that comes. A replay is compared with the step itself before it is believed.
+A step of a small model is hundreds of kernels, and the host takes longer to start each than the GPU to run it.
+A recorded step is started as a whole. It always reads and writes the same addresses, so sizes are rounded up and
+each shape has a recording of its own, which is used only after its output has been compared with the step's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from typing import Any, Protocol
 
 import torch
 
+from grpo_cli.errors import one_line
+
 EAGER_STEPS = 4
-"""Steps of a shape that are computed as they come. To record one takes as long as a few of them."""
+"""Steps of a shape that are computed directly before one is recorded, which takes as long as a few steps."""
 
 TOLERANCE = 0.05
 """Largest difference between replay and step that rounding may cause, relative to the largest logit."""
@@ -36,7 +38,7 @@ Record = Callable[[Compute, torch.Tensor], Recording]
 
 
 class DecodeGraphs:
-    """The recorded steps of a rollout. What cannot be recorded is computed as it comes, and said once.
+    """The recorded steps of a rollout. If recording fails, all further steps are computed directly.
 
     Args:
         note: told why nothing is recorded any more.
@@ -57,10 +59,7 @@ class DecodeGraphs:
         self._pool: Any = None
 
     def run(self, shape: Hashable, compute: Compute) -> torch.Tensor | None:
-        """The logits of a step of this shape; None where it is to be computed as it comes.
-
-        They are overwritten by the next.
-        """
+        """The logits of a step of this shape, until the next step; None if the caller must compute them."""
         if self._is_off:
             return None
         if shape not in self._recordings:
@@ -72,7 +71,7 @@ class DecodeGraphs:
         return output
 
     def _recorded(self, shape: Hashable, compute: Compute) -> bool:
-        """Record the step; whether a replay gives what it gives itself."""
+        """Record the step; return whether a replay gives the same logits."""
         try:
             expected = compute()
             if len(self._output) < len(expected):
@@ -83,8 +82,7 @@ class DecodeGraphs:
             recording.replay()
             difference = _difference(output, expected)
         except RuntimeError as error:  # CUDA's refusals and a full device among them
-            reason = " ".join(str(error).split())[:300]
-            self._give_up(f"a step could not be recorded ({type(error).__name__}: {reason})")
+            self._give_up(f"a step could not be recorded ({type(error).__name__}: {one_line(error, 300)})")
             return False
         if not difference <= TOLERANCE:
             self._give_up(f"a recorded step differs from itself by {difference:.2g} of the largest logit")

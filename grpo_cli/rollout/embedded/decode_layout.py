@@ -1,7 +1,7 @@
 """The attention of a decoding step over shared prompts: one new token for each row.
 
-It sees its group's prompt, its row and itself. All sizes are known beforehand, so that no GPU is waited for, and
-any of them may be rounded up: what is not there is hidden.
+The new token sees its group's prompt, its own row and itself. The host knows all sizes beforehand, so it never
+waits for the GPU. Sizes may be rounded up; places that hold no token are then masked.
 """
 
 from __future__ import annotations
@@ -54,8 +54,9 @@ def grid_cells(group_of: np.ndarray, widest: int) -> np.ndarray:
 class DecodeLayout:
     """The `TokenLayout` of a step.
 
-    The softmax runs over the scores of both parts side by side; (A, Q) is the grid of the A groups and the rows of
-    the fullest one, in which a group's rows meet their prompt in one matrix product.
+    One softmax runs over the scores of the prompt and of the row side by side. For the prompt's part the rows are
+    laid out in an (A, Q) grid of A groups and the Q rows of the fullest one, so that one matrix product multiplies
+    all rows of a group with their prompt.
 
     Args:
         shape: of the step.
@@ -64,7 +65,7 @@ class DecodeLayout:
         prompt_lengths: (R,) of the row's prompt.
         cells: (R,) of the grid, all of them different; None where row i has cell i and none is empty.
         common_length: what all of `lengths` are, if they are known to be the same.
-        hides: whether anything is hidden from any row, given a layer's window.
+        hides: whether a mask is needed, given a layer's window.
     """
 
     def __init__(

@@ -6,20 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel, steady_positions
 from grpo_cli.policy.model import evaluating
-from grpo_cli.recipe.schema import GenerationConfig
+from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.rollout.embedded.batch import Batch
 from grpo_cli.rollout.embedded.casts import weights_cast_once
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.memory import Memory, RowMemory
 from grpo_cli.rollout.embedded.shared_prompt_memory import SharedPromptMemory
 from grpo_cli.rollout.embedded.stop_strings import StopStrings
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, decoded
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths, decoded
 
 
-class TransformersEngine:
+class EmbeddedEngine:
     """Samples from a transformers causal language model with its own decoding loop.
 
     A prompt is computed once and its keys and values are read by its whole group; a row leaves as soon as it is
@@ -28,7 +27,7 @@ class TransformersEngine:
     Args:
         policy: its current weights are used at every call.
         tokenizer: decodes completions and names the end-of-sequence token.
-        config: the recipe's `generation` section.
+        sampling: how tokens are drawn and where a completion ends.
         autocast: context manager factory for the forward passes' precision.
         note: told what generates more slowly than it might.
     """
@@ -37,16 +36,16 @@ class TransformersEngine:
         self,
         policy: PackedModel,
         tokenizer: Any,
-        config: GenerationConfig,
+        sampling: Sampling,
         autocast: Callable[[], AbstractContextManager[Any]],
         note: Callable[[str], None] = print,
     ) -> None:
         self.policy = policy
         self.tokenizer = tokenizer
-        self.config = config
+        self.sampling = sampling
         self.autocast = autocast
         self.eos_token_ids = eos_token_ids(policy.model, tokenizer)
-        self.stop_strings = StopStrings(tokenizer, config.stop)
+        self.stop_strings = StopStrings(tokenizer, sampling.stop)
         self.graphs = DecodeGraphs(note) if policy.device.type == "cuda" else None
 
     def update_weights(self, version: int) -> int:
@@ -74,7 +73,7 @@ class TransformersEngine:
         """
         self._check_lengths(prompts)
         groups: list[list[Completion]] = [[] for _ in prompts]
-        batch = Batch(prompts, keys, num_generations, self.config, self._ends, self.policy.device)
+        batch = Batch(prompts, keys, num_generations, self.sampling, self._ends, self.policy.device)
         unfinished = [num_generations] * len(prompts)
         # Prompts of like length are in memory together, so that little of it is empty; the longest come first, so
         # that a memory that is too small shows at once.
@@ -114,17 +113,16 @@ class TransformersEngine:
                     self.graphs.release()
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        limit, longest = steady_positions(self.policy.model), max(map(len, prompts), default=0)
-        if limit is not None and longest + self.config.max_completion_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and generation.max_completion_tokens "
-                f"({self.config.max_completion_tokens}) exceed {limit}, beyond which this model's rotary "
-                "embeddings depend on what is computed beside a completion; lower data.max_prompt_tokens or "
-                "generation.max_completion_tokens"
+        limit = steady_positions(self.policy.model)
+        if limit is not None:
+            what_to_do = (
+                f"{limit}, beyond which this model's rotary embeddings depend on what is computed beside a "
+                "completion; lower data.max_prompt_tokens or generation.max_completion_tokens"
             )
+            check_lengths(prompts, self.sampling.max_completion_tokens, limit, what_to_do)
 
     def _memory(self, prompts: Sequence[Sequence[int]], num_generations: int) -> Memory:
-        limit = self.config.max_completion_tokens
+        limit = self.sampling.max_completion_tokens
         if self.policy.shares_prompts:
             return SharedPromptMemory(self.policy.model, prompts, num_generations, limit, self.graphs)
         return RowMemory(self.policy.model, num_generations, limit)
@@ -140,7 +138,7 @@ class TransformersEngine:
         for row in range(group * size, (group + 1) * size):
             reason = batch.reasons[row]
             assert reason is not None
-            text = decoded(self.tokenizer, batch.tokens[row], self.config.stop)
+            text = decoded(self.tokenizer, batch.tokens[row], self.sampling.stop)
             completions.append(Completion(batch.tokens[row], batch.logprobs[row], reason, text))
         return completions
 

@@ -1,7 +1,7 @@
-"""Where the keys and values of the rows that are being generated are kept.
+"""Keeps the keys and values of the rows that are being generated.
 
-R rows, one for each unfinished completion, in an order that the batch and its memory keep alike: `prefill` adds
-the rows of new groups at the end, `keep` lets finished ones go.
+There are R rows, one for each unfinished completion, in the same order as in the batch: `prefill` adds the rows of
+new groups at the end, `keep` drops finished ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Memory(Protocol):
         ...
 
     def keep(self, places: np.ndarray) -> None:
-        """Let row i be what row places[i] was; the others go."""
+        """Move row places[i] to i and drop all other rows."""
         ...
 
 
@@ -131,7 +131,7 @@ def cache_name(model: Any) -> str:
 
 
 def filled_holes(is_alive: np.ndarray) -> np.ndarray:
-    """(K,) places of the K living ones, where the last of them fill the holes, so that few have to move."""
+    """(K,) places of the K living rows: the last of them fill the holes of dead ones, so that few have to move."""
     alive = is_alive.nonzero()[0]
     places = np.arange(len(alive))
     places[~is_alive[: len(alive)]] = alive[alive >= len(alive)]
@@ -139,6 +139,6 @@ def filled_holes(is_alive: np.ndarray) -> np.ndarray:
 
 
 def on_device(values: Any, device: torch.device) -> torch.Tensor:
-    """A tensor of these numbers; a GPU is not waited for."""
+    """A tensor of these numbers, copied without waiting for a GPU."""
     tensor = torch.tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -1,4 +1,4 @@
-"""Draws tokens from logits. One uniform number decides one token, so a draw is a function of its row alone."""
+"""Draws tokens from logits. One uniform number decides one token, so a row's tokens depend on no other row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from grpo_cli.recipe.schema import GenerationConfig
+from grpo_cli.recipe.sampling import Sampling
 
 
 def sample_tokens(
@@ -43,15 +43,15 @@ def sample_tokens(
     return tokens.squeeze(1), (scaled.gather(1, tokens) - log_total).squeeze(1)
 
 
-def logits_processors(config: GenerationConfig) -> LogitsProcessorList:
+def logits_processors(sampling: Sampling) -> LogitsProcessorList:
     """The processors that the recipe asks for, in transformers' order."""
     processors = LogitsProcessorList()
-    if config.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
-    if config.top_k:
-        processors.append(TopKLogitsWarper(config.top_k))
-    if config.top_p < 1:
-        processors.append(TopPLogitsWarper(config.top_p))
-    if config.min_p:
-        processors.append(MinPLogitsWarper(config.min_p))
+    if sampling.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.top_k:
+        processors.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        processors.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        processors.append(MinPLogitsWarper(sampling.min_p))
     return processors

@@ -1,8 +1,8 @@
-"""Keys and values in memory that is laid out once: a prompt's are kept once for its whole group.
+"""Keys and values in memory that is allocated once: a prompt's are kept once for its whole group.
 
-A decoding step reads each prompt's keys and values once for all rows of the group, and each row's own behind them;
-nothing is concatenated or repeated. Rows that finish make room for waiting groups at once. Where what is and how
-long it is is known to the host, which never asks a GPU for it.
+A decoding step reads each prompt's keys and values once for all rows of the group, and each row's own after them;
+nothing is concatenated or repeated. Rows that finish make room for waiting groups at once. The host keeps track of
+where everything is and how long, and never has to ask the GPU.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ PREFILL_TOKENS = 8_192
 
 
 class SharedPromptMemory:
-    """Memory of S groups of G rows: W tokens for each prompt and T for each row.
+    """Memory for S groups of G rows: W tokens of each prompt and T of each row.
 
     Args:
-        model: its kernel is `shared_prompt_attention`.
-        prompts: all that will be generated for.
+        model: computes attention with `shared_prompt_attention`.
+        prompts: all prompts of the rollout.
         num_generations: G.
         max_completion_tokens: T + 1: a row's last token is never fed.
         graphs: replay decoding steps, where that is possible.
@@ -55,13 +55,13 @@ class SharedPromptMemory:
         self.prompt_lengths = none  # (A,) of the groups in memory
         self.group_of = none  # (R,) < A
         self.lengths = none  # (R,) tokens of the row's own
-        # What the device knows of the rows, at addresses that stay: lengths, lengths of their prompts, cells in
-        # the grid of the groups and in the padded grid.
+        # The device's copy of what the rows are, at addresses that recorded steps read: their lengths, the lengths
+        # of their prompts, their cells in the grid of groups, and their cells in the padded grid.
         capacity = self.slots * num_generations
         self.told = torch.zeros(4, capacity, dtype=torch.long, device=model.device)
         self.fed = torch.zeros(capacity, dtype=torch.long, device=model.device)
         self.has_full_grid = True
-        """Whether row i has cell i and no cell is empty."""
+        """Whether every cell of the grid holds a row, row i in cell i."""
 
     def room(self, waiting: Sequence[Sequence[int]]) -> int:
         """See `Memory.room`."""
@@ -129,7 +129,7 @@ class SharedPromptMemory:
         return logits
 
     def _shape(self) -> DecodeShape:
-        """Of the next step, nothing rounded up."""
+        """The sizes of the next step, nothing rounded up."""
         return DecodeShape(
             rows=len(self.group_of),
             groups=len(self.prompt_lengths),
@@ -139,7 +139,7 @@ class SharedPromptMemory:
         )
 
     def _padded(self, exact: DecodeShape) -> DecodeShape:
-        """The next step as it is replayed. There are never more rows than cells, so that each has its own."""
+        """The sizes of the next step as it is replayed. There are no more rows than cells, so each has its own."""
         if self.graphs is None:
             return exact
         groups = bucketed(exact.groups, 4, self.slots)
@@ -153,7 +153,7 @@ class SharedPromptMemory:
         )
 
     def _layout(self, shape: DecodeShape) -> DecodeLayout:
-        """With what the host knows put to use."""
+        """Of a step that is computed directly: without the grid and the mask where the rows need none."""
         lengths, prompt_lengths, cells, _ = self.told[:, : shape.rows]
         shortest, longest = int(self.lengths.min()), int(self.lengths.max())
         is_ragged = shortest < longest or int(self.prompt_lengths.min()) < shape.prompt_width
@@ -169,12 +169,12 @@ class SharedPromptMemory:
         )
 
     def _padded_layout(self, shape: DecodeShape) -> DecodeLayout:
-        """The same computation whatever the rows are, as long as they fit into the shape."""
+        """Of a step that is recorded: the same computation for all rows that fit into the shape."""
         lengths, prompt_lengths, _, cells = self.told[:, : shape.rows]
         return DecodeLayout(shape, self.layer, lengths, prompt_lengths, cells)
 
     def _tell_device(self) -> None:
-        """Write what it must know of the rows. Those that only pad are empty, each with a cell that is free."""
+        """Write what the device must know of the rows. A row that only pads is empty and gets a free cell."""
         if not len(self.group_of):
             return
         exact = self._shape()
@@ -208,7 +208,7 @@ class SharedPromptMemory:
         self._tell_device()
 
     def _move(self, places: np.ndarray, buffers: list[torch.Tensor]) -> None:
-        """Let entry i of each buffer be what entry places[i] was."""
+        """Move entry places[i] of each buffer to i."""
         moved = (places != np.arange(len(places))).nonzero()[0]
         if len(moved):
             targets, sources = on_device(np.stack([moved, places[moved]]), self.told.device)
@@ -216,13 +216,13 @@ class SharedPromptMemory:
                 buffer[targets] = buffer[sources]
 
     def layer(self, index: int, like: torch.Tensor) -> LayerMemory:
-        """The memory of a layer, made on first use for (…, K, L, D) keys such as these."""
+        """The memory of a layer, allocated on first use for keys of such a shape (…, K, L, D) and dtype."""
         if index not in self.layers:
             _, heads, _, head_dim = like.shape
             prompts = (self.slots, heads, self.prompt_width, head_dim)
             rows = (self.slots * self.group_size, heads, self.row_width, head_dim)
             self.layers[index] = LayerMemory(
-                # Zeros, as what no token has written to is read too, with weight zero.
+                # Zeros: places that hold no token are read too, with weight zero, and 0 * NaN would be NaN.
                 prompts=(like.new_zeros(prompts), like.new_zeros(prompts)),
                 rows=(like.new_zeros(rows), like.new_zeros(rows)),
             )
@@ -230,7 +230,7 @@ class SharedPromptMemory:
 
 
 class _PrefillLayout(RowLayout):
-    """A row of prompts; their keys and values are written to memory on the way."""
+    """A row of prompts whose keys and values are stored in memory."""
 
     def __init__(self, owner: SharedPromptMemory, branches: Any, first: int) -> None:
         super().__init__(branches)

@@ -1,4 +1,4 @@
-"""Whether a token completes a stop string, at a cost that does not depend on the tokens before it. No torch."""
+"""Whether a token completes a stop string, found by decoding only the last few tokens. No torch import."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
-"""A token of one byte, where the rest are of characters: a row of such tokens is decoded as a whole."""
+"""A token that stands for one byte, in tokenizers whose other tokens are text. Several of them in a row are
+decoded together, so such a token has no text of its own."""
 
 
 class StopStrings:
-    """The stop strings of completions, which are found as in the text of all tokens, special ones included.
+    """The stop strings of completions. They are looked for in the text with special tokens.
 
     Args:
         tokenizer: decodes completions.
@@ -21,8 +22,8 @@ class StopStrings:
     def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
-        # A token with text has a byte at least, unless it is a space that is cleaned up before the next one. The
-        # first of those that are decoded is one more: some tokenizers leave out the space that it begins with.
+        # How many tokens with text are decoded. Each adds at least one byte, but every second may be a space that
+        # the tokenizer removes before punctuation. One more comes first, as some tokenizers drop a leading space.
         self._reach = 2 * max((len(string.encode()) for string in stop), default=0) + 1
         self._kinds: dict[int, tuple[bool, bool]] = {}
 
@@ -34,7 +35,8 @@ class StopStrings:
         return any(string in text for string in self._stop)
 
     def _begin(self, token_ids: Sequence[int]) -> int:
-        """Place of a token from which on the text is that of the whole, and long enough for every stop string."""
+        """Where to begin decoding: as late as leaves enough text for every stop string, at a token whose text does
+        not depend on those before it."""
         left = self._reach
         for place in range(len(token_ids) - 1, 0, -1):
             has_text, begins_text = self._kind(token_ids[place])
@@ -44,10 +46,10 @@ class StopStrings:
         return 0
 
     def _kind(self, token_id: int) -> tuple[bool, bool]:
-        """Whether it has a text of its own, and whether that is the same whatever precedes it."""
+        """Whether the token has a text, and whether that text is the same whatever comes before the token."""
         if token_id not in self._kinds:
             text = self._tokenizer.decode([token_id])
-            is_whole = "\N{REPLACEMENT CHARACTER}" not in text  # no part of a character
+            is_whole = "\N{REPLACEMENT CHARACTER}" not in text  # and not only some bytes of a character
             piece = self._tokenizer.convert_ids_to_tokens(token_id) or ""
             self._kinds[token_id] = bool(text), bool(text) and is_whole and not BYTE_PIECE.fullmatch(piece)
         return self._kinds[token_id]

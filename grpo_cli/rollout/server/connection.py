@@ -44,7 +44,7 @@ LONGEST_PAUSE_S = 5.0
 """Between two attempts to reach a server that is away."""
 
 LAST_WORD_S = 5.0
-"""Time that a server has to tell of a broadcast that broke here, before this side's reason is told alone."""
+"""Wait for the server's own account of a broadcast that failed on this side."""
 
 Answer = TypeVar("Answer", bound=Body)
 
@@ -61,7 +61,7 @@ class WrongWeights(Exception):
     """The server has other weights than the ones that are wanted, or none that are whole."""
 
 
-class RolloutServer:
+class ServerConnection:
     """Speaks to one server.
 
     Args:
@@ -175,7 +175,7 @@ class RolloutServer:
 
     def _can_use_nccl(self, info: ServerInfo, policy: PolicyWeights) -> bool:
         """Whether both sides compute on GPUs, and not on the same one, which NCCL refuses."""
-        if info.device != "cuda" or policy.device.type != "cuda":
+        if "cpu" in info.devices or policy.device.type != "cuda":
             return False
         return str(torch.cuda.get_device_properties(policy.device).uuid) not in info.devices
 

@@ -21,20 +21,17 @@ from grpo_cli.distributed.environment import as_if_not_launched
 from grpo_cli.errors import RunError, ServerLost
 from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import ServerConfig
-from grpo_cli.serve.engine_arguments import as_options, refuse_splitting
+from grpo_cli.serve.engine_arguments import SHARED_GPU_MEMORY, as_options, refuse_splitting
 from grpo_cli.serve.environment import prepare
 from grpo_cli.serve.lock import make_key_file
 
 MAX_STARTS = 3
-"""A server that ends this often without having generated in between ends for a reason."""
+"""Starts in a row without anything generated in between, after which the server is given up."""
 
 STOP_TIMEOUT_S = 20.0
 
 LINGER_S = 5.0
-"""Time that an engine has to notice that its server is gone."""
-
-SHARED_GPU_MEMORY = 0.3
-"""Share of a GPU's memory that vLLM takes where the policy trains on the same one."""
+"""Wait for an engine to notice that its server is gone, before it is killed."""
 
 
 class SpawnedServer:

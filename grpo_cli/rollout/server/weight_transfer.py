@@ -120,7 +120,7 @@ class SendingGroup:
 
 
 def in_background(call: Callable[[], T]) -> Future[T]:
-    """What `call` gives or raises, from a daemon: one that hangs must not keep an ending process alive."""
+    """Run `call` in a daemon thread, which does not keep an ending process alive even if it hangs."""
     future: Future[T] = Future()
 
     def run() -> None:

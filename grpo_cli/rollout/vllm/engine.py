@@ -11,14 +11,19 @@ from typing import Any
 
 import torch
 
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.spawned_server import SHARED_GPU_MEMORY
-from grpo_cli.rollout.vllm_requests import completion, generate_request
-from grpo_cli.serve.engine_arguments import engine_defaults, refuse_splitting
+from grpo_cli.rollout.with_vllm import completion, seed_of
+from grpo_cli.serve.engine_arguments import (
+    HOW_TO_INSTALL,
+    REQUIRED,
+    SHARED_GPU_MEMORY,
+    engine_defaults,
+    refuse_splitting,
+)
 from grpo_cli.serve.environment import set_defaults
 
 
@@ -52,15 +57,10 @@ class VllmEngine:
         try:
             import vllm
         except ImportError as error:
-            raise UserError(
-                "generation.engine: vllm is not installed: pip install 'grpo-cli[vllm]' on a machine with a GPU, "
-                "make vllm without one"
-            ) from error
+            raise UserError(f"generation.engine: vllm is not installed: {HOW_TO_INSTALL}") from error
         arguments: dict[str, Any] = {
             "load_format": "dummy",
-            "worker_extension_cls": "grpo_cli.serve.worker.WeightReceiver",
-            "weight_transfer_config": {"backend": "grpo"},
-            "logprobs_mode": "processed_logprobs",
+            **REQUIRED,
             "distributed_executor_backend": "uni",
             "enable_sleep_mode": self._sleeps,
             "disable_log_stats": True,
@@ -77,8 +77,9 @@ class VllmEngine:
             try:
                 self._llm: Any = vllm.LLM(model=folder, **(arguments | config.vllm))
             except (ValueError, TypeError) as error:
-                reason = " ".join(str(error).split())[:500]
-                raise UserError(f"generation.vllm: vLLM refuses the model or an argument: {reason}") from error
+                raise UserError(
+                    f"generation.vllm: vLLM refuses the model or an argument: {one_line(error)}"
+                ) from error
         # vLLM sets the threads of this process for its own needs.
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
@@ -123,26 +124,25 @@ class VllmEngine:
             UserError: a prompt is longer than vLLM was told to expect.
         """
         assert not self._is_asleep, "update_weights comes before generate"
-        from grpo_cli.serve.sampling import sampling_params, served_completions
+        from grpo_cli.serve.sampling import sampled_tokens, sampling_params
 
         engine = self._llm.llm_engine
-        limit, longest = engine.model_config.max_model_len, max(map(len, prompts), default=0)
-        if longest + self.config.max_completion_tokens > limit:
-            raise UserError(
-                f"a prompt of {longest} tokens and generation.max_completion_tokens "
-                f"({self.config.max_completion_tokens}) exceed vLLM's limit of {limit}; raise "
-                "generation.vllm.max_model_len, or lower data.max_prompt_tokens or max_completion_tokens"
-            )
+        limit, eos = engine.model_config.max_model_len, sorted(self.eos_token_ids)
+        what_to_do = (
+            f"vLLM's limit of {limit}; raise generation.vllm.max_model_len, or lower data.max_prompt_tokens or "
+            "max_completion_tokens"
+        )
+        check_lengths(prompts, self.config.max_completion_tokens, limit, what_to_do)
         groups: list[list[Completion]] = [[] for _ in prompts]
         try:
             for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-                request = generate_request(self.config, self.eos_token_ids, prompt, key, num_generations)
-                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, sampling_params(request))
+                params = sampling_params(self.config, n=num_generations, seed=seed_of(key), stop_token_ids=eos)
+                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
                         index = int(output.request_id)
-                        parts = served_completions(output)
+                        parts = sampled_tokens(output)
                         groups[index] = [completion(part, self.config, self.tokenizer) for part in parts]
                         if on_group is not None:
                             on_group(index, groups[index])

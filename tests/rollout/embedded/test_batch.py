@@ -14,7 +14,7 @@ from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.embedded import batch, decode_graphs, memory
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
-from grpo_cli.rollout.embedded.engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.rollout.embedded.tape import Tape, waits_seen
 
@@ -46,9 +46,9 @@ def model_of(kind: str, eos: list[int]) -> Any:
     return model.eval()
 
 
-def engine_of(model: Any, autocast: Any = nullcontext, **options: Any) -> TransformersEngine:
+def engine_of(model: Any, autocast: Any = nullcontext, **options: Any) -> EmbeddedEngine:
     config = GenerationConfig(**({"max_completion_tokens": NEW_TOKENS} | options))
-    return TransformersEngine(PackedModel(model), byte_tokenizer(), config, autocast)
+    return EmbeddedEngine(PackedModel(model), byte_tokenizer(), config, autocast)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

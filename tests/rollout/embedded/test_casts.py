@@ -16,7 +16,7 @@ from grpo_cli.distributed.strategies import make_strategy
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import GenerationConfig, Recipe
 from grpo_cli.rollout.embedded.casts import weights_cast_once
-from grpo_cli.rollout.embedded.engine import TransformersEngine
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.processes import run_processes
 
@@ -56,9 +56,9 @@ class WeightCasts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def engine_of(model: Any, autocast: Any = bfloat16) -> TransformersEngine:
+def engine_of(model: Any, autocast: Any = bfloat16) -> EmbeddedEngine:
     policy = PackedModel(model)
-    return TransformersEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=8), autocast)
+    return EmbeddedEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=8), autocast)
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False])
@@ -132,7 +132,7 @@ def casts_of_ranks() -> dict[str, list[int]]:
         spread.prepare(model, torch.optim.AdamW(trained))
         policy = PackedModel(model, spread.run, ranks.device)
         config = GenerationConfig(max_completion_tokens=8)
-        engine = TransformersEngine(policy, byte_tokenizer(), config, bfloat16)
+        engine = EmbeddedEngine(policy, byte_tokenizer(), config, bfloat16)
         with spread.whole_model(), WeightCasts(model) as casts:
             engine.generate(PROMPTS, KEYS, 3)
         assert sum(parameter.requires_grad for parameter in model.parameters()) == len(trained)

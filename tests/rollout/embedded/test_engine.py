@@ -35,7 +35,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.embedded import memory
-from grpo_cli.rollout.embedded.engine import TransformersEngine, eos_token_ids
+from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
 from grpo_cli.rollout.embedded.sampling import logits_processors, sample_tokens
 from grpo_cli.rollout.engine import Completion, SampleKey, decoded, sample_uniforms
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -83,9 +83,9 @@ def ragged_llama() -> Any:
     return tiny_llama(eos_token_id=RAGGED_EOS).eval()
 
 
-def engine_of(model: Any, **generation: Any) -> TransformersEngine:
+def engine_of(model: Any, **generation: Any) -> EmbeddedEngine:
     config = GenerationConfig(**({"max_completion_tokens": 12} | generation))
-    return TransformersEngine(PackedModel(model), byte_tokenizer(), config, nullcontext)
+    return EmbeddedEngine(PackedModel(model), byte_tokenizer(), config, nullcontext)
 
 
 def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
@@ -158,7 +158,7 @@ def test_a_gpu_returns_the_logprobs_that_training_on_it_computes() -> None:
     model = build(config).cuda()
     policy = PackedModel(model)
     assert policy.shares_prompts
-    engine = TransformersEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=12), nullcontext)
+    engine = EmbeddedEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=12), nullcontext)
     groups = engine.generate(PROMPTS, KEYS, 3)
     rollout = [
         Group(prompt, [completion.token_ids for completion in group], range(3 * i, 3 * i + 3))

@@ -139,9 +139,9 @@ class FakeServer:
 
     def info(self) -> tuple[int, dict[str, Any]]:
         return 200, {
-            "instance": self.instance, "model": "fake", "weights": self.weights and self.weights.model_dump(),
+            "instance": self.instance, "weights": self.weights and self.weights.model_dump(),
             "refusing": self.refusing, "dtype": self.dtype, "max_model_len": self.max_model_len,
-            "max_num_seqs": self.max_num_seqs, "world_size": 1, "devices": ["cpu"], "device": "cpu",
+            "max_num_seqs": self.max_num_seqs, "world_size": 1, "devices": ["cpu"],
             "memory_probe": str(self.probe),
         }  # fmt: skip
 
@@ -186,7 +186,7 @@ class FakeServer:
             return 500, {"detail": f"what arrived has digest {digest.hexdigest()}, what was sent {expected}"}
         with self._lock:
             self.loaded, self.weights, self.refusing = loaded, begun.weights, None
-        answer = {"weights": begun.weights.model_dump(), "digest": digest.hexdigest(), "seconds": 0.0}
+        answer = {"weights": begun.weights.model_dump(), "digest": digest.hexdigest()}
         return 200, answer
 
     def _receiver(self, begun: BeginWeights) -> Callable[[wire.Bucket], torch.Tensor]:

@@ -18,7 +18,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server import connection
-from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
 from tests.conftest import tiny_llama
@@ -44,11 +44,11 @@ def fake(tmp_path: Path) -> Iterator[FakeServer]:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[..., RolloutServer]]:
-    servers: list[RolloutServer] = []
+def connect() -> Iterator[Callable[..., ServerConnection]]:
+    servers: list[ServerConnection] = []
 
-    def make(fake: FakeServer, key: str | None = None, timeout_s: float = PATIENCE_S) -> RolloutServer:
-        servers.append(RolloutServer(fake.url, key, timeout_s))
+    def make(fake: FakeServer, key: str | None = None, timeout_s: float = PATIENCE_S) -> ServerConnection:
+        servers.append(ServerConnection(fake.url, key, timeout_s))
         return servers[-1]
 
     yield make
@@ -57,13 +57,13 @@ def connect() -> Iterator[Callable[..., RolloutServer]]:
 
 
 @pytest.fixture
-def server(fake: FakeServer, connect: Any) -> RolloutServer:
+def server(fake: FakeServer, connect: Any) -> ServerConnection:
     return connect(fake)
 
 
 def request(weights: Weights | None = V1, **changes: Any) -> GenerateRequest:
     return GenerateRequest(
-        **{"token_ids": [1, 2], "n": 2, "max_tokens": 4, "seed": 40, "weights": weights} | changes
+        **{"token_ids": [1, 2], "n": 2, "max_completion_tokens": 4, "seed": 40, "weights": weights} | changes
     )
 
 
@@ -104,7 +104,7 @@ def test_a_server_that_fails_or_is_silent_is_away(
     ],
 )
 def test_an_answer_that_waiting_does_not_change_is_an_error_of_its_own(
-    fake: FakeServer, server: RolloutServer, path: str, call: Any, fault: Any, error: Any, reason: str
+    fake: FakeServer, server: ServerConnection, path: str, call: Any, fault: Any, error: Any, reason: str
 ) -> None:
     fake.faults[path] = [fault]
     with pytest.raises(error, match=reason) as caught:
@@ -112,7 +112,7 @@ def test_an_answer_that_waiting_does_not_change_is_an_error_of_its_own(
     assert fake.url in str(caught.value)
 
 
-def test_a_server_that_is_not_there_is_away(fake: FakeServer, server: RolloutServer) -> None:
+def test_a_server_that_is_not_there_is_away(fake: FakeServer, server: ServerConnection) -> None:
     fake.die()
     with pytest.raises(ServerAway, match=f"{fake.url} does not answer"):
         server.info()
@@ -136,10 +136,10 @@ def test_key_and_weights_go_through_no_proxy(
     monkeypatch.delenv("no_proxy", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as proxy:
         monkeypatch.setenv(variable, f"http://127.0.0.1:{proxy.getsockname()[1]}")
-        assert connect(fake, timeout_s=1).info().model == "fake"
+        assert connect(fake, timeout_s=1).info().instance == fake.instance
 
 
-def test_waiting_ends_when_the_server_answers(fake: FakeServer, server: RolloutServer) -> None:
+def test_waiting_ends_when_the_server_answers(fake: FakeServer, server: ServerConnection) -> None:
     fake.faults[protocol.INFO] = ["drop", 503]
     attempts: list[int] = []
     assert server.wait_until_ready(lambda: attempts.append(1)).instance == fake.instance
@@ -152,7 +152,7 @@ def test_waiting_ends_in_time(fake: FakeServer, connect: Any) -> None:
         connect(fake, timeout_s=0.15).wait_until_ready()
 
 
-def test_waiting_ends_when_there_is_no_point_in_it(fake: FakeServer, server: RolloutServer) -> None:
+def test_waiting_ends_when_there_is_no_point_in_it(fake: FakeServer, server: ServerConnection) -> None:
     fake.die()
 
     def gone() -> None:
@@ -162,13 +162,13 @@ def test_waiting_ends_when_there_is_no_point_in_it(fake: FakeServer, server: Rol
         server.wait_until_ready(gone)
 
 
-def test_waiting_does_not_outlast_a_wrong_key(fake: FakeServer, server: RolloutServer) -> None:
+def test_waiting_does_not_outlast_a_wrong_key(fake: FakeServer, server: ServerConnection) -> None:
     fake.faults[protocol.INFO] = [503, 401]
     with pytest.raises(UserError, match="api_key_file"):
         server.wait_until_ready()
 
 
-def test_a_group_comes_back(fake: FakeServer, server: RolloutServer) -> None:
+def test_a_group_comes_back(fake: FakeServer, server: ServerConnection) -> None:
     server.send_weights(V1, FakePolicy(11))
     response = server.generate(request())
     assert [part.token_ids for part in response.completions] == [tokens_of(request(), 11, i) for i in range(2)]
@@ -177,7 +177,7 @@ def test_a_group_comes_back(fake: FakeServer, server: RolloutServer) -> None:
 
 
 def test_blanks_before_an_answer_are_no_part_of_it(
-    fake: FakeServer, server: RolloutServer, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, server: ServerConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.send_weights(V1, FakePolicy(11))
     dumps = json.dumps
@@ -185,7 +185,7 @@ def test_blanks_before_an_answer_are_no_part_of_it(
     assert len(server.generate(request()).completions) == 2
 
 
-def test_an_interrupted_generation_is_to_be_repeated(fake: FakeServer, server: RolloutServer) -> None:
+def test_an_interrupted_generation_is_to_be_repeated(fake: FakeServer, server: ServerConnection) -> None:
     server.send_weights(V1, FakePolicy(1))
     fake.answers[protocol.GENERATE] = lambda answer: answer | {"completions": [], "interrupted": "it was aborted"}
     with pytest.raises(ServerAway, match=f"{fake.url}: it was aborted"):
@@ -193,7 +193,9 @@ def test_an_interrupted_generation_is_to_be_repeated(fake: FakeServer, server: R
 
 
 @pytest.mark.parametrize("weights", [V2.model_dump(), {"run": "other", "version": 1}, None])
-def test_what_other_weights_generated_is_not_taken(fake: FakeServer, server: RolloutServer, weights: Any) -> None:
+def test_what_other_weights_generated_is_not_taken(
+    fake: FakeServer, server: ServerConnection, weights: Any
+) -> None:
     server.send_weights(V1, FakePolicy(1))
     fake.answers[protocol.GENERATE] = lambda answer: answer | {"weights": weights}
     with pytest.raises(WrongWeights, match="generated with"):
@@ -216,7 +218,9 @@ def assert_has(fake: FakeServer, policy: FakePolicy, weights: Weights) -> None:
         assert torch.equal(fake.loaded[name].float(), tensor), name
 
 
-def test_a_server_without_room_is_sent_the_weights_by_broadcast(fake: FakeServer, server: RolloutServer) -> None:
+def test_a_server_without_room_is_sent_the_weights_by_broadcast(
+    fake: FakeServer, server: ServerConnection
+) -> None:
     fake.faults[protocol.BEGIN_WEIGHTS] = [507]
     policy = FakePolicy(1)
     server.send_weights(V1, policy)
@@ -239,7 +243,7 @@ def gpu_of_thread(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_one_process_on_a_gpu_sends_its_weights(
-    fake: FakeServer, server: RolloutServer, way: str, gpu_of_thread: dict[str, int]
+    fake: FakeServer, server: ServerConnection, way: str, gpu_of_thread: dict[str, int]
 ) -> None:
     model = tiny_llama()
     assert server.send_weights(V1, PolicyWeights(model, device=Ranks().device)) > 0
@@ -249,7 +253,7 @@ def test_one_process_on_a_gpu_sends_its_weights(
 
 
 def test_the_thread_that_sends_by_nccl_computes_on_the_policy_s_gpu(
-    fake: FakeServer, server: RolloutServer, gpu_of_thread: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, server: ServerConnection, gpu_of_thread: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NCCL itself takes two GPUs: here the ranks fail to meet."""
     met: list[Any] = []
@@ -259,7 +263,7 @@ def test_the_thread_that_sends_by_nccl_computes_on_the_policy_s_gpu(
         raise RuntimeError("the ranks did not meet")
 
     monkeypatch.setattr(connection, "LAST_WORD_S", 0.1)
-    monkeypatch.setattr(RolloutServer, "_can_use_nccl", lambda *_: True)
+    monkeypatch.setattr(ServerConnection, "_can_use_nccl", lambda *_: True)
     monkeypatch.setattr(wire, "join_group", meet)
     with pytest.raises(ServerAway):
         server.send_weights(V1, PolicyWeights(tiny_llama(), device=torch.device("cuda", 1)))
@@ -269,7 +273,7 @@ def test_the_thread_that_sends_by_nccl_computes_on_the_policy_s_gpu(
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_server_gets_every_tensor_in_its_own_dtype(
-    fake: FakeServer, server: RolloutServer, way: str, dtype: str
+    fake: FakeServer, server: ServerConnection, way: str, dtype: str
 ) -> None:
     fake.dtype = dtype
     policy = FakePolicy(1)
@@ -285,7 +289,7 @@ def test_the_server_gets_every_tensor_in_its_own_dtype(
 
 @pytest.mark.parametrize("num_tensors", [1, 300])
 def test_an_update_takes_three_calls_however_many_tensors_and_buckets_there_are(
-    fake: FakeServer, server: RolloutServer, way: str, num_tensors: int, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, server: ServerConnection, way: str, num_tensors: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(wire, "plan_buckets", partial(wire.plan_buckets, bucket_bytes=1024))
     policy = FakePolicy(1, num_tensors)
@@ -296,7 +300,7 @@ def test_an_update_takes_three_calls_however_many_tensors_and_buckets_there_are(
 
 
 def test_a_group_is_used_for_every_update_until_the_server_is_another(
-    fake: FakeServer, server: RolloutServer
+    fake: FakeServer, server: ServerConnection
 ) -> None:
     fake.probe.unlink()
     fake.shares_memory = False
@@ -312,7 +316,7 @@ def test_a_group_is_used_for_every_update_until_the_server_is_another(
     assert {meeting.host for meeting in fake.rendezvous} == {"127.0.0.1"}, "the address that leads to the server"
 
 
-def test_after_a_broken_transfer_the_workers_are_met_anew(fake: FakeServer, server: RolloutServer) -> None:
+def test_after_a_broken_transfer_the_workers_are_met_anew(fake: FakeServer, server: ServerConnection) -> None:
     fake.probe.unlink()
     server.send_weights(V1, FakePolicy(1))
     fake.faults[protocol.COMMIT_WEIGHTS] = ["drop"]
@@ -327,7 +331,7 @@ def test_after_a_broken_transfer_the_workers_are_met_anew(fake: FakeServer, serv
 
 @pytest.mark.parametrize("moment", ["before the ranks meet", "in the middle"])
 def test_what_goes_wrong_while_sending_is_raised_at_once(
-    fake: FakeServer, server: RolloutServer, moment: str, monkeypatch: pytest.MonkeyPatch
+    fake: FakeServer, server: ServerConnection, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not when the workers have waited long enough: here six times PATIENCE_S, in earnest ten minutes."""
     fake.probe.unlink()
@@ -371,14 +375,14 @@ def test_what_goes_wrong_while_sending_is_raised_at_once(
     ids=["digest", "version", "run"],
 )
 def test_a_server_that_got_something_else_is_an_error(
-    fake: FakeServer, server: RolloutServer, way: str, change: dict[str, Any]
+    fake: FakeServer, server: ServerConnection, way: str, change: dict[str, Any]
 ) -> None:
     fake.answers[protocol.COMMIT_WEIGHTS] = lambda answer: answer | change
     with pytest.raises(RunError, match=rf"{fake.url} has got version . .* sent was version 1 of run run with"):
         server.send_weights(V1, FakePolicy(1))
 
 
-def test_another_trainer_s_begin_makes_the_set_be_sent_again(fake: FakeServer, server: RolloutServer) -> None:
+def test_another_trainer_s_begin_makes_the_set_be_sent_again(fake: FakeServer, server: ServerConnection) -> None:
     def taken_over(answer: dict[str, Any]) -> dict[str, Any]:
         fake.begun = None
         return answer
@@ -390,7 +394,7 @@ def test_another_trainer_s_begin_makes_the_set_be_sent_again(fake: FakeServer, s
 
 @pytest.mark.parametrize("mode", [0o701, 0o710, 0o755, 0o770])
 def test_a_folder_that_others_may_enter_gets_no_weights(
-    fake: FakeServer, server: RolloutServer, mode: int
+    fake: FakeServer, server: ServerConnection, mode: int
 ) -> None:
     fake.probe.parent.chmod(mode)
     server.send_weights(V1, FakePolicy(1))
@@ -400,7 +404,7 @@ def test_a_folder_that_others_may_enter_gets_no_weights(
 
 @pytest.mark.parametrize("name", ["../elsewhere", "other", "/etc/passwd"])
 def test_weights_are_written_beside_the_probe_and_nowhere_else(
-    fake: FakeServer, server: RolloutServer, name: str
+    fake: FakeServer, server: ServerConnection, name: str
 ) -> None:
     place = str(fake.probe.parent / name)
     fake.answers[protocol.BEGIN_WEIGHTS] = lambda answer: answer | {"path": place}
@@ -409,7 +413,9 @@ def test_weights_are_written_beside_the_probe_and_nowhere_else(
     assert fake.count(protocol.COMMIT_WEIGHTS) == 0
 
 
-def test_a_probe_of_another_machine_is_not_taken_for_this_one_s(fake: FakeServer, server: RolloutServer) -> None:
+def test_a_probe_of_another_machine_is_not_taken_for_this_one_s(
+    fake: FakeServer, server: ServerConnection
+) -> None:
     fake.probe.write_text("another instance")
     server.send_weights(V1, FakePolicy(1))
     assert fake.rendezvous[0] is not None

@@ -11,27 +11,27 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
-from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.errors import RunError, ServerLost, ServerNeverReached
+from grpo_cli.recipe.sampling import Sampling
+from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import RolloutServer, ServerAway, WrongWeights
+from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
-from grpo_cli.rollout.vllm_requests import completion, generate_request
+from grpo_cli.rollout.with_vllm import completion, seed_of
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
 
 MAX_ATTEMPTS = 5
-"""A prompt, or a set of weights, that fails this often is not the fault of a moment."""
+"""Attempts at a prompt or a set of weights. What fails so often is no passing fault."""
 
 
-class VllmClient:
+class ServerEngine:
     """Generates on servers, which all have the weights of the same version.
 
     Args:
         servers: at least one.
         policy: what the servers are given.
         tokenizer: decodes completions.
-        config: the recipe's `generation` section.
+        sampling: how tokens are drawn and where a completion ends.
         eos_token_ids: tokens that end a completion.
         spawned: the server that this engine starts and stops, if it is its own.
         note: told what the user should know while waiting.
@@ -39,10 +39,10 @@ class VllmClient:
 
     def __init__(
         self,
-        servers: Sequence[RolloutServer],
+        servers: Sequence[ServerConnection],
         policy: PolicyWeights,
         tokenizer: Any,
-        config: GenerationConfig,
+        sampling: Sampling,
         eos_token_ids: set[int],
         *,
         spawned: SpawnedServer | None = None,
@@ -51,7 +51,7 @@ class VllmClient:
         self.servers = list(servers)
         self.policy = policy
         self.tokenizer = tokenizer
-        self.config = config
+        self.sampling = sampling
         self.eos_token_ids = eos_token_ids
         self.spawned = spawned
         self.note = note
@@ -73,10 +73,10 @@ class VllmClient:
             _daemon(partial(self._update_one, server, moved))
         return sum(_result(moved.get()) for _ in self.servers)
 
-    def _update_one(self, server: RolloutServer, moved: queue.SimpleQueue[Any]) -> None:
+    def _update_one(self, server: ServerConnection, moved: queue.SimpleQueue[Any]) -> None:
         moved.put(_outcome(self._bring_up_to_date, server))
 
-    def _bring_up_to_date(self, server: RolloutServer) -> int:
+    def _bring_up_to_date(self, server: ServerConnection) -> int:
         """Wait for a server if need be, and send the weights unless it has them; return the bytes moved."""
         assert self.weights is not None
         with server.lock:
@@ -93,12 +93,12 @@ class VllmClient:
                     reason = error
             raise RunError(f"the weights could not be sent in {MAX_ATTEMPTS} attempts: {reason}")
 
-    def _wait(self, server: RolloutServer) -> ServerInfo:
+    def _wait(self, server: ServerConnection) -> ServerInfo:
         is_known = server.url in self._infos
         own = self.spawned
         if own is not None:
             own.ensure_running()
-        # One that has worked once may just be ending of what it was lost by.
+        # One that has answered before is started again if it ends; one that has not ends for a reason to be told.
         check = (own.ensure_running if is_known else own.check) if own is not None else lambda: None
         try:
             if is_known or self.spawned is not None:
@@ -132,7 +132,7 @@ class VllmClient:
         assert self.weights is not None, "update_weights comes before generate"
         self._check_lengths(prompts)
         requests = [
-            generate_request(self.config, self.eos_token_ids, prompt, key, num_generations, self.weights)
+            generate_request(self.sampling, self.eos_token_ids, prompt, key, num_generations, self.weights)
             for prompt, key in zip(prompts, keys, strict=True)
         ]
         work = _Work(requests)
@@ -142,7 +142,7 @@ class VllmClient:
             for _ in requests:
                 index, outcome = work.outcomes.get()
                 _result(outcome)
-                groups[index] = [completion(part, self.config, self.tokenizer) for part in outcome.completions]
+                groups[index] = [completion(part, self.sampling, self.tokenizer) for part in outcome.completions]
                 if on_group is not None:
                     on_group(index, groups[index])
         finally:
@@ -157,7 +157,7 @@ class VllmClient:
             for _ in range(min(room, share)):
                 _daemon(partial(self._take_work, server, work))
 
-    def _take_work(self, server: RolloutServer, work: _Work) -> None:
+    def _take_work(self, server: ServerConnection, work: _Work) -> None:
         while not work.stopped.is_set():
             try:
                 index = work.waiting.get_nowait()
@@ -168,7 +168,7 @@ class VllmClient:
             if isinstance(outcome, Exception):
                 return
 
-    def _generate(self, server: RolloutServer, request: GenerateRequest) -> GenerateResponse:
+    def _generate(self, server: ServerConnection, request: GenerateRequest) -> GenerateResponse:
         reason: Exception | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
@@ -183,15 +183,13 @@ class VllmClient:
         raise RunError(f"a prompt failed {MAX_ATTEMPTS} times: {reason}")
 
     def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
-        longest, most = max(map(len, prompts), default=0), self.config.max_completion_tokens
         for server in self.servers:
             limit = self._infos[server.url].max_model_len
-            if longest + most > limit:
-                raise UserError(
-                    f"a prompt of {longest} tokens and generation.max_completion_tokens ({most}) exceed the "
-                    f"--max-model-len {limit} of {server.url}; raise it there, or lower data.max_prompt_tokens or "
-                    "generation.max_completion_tokens"
-                )
+            what_to_do = (
+                f"the --max-model-len {limit} of {server.url}; raise it there, or lower data.max_prompt_tokens or "
+                "generation.max_completion_tokens"
+            )
+            check_lengths(prompts, self.sampling.max_completion_tokens, limit, what_to_do)
 
     def release_memory(self) -> None:
         """Nothing: the servers have memory of their own."""
@@ -202,6 +200,25 @@ class VllmClient:
             server.close()
         if self.spawned is not None:
             self.spawned.stop()
+
+
+def generate_request(
+    sampling: Sampling,
+    eos_token_ids: set[int],
+    prompt: Sequence[int],
+    key: SampleKey,
+    num_generations: int,
+    weights: Weights | None = None,
+) -> GenerateRequest:
+    """What a server is asked for one prompt's group."""
+    return GenerateRequest(
+        token_ids=list(prompt),
+        n=num_generations,
+        seed=seed_of(key),
+        stop_token_ids=sorted(eos_token_ids),
+        weights=weights,
+        **sampling.model_dump(include=set(Sampling.model_fields)),
+    )
 
 
 def _daemon(target: Callable[[], None]) -> None:

@@ -1,0 +1,28 @@
+"""What the engine with vLLM in this process and the engine over servers have in common."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from grpo_cli.recipe.sampling import Sampling
+from grpo_cli.rollout.engine import Completion, SampleKey, decoded
+from grpo_cli.serve.protocol import SampledTokens
+
+
+def seed_of(key: SampleKey) -> int:
+    """The seed of a prompt's first completion; that of completion i is i more."""
+    return int(np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0] >> 2)
+
+
+def completion(part: SampledTokens, sampling: Sampling, tokenizer: Any) -> Completion:
+    """One completion, decoded.
+
+    vLLM reports log-probabilities of the filtered distribution. Where there is a filter, they cannot be compared
+    with the policy's, and are given as not known.
+    """
+    logprobs = [math.nan] * len(part.token_ids) if sampling.is_filtered else part.logprobs
+    text = decoded(tokenizer, part.token_ids, sampling.stop)
+    return Completion(part.token_ids, logprobs, part.finish_reason, text)

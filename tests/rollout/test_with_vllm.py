@@ -1,0 +1,62 @@
+"""Seeds follow from the key alone, and what vLLM gives becomes a completion."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+from typing import Any
+
+import pytest
+
+from grpo_cli.recipe.sampling import Sampling
+from grpo_cli.rollout.with_vllm import completion, seed_of
+from grpo_cli.serve.protocol import SampledTokens
+from tests.conftest import byte_tokenizer
+
+
+def test_the_same_key_has_the_same_seed_and_no_other_has() -> None:
+    keys = [*product(range(3), [0], range(20), range(3)), *product(range(3), [1, 2], range(20))]
+    seeds = [seed_of(key) for key in keys]
+    assert seeds == [seed_of(key) for key in keys]
+    # Each completion adds its index: the seeds of whole groups must not meet either.
+    by_value = sorted(seeds)
+    assert len(by_value) == len(keys)
+    assert min(after - before for before, after in pairwise(by_value)) > 10_000
+
+
+def test_a_seed_fits_vllm_s_integer_with_room_for_every_completion() -> None:
+    largest = max(seed_of((0, step)) for step in range(200))
+    assert 2**60 < largest < 2**63 - 10_000
+
+
+def sampled(text: str, reason: Any = "stop") -> SampledTokens:
+    tokens = byte_tokenizer()(text)["input_ids"]
+    return SampledTokens(token_ids=tokens, logprobs=[-0.25] * len(tokens), finish_reason=reason)
+
+
+def test_a_completion_keeps_its_tokens_and_log_probabilities() -> None:
+    one = completion(sampled("héllo", "length"), Sampling(), byte_tokenizer())
+    assert (one.text, one.finish_reason) == ("héllo", "length")
+    assert one.logprobs == [-0.25] * len(one.token_ids) == [-0.25] * 6
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.9}, {"top_k": 2}, {"min_p": 0.1}, {"repetition_penalty": 1.1}])
+def test_log_probabilities_of_a_filtered_distribution_are_not_known(filters: dict[str, Any]) -> None:
+    one = completion(sampled("abc"), Sampling(**filters), byte_tokenizer())
+    assert len(one.logprobs) == 3
+    assert all(map(math.isnan, one.logprobs))
+
+
+def test_a_temperature_is_no_filter() -> None:
+    assert completion(sampled("abc"), Sampling(temperature=0.5), byte_tokenizer()).logprobs == [-0.25] * 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("one\ntwo", "one"), ("one END two\n", "one "), ("one", "one"), ("\n", ""), ("<|end|>", "")],
+)
+def test_the_text_ends_before_the_first_stop_string_and_has_no_special_tokens(text: str, expected: str) -> None:
+    part = sampled(text)
+    one = completion(part, Sampling(stop=["END", "\n"]), byte_tokenizer())
+    assert one.text == expected
+    assert one.token_ids == part.token_ids, "tokens are what was sampled, the stop string too"
