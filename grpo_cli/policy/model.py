@@ -220,11 +220,6 @@ def evaluating(model: Any) -> Iterator[None]:
         model.train(was_training)
 
 
-def is_in_parts(model: Any) -> bool:
-    """Whether DeepSpeed has shared the weights out, so that a parameter is whole only where it is gathered."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def base_model(model: Any) -> Any:
     """The transformers model itself, inside its adapters if it has any."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

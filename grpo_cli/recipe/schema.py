@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 from grpo_cli.recipe.addresses import server_url
+from grpo_cli.recipe.strategies import StrategyName
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -344,7 +345,7 @@ class TrainConfig(Section):
 class DistributedConfig(Section):
     _paths = field_validator("deepspeed_config")(possible_path)
 
-    strategy: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    strategy: Literal["auto", StrategyName] = "auto"
     """What is shared out over processes: `ddp` nothing, `zero1` the optimizer's state, `zero2` gradients too,
     `zero3` and `fsdp` weights too. `auto` is what the launcher says, else `ddp` for several processes, `none`
     for one."""

@@ -16,15 +16,13 @@ from grpo_cli.serve.protocol import TensorSpec
 
 
 class Sharding(Protocol):
-    """How weights that are shared out over processes are put together; see `train.strategies`."""
+    """How weights that are shared out over processes are put together; each method is one of `Strategy`."""
 
-    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        """Inside, these parameters can be read through `whole`."""
-        ...
+    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]: ...
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter, or what was computed of some."""
-        ...
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+    def whole_shape(self, tensor: torch.Tensor) -> torch.Size: ...
 
 
 class PolicyWeights:
@@ -74,7 +72,7 @@ class PolicyWeights:
             tensor = self._origin(name)
             is_cast = tensor.is_floating_point() and name in self._parameters
             own = str(tensor.dtype).removeprefix("torch.")
-            shape = list(getattr(tensor, "ds_shape", tensor.shape))  # of the whole, where DeepSpeed holds a part
+            shape = list(tensor.shape if self._sharding is None else self._sharding.whole_shape(tensor))
             specs.append(TensorSpec(name=name, dtype=dtype if is_cast else own, shape=shape))  # type: ignore[arg-type]
         return specs
 

@@ -94,7 +94,7 @@ def load(strategy: str, recipe: dict[str, Any]) -> dict[str, Any]:
         model = load_policy(settings.model, loading=spread.loading)
         spread.take(model)
         frozen = reference_model(model, settings.model, spread.loading, spread.copied)
-        optimizer = build_optimizer(model, settings.optim)
+        optimizer = build_optimizer(model, settings.optim, spread.whole_shape)
         spread.prepare(model, optimizer)
         if frozen is not None:
             spread.prepare_frozen(frozen)
@@ -166,7 +166,7 @@ def restored(strategy: str, recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
     spread = make_strategy(strategy, settings, ranks)  # type: ignore[arg-type]
     model = load_policy(settings.model, loading=spread.loading)
     spread.take(model)
-    optimizer = build_optimizer(model, settings.optim)
+    optimizer = build_optimizer(model, settings.optim, spread.whole_shape)
     spread.prepare(model, optimizer)
     weights = None
     if ranks.is_main:
