@@ -121,7 +121,9 @@ def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) 
     if strategy is None:
         strategy = "ddp" if world_size > 1 else "none"
     if STRATEGIES[strategy].for_one_process and world_size > 1:
-        raise UserError(f"distributed.strategy {strategy} is for one process, but {world_size} started; write auto")
+        raise UserError(
+            f"distributed.strategy {strategy} is for one process, but {world_size} started; write auto"
+        )
     return strategy
 
 

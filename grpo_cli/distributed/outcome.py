@@ -8,7 +8,7 @@ from typing import TypeVar
 from grpo_cli.errors import RunError, StoppedEarly, UserError
 
 EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
-"""Those that ranks tell each other. Any other is a bug: the rank that has it ends, and its launcher ends the rest."""
+"""What ranks tell each other. Any other is a bug: the rank that has it ends, and the launcher ends the rest."""
 
 T = TypeVar("T")
 

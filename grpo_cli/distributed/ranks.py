@@ -132,7 +132,7 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Overwrite tensors with rank 0's values; at any time one of them at most is a second time on the device."""
+        """Overwrite tensors with rank 0's values. Only one of them at a time is on the device twice."""
         if self._talk is not None:
             for tensor in tensors:
                 value = tensor.data.to(self.device).contiguous()
@@ -154,8 +154,8 @@ class Ranks:
         Raises:
             UserError, RunError, StoppedEarly: as it raised there, on all ranks alike.
         """
-        outcome: T | Exception = self.tell(outcome_of(work) if self.is_main else None)
-        return result_of(outcome)
+        own: Any = outcome_of(work) if self.is_main else None
+        return result_of(self.tell(own))
 
 
 def current_device() -> torch.device:

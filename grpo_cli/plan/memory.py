@@ -2,8 +2,8 @@
 
 What lasts is there all the time: weights, gradients, optimizer, reference. On top of it comes what the largest of
 the three phases needs: generation, forward and backward of one pack, the optimizer's step. Counted are tensors, as
-this code, torch and DeepSpeed 0.19 allocate them under the settings of `distributed.strategies`; gaps between them are
-not, nor what a `deepspeed_config` of the user's changes.
+this code, torch and DeepSpeed 0.19 allocate them under the settings of `distributed.strategies`; gaps between them
+are not, nor what a `deepspeed_config` of the user's changes.
 """
 
 from __future__ import annotations

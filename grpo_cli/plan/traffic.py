@@ -49,7 +49,9 @@ def sharing_bytes(setup: Setup, parameters: int, trained: int, work: Work) -> fl
     """
     ring, traits = (setup.processes - 1) / setup.processes, setup.traits
     weights, gradients = parameters * setup.weight_bytes, trained * setup.weight_bytes
-    if traits.shards_weights:
+    if traits.for_one_process:
+        moved = 0
+    elif traits.shards_weights:
         moved = work.packs * (2 * weights + gradients)
     elif traits.shards_gradients:
         moved = (work.packs * 2 + work.optimizer_steps) * gradients

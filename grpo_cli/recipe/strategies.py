@@ -1,7 +1,7 @@
 """The strategies of `distributed.strategy`, and every fact about them that is needed outside of their classes.
 
-The recipe's rules, the plan, the launcher and the training loop ask this table and never compare names, so that a new
-strategy is a row here, a class in `distributed/strategies/` and a line in its factory. Never imports torch.
+Whoever needs such a fact asks this table and compares no names, so that a new strategy is a row here, a class in
+`distributed/strategies/` and a line in `make_strategy`. Never imports torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class StrategyTraits:
 
 
 def _sharding(*, gradients: bool, weights: bool, zero_stage: int | None = None) -> StrategyTraits:
-    """Traits of a strategy under which an engine, DeepSpeed's or torch's, shares out the optimizer's state at least."""
+    """Traits of a strategy that shares out the optimizer's state at least."""
     return StrategyTraits(
         shards_optimizer=True, shards_gradients=gradients, shards_weights=weights, zero_stage=zero_stage,
         runs_alike=True, needs_group=True, can_offload=True,

@@ -5,24 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from grpo_cli.distributed.strategies import Strategy
 from grpo_cli.errors import UserError
 from grpo_cli.policy.model import base_model, behind, shared_ties, standalone_tensors
 from grpo_cli.serve.protocol import TensorSpec
-
-
-class Sharding(Protocol):
-    """How weights that are shared out over processes are put together; each method is one of `Strategy`."""
-
-    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]: ...
-
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor: ...
-
-    def whole_shape(self, tensor: torch.Tensor) -> torch.Size: ...
 
 
 class PolicyWeights:
@@ -30,14 +21,14 @@ class PolicyWeights:
 
     Args:
         model: a transformers model or its PEFT wrapper; it is not changed.
-        sharding: how its weights are shared out, if they are.
+        strategy: puts its weights together where they are in parts; without one they are not.
         device: that they are gathered on, if that is not where they are.
 
     Raises:
         UserError: a server cannot be given such weights.
     """
 
-    def __init__(self, model: Any, sharding: Sharding | None = None, device: torch.device | None = None) -> None:
+    def __init__(self, model: Any, strategy: Strategy | None = None, device: torch.device | None = None) -> None:
         base = base_model(model)
         if get_model_conversion_mapping(base, add_legacy=False):
             raise UserError(
@@ -55,7 +46,7 @@ class PolicyWeights:
                 )
             del self._tensors[name]
         self._parameters = parameters
-        self._sharding = sharding
+        self._strategy = strategy
         self.announce: Callable[[Sequence[str]], AbstractContextManager[None]] = lambda names: nullcontext()
         """Entered before weights are gathered, with their names: who else has to gather them is told so."""
         self.device: torch.device = device or base.device
@@ -72,7 +63,7 @@ class PolicyWeights:
             tensor = self._origin(name)
             is_cast = tensor.is_floating_point() and name in self._parameters
             own = str(tensor.dtype).removeprefix("torch.")
-            shape = list(tensor.shape if self._sharding is None else self._sharding.whole_shape(tensor))
+            shape = list(tensor.shape if self._strategy is None else self._strategy.whole_shape(tensor))
             specs.append(TensorSpec(name=name, dtype=dtype if is_cast else own, shape=shape))  # type: ignore[arg-type]
         return specs
 
@@ -82,19 +73,19 @@ class PolicyWeights:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # each thread has a current device of its own
         needed = [tensor for name in names for tensor in behind(self._tensors[name])]
-        sharding = self._sharding
+        strategy = self._strategy
         left = list(names)
 
         def tensor(name: str) -> torch.Tensor:
             left.remove(name)
             return self.tensor(name)
 
-        with self.announce(names), nullcontext() if sharding is None else sharding.gathered(needed):
+        with self.announce(names), nullcontext() if strategy is None else strategy.gathered(needed):
             try:
                 yield tensor
             finally:
                 # Where each of them takes all ranks, the others are waiting for those that an error left over.
-                for name in left if sharding is not None else ():
+                for name in left if strategy is not None else ():
                     self.tensor(name)
 
     def join_gathering(self, names: Sequence[str]) -> None:
@@ -107,4 +98,4 @@ class PolicyWeights:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, merged with its adapter if it has one."""
         tensor = self._tensors[name]()
-        return tensor if self._sharding is None else self._sharding.whole(tensor)
+        return tensor if self._strategy is None else self._strategy.whole(tensor)

@@ -35,8 +35,8 @@ class Strategy(ABC):
 
     traits: StrategyTraits
     run: Compute | None = None
-    """Calls a function with its arguments, which may compute with the policy and any part of it, also for a backward
-    pass. None where nothing has to happen before or after."""
+    """Calls a function with its arguments, which may compute with the policy and any part of it, also for a
+    backward pass. None where nothing has to happen before or after."""
 
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
@@ -85,7 +85,7 @@ class Strategy(ABC):
         return nullcontext()
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter, or what was computed of some, as it is when no rank holds only a part; inside `gathered`."""
+        """A parameter, or what was computed of some, put together where ranks hold parts; inside `gathered`."""
         return tensor
 
     def whole_shape(self, tensor: torch.Tensor) -> torch.Size:
@@ -125,9 +125,6 @@ class Strategy(ABC):
 class GradientNotFinite(RunError):
     """The gradient's norm is not a number, or infinite."""
 
-    def __init__(self, norm: float) -> None:
-        super().__init__(f"norm {norm}")
-
 
 def checked_norm(norm: Any) -> float:
     """The gradient's norm as a float.
@@ -137,7 +134,7 @@ def checked_norm(norm: Any) -> float:
     """
     value = float(norm)
     if not math.isfinite(value):
-        raise GradientNotFinite(value)
+        raise GradientNotFinite(f"norm {value}")
     return value
 
 
@@ -160,8 +157,8 @@ class Root(nn.Module):
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that an optimizer step changes, each with a gradient.
 
-    A parameter that no pack has reached gets a gradient of 0: the optimizer's momentum goes on, as it would had the
-    groups without a gradient been forwarded.
+    One that no pack has reached gets a gradient of 0: its momentum goes on, as it would had the groups that were
+    left out been forwarded.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:

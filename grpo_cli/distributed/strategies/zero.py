@@ -186,7 +186,7 @@ class Zero(Strategy):
         numbers = {id(parameter): index for index, parameter in enumerate(self._parameters)}
         names = set(self._ranks.tell(None if weights is None else list(weights)))
         for name, parameter in self._model.named_parameters():
-            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.shards_weights):
+            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
                 if weights is not None and name in weights:
                     parameter.data.copy_(weights[name])
             if not self.shards_weights and name in names:

@@ -216,7 +216,9 @@ class _Work:
 
     requests: list[GenerateRequest]
     waiting: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
-    outcomes: queue.SimpleQueue[tuple[int, GenerateResponse | Exception]] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[tuple[int, GenerateResponse | Exception]] = field(
+        default_factory=queue.SimpleQueue
+    )
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
