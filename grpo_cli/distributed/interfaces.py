@@ -54,8 +54,7 @@ def address_between_nodes(place: Placement, main: str, store: Any) -> str:
             store.set(MAIN_ADDRESS, found)
         return own
     if ipaddress.ip_address(own).is_loopback:
-        told: str = store.get(MAIN_ADDRESS).decode()
-        return told
+        return store.get(MAIN_ADDRESS).decode()
     return own
 
 

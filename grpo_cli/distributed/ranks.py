@@ -121,8 +121,7 @@ class Ranks:
         values: list[Any] = [value]
         if self._talk is not None:
             dist.broadcast_object_list(values, src=0, group=self._talk)
-        told: T = values[0]
-        return told
+        return values[0]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over ranks of CPU tensors of one shape; the argument is overwritten."""

@@ -23,7 +23,6 @@ parameters' state only. `MASTER` in a parameter's state is its float32 original,
 
 MASTER = "master"
 
-
 Compute = Callable[..., Any]
 
 

@@ -58,8 +58,7 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     """The user's file, without what it leaves to others (`auto`, as files for Hugging Face's trainer have)."""
-    config: dict[str, Any] = _without_auto(json.loads(path.expanduser().read_text(encoding="utf-8")))
-    return config
+    return _without_auto(json.loads(path.expanduser().read_text(encoding="utf-8")))
 
 
 def _without_auto(value: Any) -> Any:

@@ -50,8 +50,7 @@ class FullyShardedDataParallel(Strategy):
 
     def copied(self, model: Any) -> Any:
         # The copy shares the values on rank 0's CPU, which nothing writes to.
-        held = {id(parameter): parameter for parameter in model.parameters()}
-        shared = {key: nn.Parameter(p.data, requires_grad=p.requires_grad) for key, p in held.items()}
+        shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
         return copy.deepcopy(model, shared)
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:

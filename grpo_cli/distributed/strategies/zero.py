@@ -136,10 +136,8 @@ class Zero(Strategy):
     def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
         if not self.shards_weights:
             return super().gathered(tensors)
-        context: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
-            [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
-        )
-        return context
+        in_parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        return self._deepspeed.zero.GatheredParameters(in_parts)
 
     def whole_shape(self, tensor: torch.Tensor) -> torch.Size:
         return getattr(tensor, "ds_shape", tensor.shape)
@@ -224,8 +222,7 @@ class Zero(Strategy):
     def _flat_partitions(self) -> list[torch.Tensor]:
         optimizer = self._engine.optimizer
         name = next(name for name in FLAT_PARTITIONS if hasattr(optimizer, name))
-        partitions: list[torch.Tensor] = getattr(optimizer, name)
-        return partitions
+        return getattr(optimizer, name)
 
 
 def _is_in_parts(model: torch.nn.Module) -> bool:
