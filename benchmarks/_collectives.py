@@ -11,9 +11,9 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.plan.memory import Setup
 from grpo_cli.plan.traffic import Work, sharing_bytes
+from grpo_cli.recipe.strategies import StrategyName
 
 NAMESPACES = ("c10d", "_c10d_functional")
 SILENT = ("barrier", "monitored_barrier_", "wait_tensor")

@@ -241,7 +241,7 @@ def train_ours(spec: Spec, channel: Channel) -> None:
     model, tokenizer = load(recipe.model.name)
     start = copies(dict(model.named_parameters()))
     data = [{"prompt": prompt} for step in steps for prompt in step.prompts]
-    optimizer = build_optimizer(model, recipe.optim)
+    optimizer = build_optimizer(model, recipe.optim, lambda tensor: tensor.shape)
     gradient: dict[str, torch.Tensor] = {}
 
     def keep_gradient(name: str, parameter: torch.Tensor) -> None:

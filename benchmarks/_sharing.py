@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from benchmarks._collectives import CollectiveCounter, Traffic
 from benchmarks._models import DEFAULT_MODEL, load, random_prompts
 from grpo_cli.algorithm.advantages import compute_advantages
-from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import zero
 from grpo_cli.errors import UserError
+from grpo_cli.recipe.strategies import STRATEGIES, StrategyName
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.over_ranks import LedEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
@@ -204,7 +204,7 @@ class WatchedRecorder(Recorder):
 def ours(strategy: StrategyName, work: Work) -> Visit:
     """Our training loop, with completions that cost nothing, and updates of a receiver if asked for."""
     torch.set_num_threads(1)
-    ranks = Ranks.join(needs_group=strategy != "ddp")
+    ranks = Ranks.join(needs_group=STRATEGIES[strategy].needs_group)
     with tempfile.TemporaryDirectory() as folder, deterministic_kernels():
         shared: str = ranks.tell(folder)
         objects = Objects(
@@ -214,7 +214,7 @@ def ours(strategy: StrategyName, work: Work) -> Visit:
         )
         recipe = recipe_with_objects(our_recipe(work, shared), objects, ())
         rollouts, learner = assemble(recipe, objects, ranks, strategy, note=lambda text: None)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in learner.model.parameters())
+        parameters = sum(learner.strategy.whole_shape(p).numel() for p in learner.model.parameters())
         with StopRequest() as stop, Display(Console(quiet=True), rollouts.max_steps, 1) as display:
             recorder = WatchedRecorder(recipe, rollouts, learner, (), stop, display)
             recorder.watch(work, learner)

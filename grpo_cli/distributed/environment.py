@@ -11,14 +11,13 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 from grpo_cli.errors import UserError
+from grpo_cli.recipe.strategies import STRATEGIES, StrategyName
 
 if TYPE_CHECKING:
     from grpo_cli.recipe.schema import DistributedConfig  # `grpo --help` comes here and needs no pydantic
-
-StrategyName = Literal["none", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 LAUNCHER_PID = "GRPO_LAUNCHER"
 """Environment variable that our own launcher sets for its workers: its process id."""
@@ -102,13 +101,13 @@ def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) 
         )
     strategy = said if config.strategy == "auto" else config.strategy
     if config.deepspeed_config is not None:
-        stage = zero_stage(config.deepspeed_config)
-        if strategy not in (None, stage):
+        of_file = _of_file(config.deepspeed_config)
+        if strategy not in (None, of_file):
             raise UserError(
-                f"distributed.deepspeed_config: {config.deepspeed_config} is for {stage}, but the strategy is "
+                f"distributed.deepspeed_config: {config.deepspeed_config} is for {of_file}, but the strategy is "
                 f"{strategy}; change one of them"
             )
-        strategy = stage
+        strategy = of_file
     elif (file := environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")) != "none" and said is not None:
         raise UserError(
             f"Accelerate's launcher was given the DeepSpeed file {file}; set distributed.deepspeed_config: {file} "
@@ -121,8 +120,10 @@ def resolve_strategy(config: DistributedConfig, environment: Mapping[str, str]) 
         )
     if strategy is None:
         strategy = "ddp" if world_size > 1 else "none"
-    if strategy == "none" and world_size > 1:
-        raise UserError(f"distributed.strategy none is for one process, but {world_size} started; write auto")
+    if STRATEGIES[strategy].for_one_process and world_size > 1:
+        raise UserError(
+            f"distributed.strategy {strategy} is for one process, but {world_size} started; write auto"
+        )
     return strategy
 
 
@@ -136,22 +137,6 @@ def planned_strategy(
     """
     ranks = {"RANK": 0, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": processes}
     return resolve_strategy(config, {**(environment or {}), **{name: str(value) for name, value in ranks.items()}})
-
-
-def zero_stage(path: str) -> StrategyName:
-    """The strategy that a DeepSpeed JSON file is for.
-
-    Raises:
-        UserError: the file cannot be read, or has no stage from 1 to 3.
-    """
-    try:
-        settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"the DeepSpeed file {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"the DeepSpeed file {path} is not JSON: {error}") from error
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    return _zero(zero.get("stage") if isinstance(zero, dict) else None, f"zero_optimization.stage in {path}")
 
 
 def step_nodes(environment: Mapping[str, str]) -> Nodes | None:
@@ -208,14 +193,26 @@ def _accelerate_strategy(environment: Mapping[str, str]) -> StrategyName | None:
         return None
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file != "none":
-        return zero_stage(file)
+        return _of_file(file)
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")  # Accelerate's own default
-    return _zero(int(stage) if stage.isdecimal() else stage, "ACCELERATE_DEEPSPEED_ZERO_STAGE")
+    return _of_stage(int(stage) if stage.isdecimal() else stage, "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 
-def _zero(stage: object, source: str) -> StrategyName:
-    for name in get_args(StrategyName):
-        if name == f"zero{stage}" and isinstance(stage, int):
+def _of_file(path: str) -> StrategyName:
+    """The strategy that a DeepSpeed JSON file is for."""
+    try:
+        settings = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the DeepSpeed file {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"the DeepSpeed file {path} is not JSON: {error}") from error
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    return _of_stage(zero.get("stage") if isinstance(zero, dict) else None, f"zero_optimization.stage in {path}")
+
+
+def _of_stage(stage: object, source: str) -> StrategyName:
+    for name, traits in STRATEGIES.items():
+        if type(stage) is int and traits.zero_stage == stage:  # JSON's true equals 1
             return name
     raise UserError(f"{source} is {stage}; write 1, 2 or 3 (ddp is for weights and states that are not shared)")
 

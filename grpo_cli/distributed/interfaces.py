@@ -9,10 +9,10 @@ from typing import Any
 from grpo_cli.distributed.environment import Placement
 
 DISCARD_PORT = 9
-"""Of a connection that only asks for the way: no port is ever spoken to."""
+"""Port of the UDP sockets that ask for a route: connecting one sends nothing."""
 
 MAIN_ADDRESS = "grpo/main_address"
-"""Key of the processes' store: the address of machine 0, as another machine finds it."""
+"""Key in the processes' store: the address that another machine finds for machine 0."""
 
 
 def address_towards(host: str) -> str:
@@ -21,7 +21,7 @@ def address_towards(host: str) -> str:
     Raises:
         OSError: the name has no address, or nothing leads there.
     """
-    return _way(host)[0]
+    return _route(host)[0]
 
 
 def interface_of(address: str) -> str | None:
@@ -37,8 +37,8 @@ def interface_of(address: str) -> str | None:
 def address_between_nodes(place: Placement, main: str, store: Any) -> str:
     """This machine's address on the interface that leads to machine 0, or on machine 0 to the others.
 
-    To itself, machine 0's name may stand for a loopback address, as Debian writes it into /etc/hosts. Then what
-    another machine calls it decides.
+    On machine 0 its own name may stand for a loopback address, as Debian writes it into /etc/hosts. Then machine 0
+    takes the address that another machine has found for it.
 
     Args:
         place: of this process; all processes call this.
@@ -48,18 +48,17 @@ def address_between_nodes(place: Placement, main: str, store: Any) -> str:
     Raises:
         OSError: the name has no address here, or nothing leads there.
     """
-    own, found = _way(main)
+    own, found = _route(main)
     if place.rank != place.local_rank:  # not on machine 0
         if place.local_rank == 0:
             store.set(MAIN_ADDRESS, found)
         return own
     if ipaddress.ip_address(own).is_loopback:
-        told: str = store.get(MAIN_ADDRESS).decode()
-        return told
+        return store.get(MAIN_ADDRESS).decode()
     return own
 
 
-def _way(host: str) -> tuple[str, str]:
+def _route(host: str) -> tuple[str, str]:
     """This machine's address towards `host`, and that of `host`."""
     refused: OSError | None = None
     for family, kind, _, _, target in socket.getaddrinfo(host, DISCARD_PORT, type=socket.SOCK_DGRAM):

@@ -21,15 +21,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from grpo_cli.distributed.environment import Placement, is_launched, placement
 from grpo_cli.distributed.interfaces import address_between_nodes, interface_of
-from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.distributed.outcome import outcome_of, result_of
+from grpo_cli.errors import StoppedEarly
 
 LONGEST_WAIT = timedelta(hours=2)
 """Ranks wait for each other's rollouts and rewards; one that is silent for longer is stuck."""
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 """Environment variable in which gloo looks for the name of the interface to use."""
-
-EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
 
 T = TypeVar("T")
 
@@ -122,8 +121,7 @@ class Ranks:
         values: list[Any] = [value]
         if self._talk is not None:
             dist.broadcast_object_list(values, src=0, group=self._talk)
-        told: T = values[0]
-        return told
+        return values[0]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum over ranks of CPU tensors of one shape; the argument is overwritten."""
@@ -133,7 +131,7 @@ class Ranks:
 
     @torch.no_grad()
     def copy_from_main(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Give tensors the values that they have on rank 0; one at a time is twice on the device."""
+        """Overwrite tensors with rank 0's values. Only one of them at a time is on the device twice."""
         if self._talk is not None:
             for tensor in tensors:
                 value = tensor.data.to(self.device).contiguous()
@@ -147,7 +145,7 @@ class Ranks:
         Raises:
             UserError, RunError, StoppedEarly: that of the first rank on which it failed so, on all ranks alike.
         """
-        return [_value(outcome) for outcome in self.gather(_outcome(work))]
+        return [result_of(outcome) for outcome in self.gather(outcome_of(work))]
 
     def led(self, work: Callable[[], T]) -> T:
         """What `work` gives on rank 0, which alone does it.
@@ -155,8 +153,8 @@ class Ranks:
         Raises:
             UserError, RunError, StoppedEarly: as it raised there, on all ranks alike.
         """
-        value: T = _value(self.tell(_outcome(work) if self.is_main else None))
-        return value
+        own: Any = outcome_of(work) if self.is_main else None
+        return result_of(self.tell(own))
 
 
 def current_device() -> torch.device:
@@ -183,16 +181,3 @@ def _meeting_point(place: Placement) -> Any:
             if place.local_rank == 0:
                 print(f"{socket.gethostname()}: processes talk over {interface} ({address})", file=sys.stderr)
     return store
-
-
-def _outcome(work: Callable[[], T]) -> T | Exception:
-    try:
-        return work()
-    except EXPECTED_ERRORS as error:
-        return error
-
-
-def _value(outcome: Any) -> Any:
-    if isinstance(outcome, EXPECTED_ERRORS):
-        raise outcome
-    return outcome

@@ -7,7 +7,6 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.errors import UserError
 from grpo_cli.plan.memory import GIB, MemoryPlan, Setup, memory_plan
 from grpo_cli.plan.shape import ModelSize
@@ -19,8 +18,6 @@ GPUS_OF_A_NODE = 8
 MOST_PROCESSES = 512
 SMALLEST_MICROBATCH = 1024
 NVIDIA_SMI_TIMEOUT_S = 10.0
-
-STRENGTHS: tuple[StrategyName, ...] = ("none", "ddp", "zero1", "zero2", "zero3")
 
 
 @dataclass(frozen=True)
@@ -144,10 +141,12 @@ def fits(setup: Setup, size: ModelSize, gpu: Gpu) -> Iterator[tuple[dict[str, st
 def candidates(setup: Setup) -> Iterator[Setup]:
     """What could be changed: first what costs time only, then what needs GPUs, then what changes the training."""
     at_hand = [setup]
-    if setup.strategy in STRENGTHS and setup.processes > 1:
-        stronger = STRENGTHS[STRENGTHS.index(setup.strategy) + 1 :]
-        at_hand += [replace(setup, strategy=strategy) for strategy in stronger if strategy in ("zero2", "zero3")]
-    sharded = setup if setup.strategy == "fsdp" else replace(setup, strategy="zero3")
+    if setup.processes > 1:
+        if not setup.traits.shards_gradients:
+            at_hand.append(replace(setup, strategy="zero2"))
+        if not setup.traits.shards_weights:
+            at_hand.append(replace(setup, strategy="zero3"))
+    sharded = setup if setup.traits.shards_weights else replace(setup, strategy="zero3")
     first = GPUS_OF_A_NODE * (setup.processes // GPUS_OF_A_NODE + 1)
     counts = range(first, MOST_PROCESSES + 1, GPUS_OF_A_NODE)
     more = [replace(sharded, processes=count, gradient_checkpointing=True) for count in counts]

@@ -2,8 +2,8 @@
 
 What lasts is there all the time: weights, gradients, optimizer, reference. On top of it comes what the largest of
 the three phases needs: generation, forward and backward of one pack, the optimizer's step. Counted are tensors, as
-this code, torch and DeepSpeed 0.19 allocate them under the settings of `train.strategies`; gaps between them are
-not, nor what a `deepspeed_config` of the user's changes.
+this code, torch and DeepSpeed 0.19 allocate them under the settings of `distributed.strategies`; gaps between them
+are not, nor what a `deepspeed_config` of the user's changes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grpo_cli.distributed.environment import StrategyName, planned_strategy
+from grpo_cli.distributed.environment import planned_strategy
 from grpo_cli.plan.shape import ModelShape, ModelSize
 from grpo_cli.recipe.schema import LoraConfig, Recipe
+from grpo_cli.recipe.strategies import STRATEGIES, StrategyName, StrategyTraits
 
 GIB = 2**30
 BYTES_PER_VALUE = {"float32": 4, "bfloat16": 2}
@@ -76,12 +77,8 @@ class Setup:
     has_reference: bool
 
     @property
-    def shards_weights(self) -> bool:
-        return self.strategy in ("zero3", "fsdp")
-
-    @property
-    def uses_deepspeed(self) -> bool:
-        return self.strategy.startswith("zero")
+    def traits(self) -> StrategyTraits:
+        return STRATEGIES[self.strategy]
 
     @property
     def has_autocast(self) -> bool:
@@ -184,21 +181,21 @@ def optimizer_bytes(setup: Setup) -> int:
     DeepSpeed's stages 1 and 2 keep a master beside float32 weights, too; stage 3 only where it is offloaded.
     Without DeepSpeed there is none, and the moments have the weights' precision.
     """
-    if not setup.uses_deepspeed:
+    if not setup.traits.uses_deepspeed:
         return 2 * (4 if setup.lora else setup.weight_bytes)
-    is_own_master = setup.strategy == "zero3" and setup.weight_bytes == 4 and not setup.cpu_offload
+    is_own_master = setup.traits.shards_weights and setup.weight_bytes == 4 and not setup.cpu_offload
     return 8 if is_own_master else 12
 
 
 def lasting_parts(setup: Setup, parameters: int, shape: ModelShape | None) -> tuple[list[Part], float]:
     """What is there all the time on each GPU, and bytes in host memory for each process."""
     trained = trained_parameters(setup, parameters, shape)
-    share = setup.processes
-    weight_share = share if setup.shards_weights else 1
-    gradient_share = share if setup.strategy in ("zero2", "zero3", "fsdp") else 1
-    state_share = share if setup.strategy not in ("none", "ddp") else 1
-    trained_bytes = 4 if setup.lora and not setup.uses_deepspeed else setup.weight_bytes
-    gradient_bytes = 4 if setup.uses_deepspeed else trained_bytes
+    share, traits = setup.processes, setup.traits
+    weight_share = share if traits.shards_weights else 1
+    gradient_share = share if traits.shards_gradients else 1
+    state_share = share if traits.shards_optimizer else 1
+    trained_bytes = 4 if setup.lora and not traits.uses_deepspeed else setup.weight_bytes
+    gradient_bytes = 4 if traits.uses_deepspeed else trained_bytes
     frozen = parameters if setup.lora else 0
     weights = (frozen * setup.weight_bytes + trained * trained_bytes) / weight_share
     gradients = trained * gradient_bytes / gradient_share
@@ -207,12 +204,12 @@ def lasting_parts(setup: Setup, parameters: int, shape: ModelShape | None) -> tu
     host = 0.0
     if setup.cpu_offload:
         host, optimizer = optimizer, 0.0
-        if setup.uses_deepspeed:  # a float32 gradient, and in stages 1 and 2 a buffer for the updated weights
-            host += trained * (4 + (0 if setup.strategy == "zero3" else setup.weight_bytes)) / state_share
-        if setup.shards_weights:
+        if traits.uses_deepspeed:  # a float32 gradient, and in stages 1 and 2 a buffer for the updated weights
+            host += trained * (4 + (0 if traits.shards_weights else setup.weight_bytes)) / state_share
+        if traits.shards_weights:
             host += weights + gradients + reference
             weights = reference = 0.0
-        if setup.strategy != "zero1":
+        if traits.shards_gradients:
             gradients = 0.0
     where = "in host memory" if setup.cpu_offload else ""
     master = "float32 master and " if optimizer_bytes(setup) == 12 else ""
@@ -239,7 +236,7 @@ def generation_parts(setup: Setup, parameters: int, shape: ModelShape | None) ->
     if setup.engine == "vllm":
         parts.append(Part("vLLM's weights", parameters * SERVER_BYTES, "and its cache, from what is left"))
     if setup.engine == "transformers":
-        if setup.shards_weights:
+        if setup.traits.shards_weights:
             parts.append(Part("gathered weights", parameters * setup.weight_bytes, "the whole model on every GPU"))
         if setup.has_autocast:
             cast = parameters if shape is None else shape.matrix_parameters
@@ -275,9 +272,9 @@ def training_parts(setup: Setup, parameters: int, shape: ModelShape | None) -> l
     One is in the middle of a layer's backward pass, the other at the output head.
     """
     parts = []
-    if setup.has_autocast and setup.strategy != "zero3":
+    if setup.has_autocast and setup.traits.zero_stage != 3:
         parts.append(Part("weights in bfloat16", parameters * setup.compute_bytes, "kept by autocast"))
-    if setup.strategy == "zero1" and setup.weight_bytes == 2:
+    if setup.traits.zero_stage == 1 and setup.weight_bytes == 2:
         trained = trained_parameters(setup, parameters, shape)
         parts.append(Part("the pack's gradients", trained * 2, "in bfloat16, beside their float32 sum"))
     if shape is None:
@@ -319,11 +316,11 @@ def _gathered(setup: Setup, shape: ModelShape, *, at_head: bool) -> list[Part]:
 
     FSDP keeps what is outside the layers, so there they add up.
     """
-    if not setup.shards_weights:
+    if not setup.traits.shards_weights:
         return []
     layers = 2 * shape.layer_parameters
     ends = (2 - shape.tied) * shape.embedding_parameters
-    if setup.strategy == "fsdp":
+    if not setup.traits.uses_deepspeed:
         return [Part("gathered weights", (layers + ends) * setup.weight_bytes, "two layers, embedding and head")]
     if at_head:
         return [Part("gathered weights", ends * setup.weight_bytes, "embedding and head")]
@@ -332,22 +329,23 @@ def _gathered(setup: Setup, shape: ModelShape, *, at_head: bool) -> list[Part]:
 
 def _gradient_buffer(setup: Setup, shape: ModelShape) -> list[Part]:
     """Gradients that wait to be summed. A tensor that is larger than DeepSpeed's buffer is sent by itself."""
-    if setup.strategy == "none":
+    traits = setup.traits
+    if traits.for_one_process:
         return []
-    if setup.strategy == "ddp":
+    if not traits.shards_gradients and not traits.uses_deepspeed:
         return [Part("gradient bucket", DDP_BUCKET_BYTES)]
     trains_all = setup.lora is None
-    if setup.strategy == "fsdp":
+    if traits.zero_stage is None:
         ends = (2 - shape.tied) * shape.embedding_parameters
         largest = max(shape.layer_parameters, ends) * trains_all
         return [Part("gradient bucket", largest * setup.weight_bytes, "a layer's, or embedding's and head's")]
     largest = shape.embedding_parameters * trains_all
     beside = largest if largest > REDUCE_BUCKET_ELEMENTS else 0
     bucket_bytes = {
-        "zero1": 4,  # what is summed are float32 gradients
-        "zero2": 2 * setup.weight_bytes,  # one is filled while the other is sent
-        "zero3": setup.weight_bytes + 4 * (setup.weight_bytes == 2),  # what was summed is turned into float32
-    }[setup.strategy]
+        1: 4,  # what is summed are float32 gradients
+        2: 2 * setup.weight_bytes,  # one is filled while the other is sent
+        3: setup.weight_bytes + 4 * (setup.weight_bytes == 2),  # what was summed is turned into float32
+    }[traits.zero_stage]
     size = REDUCE_BUCKET_ELEMENTS * bucket_bytes + beside * setup.weight_bytes
     return [Part("gradient bucket", size, "DeepSpeed's, and the largest tensor" if beside else "DeepSpeed's")]
 
@@ -356,9 +354,9 @@ def step_parts(setup: Setup, trained: int) -> list[Part]:
     """What AdamW adds while it steps: a root of each second moment, and under DeepSpeed a copy of the gradient."""
     if setup.cpu_offload:
         return []
-    own = trained / (setup.processes if setup.strategy not in ("none", "ddp") else 1)
-    if not setup.uses_deepspeed:
+    own = trained / (setup.processes if setup.traits.shards_optimizer else 1)
+    if not setup.traits.uses_deepspeed:
         return [Part("AdamW's own", own * optimizer_bytes(setup) / 2, "roots of the second moments")]
-    if setup.strategy == "zero3":
+    if setup.traits.zero_stage == 3:
         own = min(own, SUB_GROUP_ELEMENTS)
     return [Part("AdamW's own", own * 8, "roots of the second moments, the gradient once more")]

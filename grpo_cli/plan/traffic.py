@@ -47,17 +47,17 @@ def sharing_bytes(setup: Setup, parameters: int, trained: int, work: Work) -> fl
     `zero2` gather the updated weights. `zero3` and `fsdp` gather the weights for a pack's forward pass, again for
     its backward pass, and scatter its gradients.
     """
-    ring = (setup.processes - 1) / setup.processes
+    ring, traits = (setup.processes - 1) / setup.processes, setup.traits
     weights, gradients = parameters * setup.weight_bytes, trained * setup.weight_bytes
-    moved = {
-        "none": 0,
-        "ddp": work.optimizer_steps * 2 * gradients,
-        "zero1": work.optimizer_steps * 3 * gradients,
-        "zero2": work.packs * 2 * gradients + work.optimizer_steps * gradients,
-        "zero3": work.packs * (2 * weights + gradients),
-        "fsdp": work.packs * (2 * weights + gradients),
-    }
-    return ring * moved[setup.strategy]
+    if traits.for_one_process:
+        moved = 0
+    elif traits.shards_weights:
+        moved = work.packs * (2 * weights + gradients)
+    elif traits.shards_gradients:
+        moved = (work.packs * 2 + work.optimizer_steps) * gradients
+    else:
+        moved = work.optimizer_steps * (3 if traits.shards_optimizer else 2) * gradients
+    return ring * moved
 
 
 def update_bytes(parameters: int) -> int:

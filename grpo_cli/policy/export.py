@@ -32,6 +32,10 @@ class Sharding(Protocol):
         """A parameter, or what was computed of some."""
         return tensor
 
+    def whole_shape(self, tensor: torch.Tensor) -> torch.Size:
+        """Of a parameter, without putting it together."""
+        return tensor.shape
+
 
 class Unsharded(Sharding):
     """For weights that this process holds whole."""

@@ -15,11 +15,6 @@ def base_model(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def is_in_parts(model: Any) -> bool:
-    """Whether DeepSpeed has shared the weights out, so that a parameter is whole only where it is gathered."""
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-
-
 def without_dropout(model: Any) -> None:
     """Switch dropout and routing noise off: with them, the policy that is trained is not the one that sampled."""
     for module in model.modules():

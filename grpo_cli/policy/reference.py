@@ -11,7 +11,6 @@ from peft import PeftModel
 
 from grpo_cli.policy.load import Loading, load_pretrained
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.policy.model import is_in_parts
 from grpo_cli.recipe.schema import ModelConfig
 
 
@@ -24,7 +23,7 @@ def reference_model(
         policy: before training.
         config: the recipe's `model` section.
         loading: context in which a model is read.
-        copied: gives a copy of the policy.
+        copied: gives a copy of the policy, or None where no process holds the whole, and it has to be read again.
 
     Raises:
         UserError: `model.reference` cannot be loaded.
@@ -33,10 +32,9 @@ def reference_model(
         model = load_pretrained(config, config.reference, loading)
     elif isinstance(policy, PeftModel):
         return None
-    elif is_in_parts(policy):  # as it was read: there is no whole to copy
+    elif (model := copied(policy)) is None:
         model = load_pretrained(config, config.name, loading)
     else:
-        model = copied(policy)
         model.gradient_checkpointing_disable()
     return model.requires_grad_(False).eval()
 

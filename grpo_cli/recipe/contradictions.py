@@ -19,6 +19,7 @@ from grpo_cli.recipe.schema import (
     TrainConfig,
 )
 from grpo_cli.recipe.section import Section
+from grpo_cli.recipe.strategies import STRATEGIES, names_of
 
 Finding = tuple[str, str]
 """Dotted key, message."""
@@ -246,14 +247,20 @@ def _train_contradictions(train: TrainConfig) -> Iterator[Finding]:
 def _distributed_contradictions(recipe: Recipe) -> Iterator[Finding]:
     distributed, key = recipe.distributed, "distributed"
     strategy, processes = distributed.strategy, distributed.processes or 1
-    if strategy == "none" and processes > 1:
-        yield f"{key}.strategy", f"none is for one process (processes is {processes}); write auto, or processes: 1"
-    if distributed.deepspeed_config is not None and strategy in ("none", "ddp", "fsdp"):
-        yield f"{key}.deepspeed_config", f"is for zero1, zero2 and zero3 (strategy is {strategy}); remove it"
+    traits = None if strategy == "auto" else STRATEGIES[strategy]
+    if traits and traits.for_one_process and processes > 1:
+        yield (
+            f"{key}.strategy",
+            f"{strategy} is for one process (processes is {processes}); write auto, or processes: 1",
+        )
+    if distributed.deepspeed_config is not None and traits and not traits.uses_deepspeed:
+        which = names_of(lambda row: row.uses_deepspeed, "and")
+        yield f"{key}.deepspeed_config", f"is for {which} (strategy is {strategy}); remove it"
     if distributed.cpu_offload and distributed.deepspeed_config is not None:
         yield f"{key}.cpu_offload", "is set in deepspeed_config; remove it here"
-    elif distributed.cpu_offload and strategy in ("auto", "none", "ddp"):
-        yield f"{key}.cpu_offload", f"needs zero1, zero2, zero3 or fsdp (strategy is {strategy}); set strategy"
+    elif distributed.cpu_offload and not (traits and traits.can_offload):
+        which = names_of(lambda row: row.can_offload, "or")
+        yield f"{key}.cpu_offload", f"needs {which} (strategy is {strategy}); set strategy"
     if recipe.generation.engine == "vllm" and processes > 1:
         yield (
             "generation.engine",

@@ -17,6 +17,7 @@ from grpo_cli.recipe.addresses import server_url
 from grpo_cli.recipe.loss_types import LOSS_TYPES, LossType, known_type
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.recipe.section import Section
+from grpo_cli.recipe.strategies import StrategyName
 
 DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -333,7 +334,7 @@ class TrainConfig(Section):
 class DistributedConfig(Section):
     _paths = field_validator("deepspeed_config")(possible_path)
 
-    strategy: Literal["auto", "none", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
+    strategy: Literal["auto", StrategyName] = "auto"
     """What is shared out over processes: `ddp` nothing, `zero1` the optimizer's state, `zero2` gradients too,
     `zero3` and `fsdp` weights too. `auto` is what the launcher says, else `ddp` for several processes, `none`
     for one."""

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from grpo_cli.distributed.ranks import EXPECTED_ERRORS, Ranks
+from grpo_cli.distributed.outcome import outcome_of, result_of
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError
 from grpo_cli.rollout.engine import Completion, OnGroup, RolloutEngine, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
@@ -142,24 +143,15 @@ class LedEngine:
 
     def _led(self, work: Callable[[RolloutEngine], T], came: OnGroup | None = None) -> T:
         """What `work` gives or raises on rank 0, on all ranks."""
-        if self._engine is None:
-            outcome = self._follow(came)
-        else:
-            self._is_heard = True
-            outcome = self._work(work, self._engine)
-            with self._lock:
-                self._is_heard = False
-                self._ranks.tell(("done", outcome))
-        if isinstance(outcome, EXPECTED_ERRORS):
-            raise outcome
-        return outcome
-
-    @staticmethod
-    def _work(work: Callable[[RolloutEngine], T], engine: RolloutEngine) -> T | Exception:
-        try:
-            return work(engine)
-        except EXPECTED_ERRORS as error:
-            return error
+        engine = self._engine
+        if engine is None:
+            return result_of(self._follow(came))
+        self._is_heard = True
+        outcome = outcome_of(lambda: work(engine))
+        with self._lock:
+            self._is_heard = False
+            self._ranks.tell(("done", outcome))
+        return result_of(outcome)
 
     def _follow(self, came: OnGroup | None) -> Any:
         """Do what rank 0 asks for until it is done."""

@@ -20,7 +20,7 @@ class PolicyWeights:
 
     Args:
         model: a transformers model or its PEFT wrapper; it is not changed.
-        sharding: how its weights are shared out, if they are.
+        strategy: puts its weights together where they are in parts; without one they are not.
         device: that they are gathered on, if that is not where they are.
 
     Raises:
@@ -53,7 +53,7 @@ class PolicyWeights:
             tensor = exported.origin
             is_cast = tensor.is_floating_point() and isinstance(tensor, torch.nn.Parameter)
             own = str(tensor.dtype).removeprefix("torch.")
-            shape = list(getattr(tensor, "ds_shape", tensor.shape))  # of the whole, where DeepSpeed holds a part
+            shape = list(self._sharding.whole_shape(tensor))
             specs.append(TensorSpec(name=name, dtype=dtype if is_cast else own, shape=shape))  # type: ignore[arg-type]
         return specs
 

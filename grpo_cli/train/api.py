@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo_cli.distributed.environment import resolve_strategy
-from grpo_cli.distributed.ranks import EXPECTED_ERRORS, Ranks
+from grpo_cli.distributed.outcome import EXPECTED_ERRORS
+from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.strategies import STRATEGIES
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.assemble import assemble, notes
 from grpo_cli.train.checkpoint import save_final
@@ -95,7 +97,7 @@ def train(
     objects = Objects(model, tokenizer, functions, train_data, eval_data, callbacks, optimizer, engine)
     loaded = recipe_with_objects(recipe, objects, overrides)
     strategy = resolve_strategy(loaded.distributed, os.environ)
-    ranks = Ranks.join(needs_group=strategy not in ("none", "ddp"))
+    ranks = Ranks.join(needs_group=STRATEGIES[strategy].needs_group)
     console = (console or Console()) if ranks.is_main else Console(quiet=True)
     check_trackers(loaded.logging.trackers)
     ranks.led(lambda: check_run_folder(loaded, resume=resume))

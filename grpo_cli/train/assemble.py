@@ -16,13 +16,13 @@ from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
-from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import make_strategy
 from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.reference import Reference, reference_model
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.strategies import StrategyName
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
@@ -104,7 +104,7 @@ def _learner(
     frozen = None
     if needs_reference:
         frozen = _on_all_ranks(ranks, lambda: reference_model(model, recipe.model, spread.loading, spread.copied))
-    optimizer = objects.optimizer or build_optimizer(model, recipe.optim)
+    optimizer = objects.optimizer or build_optimizer(model, recipe.optim, spread.whole_shape)
     check_coverage(model, optimizer)
     spread.prepare(model, optimizer)
     run_frozen = None if frozen is None else spread.prepare_frozen(frozen)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,17 +13,26 @@ from grpo_cli.plugins import load_object, origin
 from grpo_cli.recipe.schema import OptimConfig
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: torch.nn.Module, config: OptimConfig, whole_shape: Callable[[torch.Tensor], torch.Size]
+) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, or what the recipe's factory makes of them.
+
+    Args:
+        model: whose weights may be in parts.
+        config: the recipe's `optim` section.
+        whole_shape: see `Strategy.whole_shape`; weights are decayed where it has two dimensions or more.
 
     Raises:
         UserError: the factory is not there, refuses its arguments, or does not return an optimizer.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if config.name == "adamw":
+        matrices = [parameter for parameter in trainable if len(whole_shape(parameter)) >= 2]
+        others = [parameter for parameter in trainable if len(whole_shape(parameter)) < 2]
         groups = [
-            {"params": [p for p in trainable if _is_matrix(p)], "weight_decay": config.weight_decay},
-            {"params": [p for p in trainable if not _is_matrix(p)], "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": config.weight_decay},
+            {"params": others, "weight_decay": 0.0},
         ]
         groups = [group for group in groups if group["params"]]
         return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
@@ -35,10 +44,6 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> torch.optim.
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise UserError(f"optim.name: {config.name} returned a {type(optimizer).__name__}, not a torch optimizer")
     return optimizer
-
-
-def _is_matrix(parameter: torch.nn.Parameter) -> bool:
-    return len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # of the whole, where DeepSpeed holds a part
 
 
 def check_coverage(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

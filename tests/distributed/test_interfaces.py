@@ -59,7 +59,7 @@ def test_machine_0_whose_name_is_a_loopback_address_takes_what_others_call_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     ways = {"debian": ("127.0.0.1", "127.0.1.1"), "seen from node 1": ("10.0.0.12", "10.0.0.11")}
-    monkeypatch.setattr("grpo_cli.distributed.interfaces._way", ways.__getitem__)
+    monkeypatch.setattr("grpo_cli.distributed.interfaces._route", ways.__getitem__)
     store = Store()
     assert address_between_nodes(Placement(3, 4, 1, 2), "seen from node 1", store) == "10.0.0.12"
     assert MAIN_ADDRESS not in store, "one process of a machine says it"
@@ -69,7 +69,7 @@ def test_machine_0_whose_name_is_a_loopback_address_takes_what_others_call_it(
 
 
 def test_machine_0_whose_name_leads_to_it_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grpo_cli.distributed.interfaces._way", lambda main: ("10.0.0.11", "10.0.0.11"))
+    monkeypatch.setattr("grpo_cli.distributed.interfaces._route", lambda main: ("10.0.0.11", "10.0.0.11"))
     assert address_between_nodes(Placement(0, 2, 0, 1), "node0", Store()) == "10.0.0.11"
 
 

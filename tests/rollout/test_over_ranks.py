@@ -166,6 +166,9 @@ class SummedOverRanks:
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.ranks.sum(tensor.clone())
 
+    def whole_shape(self, tensor: torch.Tensor) -> torch.Size:
+        return tensor.shape
+
 
 class SendingEngine(FakeEngine):
     """Sends the weights to some servers at once, as the client of several rollout servers does."""

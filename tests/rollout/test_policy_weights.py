@@ -92,6 +92,9 @@ class Parted:
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor * 2
 
+    def whole_shape(self, tensor: torch.Tensor) -> torch.Size:
+        return tensor.shape
+
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_others_are_told_first_and_what_is_needed_is_gathered_only_as_long_as_it_is_read(lora: bool) -> None:

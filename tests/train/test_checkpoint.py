@@ -37,7 +37,7 @@ class Parts:
     def __init__(self, model: Any = None, steps: int = 0) -> None:
         self.model = tiny_llama() if model is None else model
         config = OptimConfig(learning_rate=0.01)
-        self.optimizer = build_optimizer(self.model, config)
+        self.optimizer = build_optimizer(self.model, config, torch.Tensor.size)
         self.scheduler = build_scheduler(self.optimizer, config, 10)
         self.strategy = Replicated(Ranks(), config.max_grad_norm)
         self.strategy.prepare(self.model, self.optimizer)

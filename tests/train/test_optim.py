@@ -32,7 +32,7 @@ def factories(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def learning_rates(config: OptimConfig, steps: int) -> list[float]:
-    optimizer = build_optimizer(Small(), config)
+    optimizer = build_optimizer(Small(), config, torch.Tensor.size)
     scheduler = build_scheduler(optimizer, config, steps)
     rates = []
     for _ in range(steps + 1):
@@ -45,7 +45,7 @@ def learning_rates(config: OptimConfig, steps: int) -> list[float]:
 def test_adamw_holds_every_trainable_parameter_once_and_decays_matrices_only() -> None:
     model = Small()
     config = OptimConfig(learning_rate=0.01, weight_decay=0.3, betas=(0.8, 0.95))
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, torch.Tensor.size)
     assert isinstance(optimizer, torch.optim.AdamW)
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -59,7 +59,7 @@ def test_adamw_holds_every_trainable_parameter_once_and_decays_matrices_only() -
 
 
 def test_a_model_of_matrices_alone_has_no_empty_group() -> None:
-    optimizer = build_optimizer(torch.nn.Linear(2, 2, bias=False), OptimConfig())
+    optimizer = build_optimizer(torch.nn.Linear(2, 2, bias=False), OptimConfig(), torch.Tensor.size)
     assert len(optimizer.param_groups) == 1
 
 
@@ -69,7 +69,7 @@ def test_a_step_is_that_of_adamw() -> None:
     reference = torch.optim.AdamW(
         [{"params": [theirs.weight]}, {"params": [theirs.bias], "weight_decay": 0.0}], lr=0.1, weight_decay=0.2
     )
-    optimizer = build_optimizer(ours, OptimConfig(learning_rate=0.1, weight_decay=0.2))
+    optimizer = build_optimizer(ours, OptimConfig(learning_rate=0.1, weight_decay=0.2), torch.Tensor.size)
     for _ in range(3):
         for model, stepper in ((ours, optimizer), (theirs, reference)):
             stepper.zero_grad()
@@ -83,7 +83,7 @@ def test_a_factory_gets_the_parameters_the_rate_and_its_params(factories: types.
     factories.sgd = torch.optim.SGD  # type: ignore[attr-defined]
     model = Small()
     config = OptimConfig(name="my_optimizers:sgd", learning_rate=0.5, params={"momentum": 0.9})
-    optimizer = build_optimizer(model, config)
+    optimizer = build_optimizer(model, config, torch.Tensor.size)
     assert isinstance(optimizer, torch.optim.SGD)
     (group,) = optimizer.param_groups
     assert (group["lr"], group["momentum"]) == (0.5, 0.9)
@@ -101,7 +101,7 @@ def test_a_factory_that_cannot_be_used_is_one_message(factories: types.ModuleTyp
         ({"name": "no_such_module:x"}, r"optim\.name: .*no_such_module"),
     ):
         with pytest.raises(UserError, match=message):
-            build_optimizer(Small(), OptimConfig(**settings))  # type: ignore[arg-type]
+            build_optimizer(Small(), OptimConfig(**settings), torch.Tensor.size)  # type: ignore[arg-type]
 
 
 def test_a_linear_schedule_warms_up_and_reaches_zero_after_the_last_step() -> None:

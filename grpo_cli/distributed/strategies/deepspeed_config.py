@@ -23,6 +23,7 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
     """
     path = recipe.distributed.deepspeed_config
     config = {"zero_optimization": _zero_section(recipe, stage)} if path is None else _read(Path(path))
+    is_bfloat16 = recipe.model.dtype == "bfloat16"
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -31,16 +32,13 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
-        "bf16": {"enabled": recipe.model.dtype == "bfloat16"},
     }
     for key, value in ours.items():
-        given = config.get(key, value)
-        if given != value and key not in ("bf16", "steps_per_print"):
+        if (given := config.get(key, value)) != value:
             raise UserError(
                 f"distributed.deepspeed_config: {key} is {given!r}, but the recipe decides it; remove it"
             )
-    if config.get("bf16", {}).get("enabled", ours["bf16"]["enabled"]) != ours["bf16"]["enabled"]:
+    if config.get("bf16", {}).get("enabled", is_bfloat16) != is_bfloat16:
         raise UserError(
             f"distributed.deepspeed_config: bf16.enabled contradicts model.dtype ({recipe.model.dtype}); remove it"
         )
@@ -51,16 +49,16 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
             raise UserError(
                 f"distributed.deepspeed_config: {key} is the recipe's {setting}; remove it from the file"
             )
-    if recipe.model.dtype == "bfloat16":
+    if is_bfloat16:
         # Weights are computed with in bfloat16 and updated in float32, which also sums their gradients.
         config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-    return config | ours | {"bf16": config.get("bf16", {}) | ours["bf16"]}
+    bf16 = config.get("bf16", {}) | {"enabled": is_bfloat16}
+    return config | ours | {"steps_per_print": 2**31, "bf16": bf16}
 
 
 def _read(path: Path) -> dict[str, Any]:
     """The user's file, without what it leaves to others (`auto`, as files for Hugging Face's trainer have)."""
-    config: dict[str, Any] = _without_auto(json.loads(path.expanduser().read_text(encoding="utf-8")))
-    return config
+    return _without_auto(json.loads(path.expanduser().read_text(encoding="utf-8")))
 
 
 def _without_auto(value: Any) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,41 +18,39 @@ from grpo_cli.distributed.strategies.base import (
     Compute,
     OptimizerState,
     Root,
+    Strategy,
     checked_norm,
     is_elementwise,
     on_cpu,
+    trained_parameters,
     without_master,
 )
 from grpo_cli.distributed.strategies.handing_on import broadcast, match, put, tensor_at
 from grpo_cli.errors import UserError
 from grpo_cli.policy.model import base_model
-from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.strategies import STRATEGIES
 
 
-class FullyShardedDataParallel:
+class FullyShardedDataParallel(Strategy):
     """Every decoder layer's weights are gathered when it computes and let go of after."""
 
-    runs_alike = True
-    shards_weights = True
+    traits = STRATEGIES["fsdp"]
 
     def __init__(self, recipe: Recipe, ranks: Ranks) -> None:
-        self._ranks = ranks
+        super().__init__(ranks)
         self._max_norm = recipe.optim.max_grad_norm
         self._mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         self._offload = OffloadPolicy()
         if recipe.distributed.cpu_offload:
             self._offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
 
-    def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
-        return nullcontext(self._ranks.is_main)
-
     def take(self, model: Any) -> None:
         match(model, self._ranks)  # the values come with `prepare`, straight into their shards
 
     def copied(self, model: Any) -> Any:
-        """See `Strategy.copied`. It shares the values on rank 0's CPU, which nothing writes to."""
-        held = {id(parameter): parameter for parameter in model.parameters()}
-        shared = {key: nn.Parameter(p.data, requires_grad=p.requires_grad) for key, p in held.items()}
+        # The copy shares the values on rank 0's CPU, which nothing writes to.
+        shared = {id(p): nn.Parameter(p.data, requires_grad=p.requires_grad) for p in model.parameters()}
         return copy.deepcopy(model, shared)
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
@@ -91,7 +89,7 @@ class FullyShardedDataParallel:
                 put(model, entry, broadcast(value, entry, self._ranks))
         return root
 
-    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+    def run(self, compute: Compute, *arguments: Any) -> Any:
         result = self._root(compute, *arguments)
         if not torch.is_grad_enabled():
             self._root.reshard()  # what a backward pass would do; else the weights outlive their next update
@@ -111,9 +109,6 @@ class FullyShardedDataParallel:
                 module.set_reshard_after_forward(not isinstance(module, Root), recurse=False)
                 module.reshard()
 
-    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        return nullcontext()
-
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -124,13 +119,8 @@ class FullyShardedDataParallel:
         (loss * self._ranks.world_size).backward()  # FSDP takes the mean over ranks
 
     def step(self) -> float:
-        """See `Strategy.step`. If it raises, the policy is as it was."""
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        norm = torch.nn.utils.clip_grad_norm_(trained, self._max_norm)
-        value = checked_norm(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = torch.nn.utils.clip_grad_norm_(trained_parameters(self._model), self._max_norm)
+        value = checked_norm(self.whole(norm))
         self._optimizer.step()
         return value
 

@@ -43,8 +43,8 @@ def match(model: nn.Module, ranks: Ranks) -> list[Entry]:
         RunError: the models differ in their modules.
     """
     layout, settings = ranks.tell((_layout(model), _settings(model)) if ranks.is_main else None)
-    if not is_empty(model):
-        return layout
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return layout  # it was not built without values
     own = {place for entry in _layout(model) for place in entry.places}
     if own != {place for entry in layout for place in entry.places}:
         raise RunError(f"rank {ranks.rank} built another model than rank 0 read; are their files the same?")
@@ -83,8 +83,7 @@ def broadcast(tensor: torch.Tensor | None, entry: Entry, ranks: Ranks) -> torch.
 def tensor_at(model: nn.Module, entry: Entry) -> torch.Tensor:
     """The tensor of a model that an entry describes."""
     module, name = entry.places[0]
-    tensor: torch.Tensor = getattr(model.get_submodule(module), name)
-    return tensor
+    return getattr(model.get_submodule(module), name)
 
 
 def put(model: nn.Module, entry: Entry, value: torch.Tensor) -> None:
@@ -94,27 +93,15 @@ def put(model: nn.Module, entry: Entry, value: torch.Tensor) -> None:
         setattr(model.get_submodule(module), name, held)
 
 
-def is_empty(model: nn.Module) -> bool:
-    """Whether it was built without values."""
-    return any(parameter.is_meta for parameter in model.parameters())
-
-
 def _layout(model: nn.Module) -> list[Entry]:
-    places: dict[int, list[Place]] = {}
-    tensors: dict[int, tuple[torch.Tensor, bool]] = {}
+    found: dict[int, tuple[torch.Tensor, bool, list[Place]]] = {}
     for place, tensor, is_on_device in _tensors(model):
-        places.setdefault(id(tensor), []).append(place)
-        tensors.setdefault(id(tensor), (tensor, is_on_device))
+        found.setdefault(id(tensor), (tensor, is_on_device, []))[2].append(place)
     return [
         Entry(
-            tuple(places[key]),
-            tensor.shape,
-            tensor.dtype,
-            isinstance(tensor, nn.Parameter),
-            tensor.requires_grad,
-            is_on_device,
+            tuple(places), held.shape, held.dtype, isinstance(held, nn.Parameter), held.requires_grad, is_on_device
         )
-        for key, (tensor, is_on_device) in tensors.items()
+        for held, is_on_device, places in found.values()
     ]
 
 

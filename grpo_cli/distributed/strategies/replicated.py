@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,41 +11,35 @@ import torch.distributed as dist
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies.base import (
     OptimizerState,
+    Strategy,
     checked_norm,
     on_cpu,
     part_of_state,
+    trained_parameters,
     without_master,
 )
 from grpo_cli.distributed.strategies.handing_on import hand_on
-from grpo_cli.recipe.schema import ModelConfig
+from grpo_cli.recipe.strategies import STRATEGIES
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients that are summed in one call."""
 
 
-class Replicated:
+class Replicated(Strategy):
     """One process, or data parallelism over several.
 
     torch's DistributedDataParallel is not used: it wants as many backward passes on every rank, each of them
     through every parameter, and its gain, to send while the last of many packs is computed, is small here.
     """
 
-    runs_alike = False
-    shards_weights = False
-    run = None
+    traits = STRATEGIES["ddp"]
 
     def __init__(self, ranks: Ranks, max_grad_norm: float) -> None:
-        self._ranks = ranks
+        super().__init__(ranks)
         self._max_norm = max_grad_norm
-
-    def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
-        return nullcontext(self._ranks.is_main)
 
     def take(self, model: Any) -> None:
         hand_on(model, self._ranks)
-
-    def copied(self, model: Any) -> Any:
-        return copy.deepcopy(model)
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
         self._model = model.to(self._ranks.device)
@@ -56,15 +48,6 @@ class Replicated:
     def prepare_frozen(self, model: Any) -> None:
         hand_on(model, self._ranks)
 
-    def whole_model(self) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
     def zero_grad(self) -> None:
         self._model.zero_grad()
 
@@ -72,15 +55,7 @@ class Replicated:
         loss.backward()
 
     def step(self) -> float:
-        """See `Strategy.step`. If it raises, the policy is as it was.
-
-        A parameter that no pack has reached has a gradient of 0: the optimizer's momentum goes on, as it would had
-        the groups without a gradient been forwarded.
-        """
-        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        trained: list[Any] = trained_parameters(self._model)
         if self._ranks.world_size > 1:
             sum_over_ranks([parameter.grad for parameter in trained])
         norm = checked_norm(torch.nn.utils.clip_grad_norm_(trained, self._max_norm))

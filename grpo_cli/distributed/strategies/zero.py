@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -17,6 +17,7 @@ from grpo_cli.distributed.strategies.base import (
     Compute,
     OptimizerState,
     Root,
+    Strategy,
     checked_norm,
     is_elementwise,
     on_cpu,
@@ -24,8 +25,8 @@ from grpo_cli.distributed.strategies.base import (
 from grpo_cli.distributed.strategies.deepspeed_config import deepspeed_config
 from grpo_cli.distributed.strategies.handing_on import hand_on
 from grpo_cli.errors import UserError
-from grpo_cli.policy.model import is_in_parts
 from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.recipe.strategies import StrategyTraits
 
 FLAT_PARTITIONS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
 """Names of what DeepSpeed's optimizers step on: float32 originals of a rank's share, flat."""
@@ -43,37 +44,36 @@ ELEMENTWISE = (
 """Optimizers for which it does not matter where one parameter ends and the next begins."""
 
 
-class Zero:
-    """ZeRO stage 1, 2 or 3.
+class Zero(Strategy):
+    """ZeRO stage 1, 2 or 3, as the traits say.
 
     Raises:
         UserError: DeepSpeed is not installed.
     """
 
-    runs_alike = True
-
-    def __init__(self, recipe: Recipe, ranks: Ranks, stage: int) -> None:
+    def __init__(self, recipe: Recipe, ranks: Ranks, traits: StrategyTraits) -> None:
+        super().__init__(ranks)
+        assert traits.zero_stage is not None
+        self.traits = traits
         self._deepspeed = _import_deepspeed()
         self._recipe = recipe
-        self._ranks = ranks
-        self._stage = stage
-        self.shards_weights = stage == 3
+        self._stage = traits.zero_stage
 
     def loading(self, config: ModelConfig) -> AbstractContextManager[bool]:
-        """Under stage 3 a model is shared out while all ranks read it, since no process may have room for it."""
-        if self._stage < 3:
-            return nullcontext(self._ranks.is_main)
+        if not self.shards_weights:
+            return super().loading(config)
+        # It is shared out while all ranks read it, since no process may have room for the whole.
         is_gguf = config.gguf_file is not None or config.name.endswith(".gguf")
         return nullcontext(True) if is_gguf else self._read_in_parts()
 
     def take(self, model: Any) -> None:
-        if self._stage < 3:
+        if not self.shards_weights:
             hand_on(model, self._ranks)
-        elif not is_in_parts(model):
+        elif not _is_in_parts(model):
             self._ranks.copy_from_main([*model.parameters(), *model.buffers()])
 
     def copied(self, model: Any) -> Any:
-        return copy.deepcopy(model)
+        return None if _is_in_parts(model) else copy.deepcopy(model)
 
     @contextmanager
     def _read_in_parts(self) -> Iterator[bool]:
@@ -88,11 +88,6 @@ class Zero:
             del config
 
     def prepare(self, model: Any, optimizer: torch.optim.Optimizer) -> None:
-        """See `Strategy.prepare`.
-
-        Raises:
-            UserError: the optimizer is not one that may step on flat shares of all parameters.
-        """
         if not isinstance(optimizer, ELEMENTWISE):
             raise UserError(
                 f"optim.name: {type(optimizer).__name__} is not known to treat each weight by itself, as "
@@ -108,7 +103,7 @@ class Zero:
         )
 
     def prepare_frozen(self, model: Any) -> Compute | None:
-        if self._stage < 3:
+        if not self.shards_weights:
             hand_on(model, self._ranks)
             return None
         engine, *_ = self._deepspeed.initialize(
@@ -116,12 +111,12 @@ class Zero:
         )
         return lambda compute, *arguments: engine(_as_outside(compute, self._ranks.device), *arguments)
 
-    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+    def run(self, compute: Compute, *arguments: Any) -> Any:
         return self._engine(_as_outside(compute, self._ranks.device), *arguments)
 
     @contextmanager
     def whole_model(self) -> Iterator[None]:
-        if self._stage < 3:
+        if not self.shards_weights:
             yield
             return
         # The hooks that fetch a layer's weights and let them go again would fight with those that stay.
@@ -139,15 +134,13 @@ class Zero:
                 offload._register_deepspeed_module(offload.module)
 
     def gathered(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[None]:
-        if self._stage < 3:
-            return nullcontext()
-        context: AbstractContextManager[None] = self._deepspeed.zero.GatheredParameters(
-            [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
-        )
-        return context
+        if not self.shards_weights:
+            return super().gathered(tensors)
+        in_parts = [tensor for tensor in tensors if hasattr(tensor, "ds_id")]
+        return self._deepspeed.zero.GatheredParameters(in_parts)
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
+    def whole_shape(self, tensor: torch.Tensor) -> torch.Size:
+        return getattr(tensor, "ds_shape", tensor.shape)
 
     def zero_grad(self) -> None:
         """DeepSpeed's steps end with it."""
@@ -194,7 +187,7 @@ class Zero:
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
                 if weights is not None and name in weights:
                     parameter.data.copy_(weights[name])
-            if self._stage < 3 and name in names:
+            if not self.shards_weights and name in names:
                 self._ranks.copy_from_main([parameter])
             index = numbers.get(id(parameter))
             if index is None:
@@ -222,18 +215,22 @@ class Zero:
 
     def _link_state(self) -> None:
         """Have DeepSpeed find each parameter's state: by itself it looks when only the first group has one."""
-        if self._stage < 3:
+        if not self.shards_weights:
             self._engine.optimizer._hp_optimizer_states_linked = False
             self._engine.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         optimizer = self._engine.optimizer
         name = next(name for name in FLAT_PARTITIONS if hasattr(optimizer, name))
-        partitions: list[torch.Tensor] = getattr(optimizer, name)
-        return partitions
+        return getattr(optimizer, name)
 
 
-def _as_outside(compute: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def _is_in_parts(model: torch.nn.Module) -> bool:
+    """Whether DeepSpeed has shared the weights out, so that a parameter is whole only where it is gathered."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def _as_outside(compute: Compute, device: torch.device) -> Compute:
     """`compute` under the autocast that is on now: inside its engine DeepSpeed switches it off."""
     enabled, dtype = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from grpo_cli.distributed.outcome import outcome_of, result_of
 from grpo_cli.errors import RunError, ServerLost, ServerNeverReached
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
@@ -71,10 +72,10 @@ class ServerEngine:
         moved: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for server in self.servers:
             _daemon(partial(self._update_one, server, moved))
-        return sum(_result(moved.get()) for _ in self.servers)
+        return sum(result_of(moved.get()) for _ in self.servers)
 
     def _update_one(self, server: ServerConnection, moved: queue.SimpleQueue[Any]) -> None:
-        moved.put(_outcome(self._bring_up_to_date, server))
+        moved.put(outcome_of(partial(self._bring_up_to_date, server), (Exception,)))
 
     def _bring_up_to_date(self, server: ServerConnection) -> int:
         """Wait for a server if need be, and send the weights unless it has them; return the bytes moved."""
@@ -141,8 +142,8 @@ class ServerEngine:
         try:
             for _ in requests:
                 index, outcome = work.outcomes.get()
-                _result(outcome)
-                groups[index] = [completion(part, self.sampling, self.tokenizer) for part in outcome.completions]
+                response = result_of(outcome)
+                groups[index] = [completion(part, self.sampling, self.tokenizer) for part in response.completions]
                 if on_group is not None:
                     on_group(index, groups[index])
         finally:
@@ -163,7 +164,7 @@ class ServerEngine:
                 index = work.waiting.get_nowait()
             except queue.Empty:
                 return
-            outcome = _outcome(self._generate, server, work.requests[index])
+            outcome = outcome_of(partial(self._generate, server, work.requests[index]), (Exception,))
             work.outcomes.put((index, outcome))
             if isinstance(outcome, Exception):
                 return
@@ -226,27 +227,15 @@ def _daemon(target: Callable[[], None]) -> None:
     threading.Thread(target=target, daemon=True).start()
 
 
-def _outcome(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What the call gives or raises, for another thread."""
-    try:
-        return function(*arguments)
-    except Exception as error:  # raised again by `_result`
-        return error
-
-
-def _result(outcome: Any) -> Any:
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
-
-
 @dataclass
 class _Work:
     """The prompts of one call, which threads take from and report to."""
 
     requests: list[GenerateRequest]
     waiting: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
-    outcomes: queue.SimpleQueue[tuple[int, Any]] = field(default_factory=queue.SimpleQueue)
+    outcomes: queue.SimpleQueue[tuple[int, GenerateResponse | Exception]] = field(
+        default_factory=queue.SimpleQueue
+    )
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:

@@ -25,7 +25,9 @@ from grpo_cli.distributed.strategies.base import (
 )
 from grpo_cli.distributed.strategies.replicated import Replicated, sum_over_ranks
 from grpo_cli.errors import RunError
+from grpo_cli.policy.model import load_policy
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.train.optim import build_optimizer
 from tests.conftest import tiny_llama
 from tests.processes import run_processes
 
@@ -114,6 +116,29 @@ def parts_after_a_failure(recipe: dict[str, Any]) -> list[bool]:
 def test_weights_are_shared_out_again_when_what_needed_them_whole_fails(tiny_recipe: dict[str, Any]) -> None:
     (shared_out,) = run_processes(1, parts_after_a_failure, tiny_recipe)
     assert all(shared_out)
+
+
+# Weights that are in parts from the moment that they are read
+
+
+def groups_and_copy(recipe: dict[str, Any]) -> tuple[list[list[list[int]]], Any]:
+    """Whole shapes by the optimizer's group, and what the strategy gives as a copy."""
+    ranks, settings = Ranks.join(needs_group=True), Recipe.model_validate(recipe)
+    spread = make_strategy("zero3", settings, ranks)
+    model = load_policy(settings.model, loading=spread.loading)
+    spread.take(model)
+    optimizer = build_optimizer(model, settings.optim, spread.whole_shape)
+    shapes = [[list(spread.whole_shape(p)) for p in group["params"]] for group in optimizer.param_groups]
+    return shapes, spread.copied(model)
+
+
+@pytest.mark.slow
+def test_under_zero3_a_matrix_is_decayed_as_one_and_no_copy_of_parts_is_made(tiny_recipe: dict[str, Any]) -> None:
+    ((matrices, others), copied) = run_processes(1, groups_and_copy, tiny_recipe)[0]
+    whole = [list(parameter.shape) for parameter in tiny_llama().parameters()]
+    assert matrices == [shape for shape in whole if len(shape) >= 2]
+    assert others == [shape for shape in whole if len(shape) < 2]
+    assert copied is None
 
 
 # One process
