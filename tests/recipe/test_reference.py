@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_cli.recipe.load import all_keys
+from grpo_cli.recipe.messages import all_keys
 from grpo_cli.recipe.reference import reference_page
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
