@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_cli.distributed.environment import StrategyName
-from grpo_cli.plan.memory import Setup
+from grpo_cli.plan.setup import Setup
 from grpo_cli.plan.traffic import Work, sharing_bytes
 
 NAMESPACES = ("c10d", "_c10d_functional")

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from grpo_cli.distributed.environment import StrategyName
 from grpo_cli.errors import UserError
-from grpo_cli.plan.memory import GIB, MemoryPlan, Setup, memory_plan
+from grpo_cli.plan.memory import GIB, MemoryPlan, memory_plan
+from grpo_cli.plan.setup import Setup
 from grpo_cli.plan.shape import ModelSize
 from grpo_cli.recipe.schema import LoraConfig
 
@@ -25,14 +26,15 @@ STRENGTHS: tuple[StrategyName, ...] = ("none", "ddp", "zero1", "zero2", "zero3")
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan is held against."""
+    """The memory of each GPU, which a plan has to fit into."""
 
     gib: float
     source: str
+    """Where the figure is from, for messages."""
     is_known: bool
-    """Whether it was found or given, not assumed."""
+    """Whether it was found or given; otherwise it is an assumption."""
     is_here: bool = False
-    """Whether it is this machine's, so that the host memory is, too."""
+    """Whether it is a GPU of this machine, whose host memory is then looked at too."""
 
 
 def gpu_of(given: float | None) -> Gpu:
@@ -82,10 +84,10 @@ def memory_rows(setup: Setup, size: ModelSize, gpu: Gpu) -> list[tuple[str, str]
 
 
 def loading_row(plan: MemoryPlan, setup: Setup, parameters: int, gpu: Gpu) -> str:
-    """What loading needs of the first node's host memory, held against what it has.
+    """What loading needs of the first node's host memory, compared with what it has.
 
-    One process reads the whole model, and the others get it from there; under `zero3` all processes of a node read
-    it, out of the same pages of memory. What is offloaded is there beside it.
+    One process reads the whole model and sends it to the others. Under `zero3` all processes of a node read it,
+    but they share the same pages of memory. What is offloaded comes on top.
     """
     needed = parameters * setup.weight_bytes + plan.host * min(setup.processes, GPUS_OF_A_NODE)
     has, source = (_host_memory(), "this machine's") if gpu.is_here else (ASSUMED_HOST_GIB, "assumed")

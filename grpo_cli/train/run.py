@@ -38,9 +38,6 @@ from grpo_cli.train.optim import build_optimizer, check_coverage
 TRAIN_STREAM = 0
 """Rollouts draw from this stream of random numbers; evaluations have their own."""
 
-MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens of a forward pass where the recipe does not say: enough to keep the device busy."""
-
 Autocast = Callable[[], AbstractContextManager[Any]]
 
 
@@ -94,15 +91,6 @@ class Objects:
     eval_data: Any = None
     callbacks: Sequence[Any] = ()
     optimizer: Any = None
-
-
-def automatic_microbatch_tokens(device_type: str, longest_prompt: int) -> int:
-    """Tokens of a forward pass where the recipe does not say.
-
-    A prompt fills half of them at most: a group that is split computes its prompt once for each part, and so less
-    than twice the tokens that it would compute whole.
-    """
-    return max(MICROBATCH_TOKENS[device_type], 2 * longest_prompt)
 
 
 @dataclass

@@ -16,10 +16,11 @@ from grpo_cli.distributed.strategies.base import GradientNotFinite
 from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import evaluating
+from grpo_cli.recipe.limits import automatic_microbatch_tokens
 from grpo_cli.recipe.schema import SamplerCorrectionConfig
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import MetricMeans
-from grpo_cli.train.run import Run, automatic_microbatch_tokens
+from grpo_cli.train.run import Run
 from grpo_cli.train.session import Session
 
 

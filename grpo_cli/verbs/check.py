@@ -12,7 +12,8 @@ from rich.table import Table
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plan.fit import check_fit, gpu_of, memory_rows
-from grpo_cli.plan.memory import setup_of, trained_parameters
+from grpo_cli.plan.memory import trained_parameters
+from grpo_cli.plan.setup import setup_of
 from grpo_cli.plan.shape import model_size
 from grpo_cli.plan.traffic import traffic_rows
 from grpo_cli.plugins import load_object
@@ -25,7 +26,7 @@ from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
-"""What reward functions are tried on; they must cope with anything a model may write."""
+"""Completions that the reward functions are tried on. They must cope with anything that a model may write."""
 
 
 def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) -> None:
@@ -33,8 +34,8 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
 
     Args:
         recipe: valid by itself.
-        console: for the plan.
-        gpu_memory: GiB of each GPU that the run will have; if None, of this machine's, or an assumption.
+        console: where to print.
+        gpu_memory: GiB of each GPU that the run will have. If None, that of this machine's, or else an assumption.
 
     Raises:
         UserError: something that the recipe names is missing or does not work, or the run does not fit into the
@@ -149,7 +150,7 @@ def plan(recipe: Recipe, rows: PromptRows, eval_rows: PromptRows | None) -> list
 
 
 def engine_plan(generation: GenerationConfig) -> str:
-    """Where completions are made."""
+    """Where completions are generated."""
     server = generation.server
     if server is None:
         return generation.engine
