@@ -21,15 +21,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from grpo_cli.distributed.environment import Placement, is_launched, placement
 from grpo_cli.distributed.interfaces import address_between_nodes, interface_of
-from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, StoppedEarly
 
 LONGEST_WAIT = timedelta(hours=2)
 """Ranks wait for each other's rollouts and rewards; one that is silent for longer is stuck."""
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 """Environment variable in which gloo looks for the name of the interface to use."""
-
-EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
-"""From one `grpo train` to the processes that train together, on one machine or in a Slurm step.
+"""Starts the processes that train together, on one machine or on each node of a Slurm step.
 
-Accelerate's launcher, which runs torch's elastic agent in this process, only starts plain processes: what they
-share is the recipe's business. No torch import before it is known that there is something to start.
+Accelerate's launcher runs torch's elastic agent in this process. It is told to start plain processes: how they
+share the training is up to the recipe. torch is not imported before it is known that there is something to start.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from grpo_cli.recipe.schema import Recipe
 
 
 def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
-    """Return where this process is to train; otherwise run those that do, and end as they did.
+    """Return if this process is to train itself. Otherwise run the processes that do, and end as they end.
 
     Args:
         recipe: validated, with all overrides.
-        arguments: the command line without the name of the command; the workers get the same.
+        arguments: the words of the command line after `grpo`; the workers get the same.
 
     Raises:
         UserError: this machine, the Slurm step or the launcher contradicts the recipe.
         RunError, StoppedEarly: the workers' outcome.
-        SystemExit: 0 when they are done.
+        SystemExit: 0 when the workers are done.
     """
     if is_launched(os.environ):
         return
@@ -55,14 +55,16 @@ def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
             f"{local} processes on this machine are more than its {gpus} GPUs for training; "
             f"write --processes {gpus * nodes.count}"
         )
-    planned_strategy(recipe.distributed, processes, os.environ)  # here, since each process would say what is wrong
+    planned_strategy(recipe.distributed, processes, os.environ)  # an error here is told once, not by each process
     run_workers("grpo_cli.cli", arguments, processes, nodes)
     raise SystemExit(0)
 
 
 def training_gpus(recipe: Recipe, nodes: Nodes) -> int:
-    """GPUs of this machine that are not a spawned server's, which runs on machine 0 alone; all where there are not
-    enough for both."""
+    """Number of this machine's GPUs that train.
+
+    A server that the run spawns takes its own from those of machine 0, unless that would leave none.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -79,7 +81,7 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
     Args:
         module: name of the module.
         arguments: its command line, the same for all.
-        processes: of this machine, times the number of nodes; others may have more or fewer.
+        processes: number over all nodes; this machine starts its share.
         nodes: the machines; each runs this function.
 
     Raises:
@@ -133,9 +135,9 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
 
 
 def accelerate_config(processes: int, nodes: Nodes) -> dict[str, Any]:
-    """Accelerate's configuration for plain processes; whole, so that the user's own default file is not read.
+    """Accelerate's configuration for plain processes. It is complete, so that the user's own file is not read.
 
-    MULTI_GPU is the type that starts several processes on any machine: MULTI_CPU starts one, without a word.
+    The type is MULTI_GPU on every machine: MULTI_CPU would start one process, without a word.
     """
     return {
         "compute_environment": "LOCAL_MACHINE",
@@ -180,7 +182,7 @@ class ForwardedSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # With an error this process is about to end, as Slurm may ask it to once another node has.
+        # After an error this process is about to end, and Slurm may ask it to, because another node has ended.
         for number, handler in self._before.items():
             signal.signal(number, handler if error is None else signal.SIG_IGN)
 

@@ -1,8 +1,8 @@
-"""From what a recipe says about rewards to functions that can be called.
+"""Finds the reward functions that a recipe names.
 
 Everything that can be known about a reward function before its first call is checked here: that it exists,
 that it can be called by keyword, that it takes its `params`. `grpo check` uses this module, so it must never
-import torch; a reward model brings torch along only when it is loaded.
+import torch; a reward model imports it only when it is loaded.
 """
 
 from __future__ import annotations
@@ -84,15 +84,7 @@ def resolve_rewards(configs: Sequence[RewardConfig], *, load_models: bool = True
                 if problems or not load_models:
                     continue
                 call = _load_model(config.model, config.params, setting)
-            resolved[index] = _described(
-                call,
-                name=config.metric_name,
-                weight=config.weight,
-                timeout_s=config.timeout_s,
-                on_error=config.on_error,
-                workers=config.workers,
-                setting=setting,
-            )
+            resolved[index] = _described(call, config, setting)
         except UserError as error:
             problems.append(error)
     if len(problems) == 1:
@@ -119,9 +111,7 @@ def reward_from_callable(
     if not math.isfinite(weight):
         raise UserError(f"rewards: the weight of {shown} is {weight}, not a finite number")
     call = _with_params(function, {}, f"rewards: {shown}")
-    return _described(
-        call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", workers=0, setting="rewards"
-    )
+    return _described(call, RewardConfig(name=shown, weight=float(weight)), "rewards")
 
 
 def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[str]:
@@ -229,18 +219,13 @@ def _load_model(model: str, params: Mapping[str, Any], setting: str) -> RewardMo
         raise UserError(f"{setting}: {error}") from error
 
 
-def _described(
-    call: Callable[..., Any],
-    *,
-    name: str,
-    weight: float,
-    timeout_s: float | None,
-    on_error: Literal["raise", "none"],
-    workers: int,
-    setting: str,
-) -> RewardFunction:
-    """Read off the signature what `call` accepts and requires."""
-    accepts = _keywords(call)
+def _described(call: Callable[..., Any], config: RewardConfig, setting: str) -> RewardFunction:
+    """What the recipe says about a function, and what its signature says that it accepts and requires.
+
+    Raises:
+        UserError: it cannot be called by keyword.
+    """
+    name, accepts = config.metric_name, _keywords(call)
     if accepts is not None and isinstance(call, BoundFunction):
         accepts = accepts.difference(call.keywords)
     needed = [p for p in _parameters(call) or [] if p.default is p.empty]
@@ -251,7 +236,9 @@ def _described(
             "called with keyword arguments: prompts, completions, completion_ids and the dataset's columns"
         )
     required = frozenset(p.name for p in needed if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return RewardFunction(name, weight, call, timeout_s, on_error, workers, accepts, required)
+    return RewardFunction(
+        name, config.weight, call, config.timeout_s, config.on_error, config.workers, accepts, required
+    )
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:

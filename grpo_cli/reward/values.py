@@ -1,4 +1,4 @@
-"""Reads what a reward function returned: a finite number or None per completion, nothing else. No torch import."""
+"""Checks what a reward function returned: one finite number or None per completion. No torch import."""
 
 from __future__ import annotations
 

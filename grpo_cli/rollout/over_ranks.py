@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
-from grpo_cli.distributed.ranks import EXPECTED_ERRORS, Ranks
-from grpo_cli.errors import RunError
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.errors import EXPECTED_ERRORS, RunError
 from grpo_cli.rollout.engine import Completion, OnGroup, RolloutEngine, SampleKey
 from grpo_cli.rollout.policy_weights import PolicyWeights
 

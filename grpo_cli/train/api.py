@@ -14,9 +14,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo_cli.distributed.environment import resolve_strategy
-from grpo_cli.distributed.ranks import EXPECTED_ERRORS, Ranks
-from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
-from grpo_cli.recipe.load import apply_override, read_recipe, validate
+from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.errors import EXPECTED_ERRORS, ServerLost, ServerNeverReached, StoppedEarly, UserError
+from grpo_cli.recipe.load import read_recipe, validate
+from grpo_cli.recipe.overrides import apply_override
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.checkpoint import check_run_folder, save_final
