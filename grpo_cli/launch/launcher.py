@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -123,11 +124,11 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
                 f"node {nodes.index} of {nodes.count}: {local} processes, meeting at {nodes.address}:{nodes.port}",
                 file=sys.stderr,
             )
-        with ForwardedSignals(logs) as forwarded, patch_environment(**{LAUNCHER_PID: str(os.getpid())}):
+        with forwarded_signals(logs) as received, patch_environment(**{LAUNCHER_PID: str(os.getpid())}):
             try:
                 launch_command(options)
             except ChildFailedError as error:
-                raise_outcome(error.failures, nodes, forwarded.received)
+                raise_outcome(error.failures, nodes, received)
             except SignalException as error:
                 raise RunError(f"stopped at once by {error.sigval.name}") from None
             except (DistError, ConnectionError) as error:
@@ -163,38 +164,32 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class ForwardedSignals:
-    """Context in which a signal that asks to stop goes to all workers, and this process waits for what they do.
+@contextmanager
+def forwarded_signals(logs: Path) -> Iterator[set[int]]:
+    """Send signals that ask to stop on to all workers, and wait for what the workers do; yields those received.
 
     Args:
         logs: folder in which torch's agent makes something just before it starts the workers.
     """
+    received: set[int] = set()
 
-    def __init__(self, logs: Path) -> None:
-        self.received: set[int] = set()
-        self._logs = logs
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> ForwardedSignals:
-        self._before = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # After an error this process is about to end, and Slurm may ask it to, because another node has ended.
-        for number, handler in self._before.items():
-            signal.signal(number, handler if error is None else signal.SIG_IGN)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         import psutil
 
-        self.received.add(number)
-        if not any(self._logs.iterdir()):
+        received.add(number)
+        if not any(logs.iterdir()):
             raise RunError(f"stopped by {signal.Signals(number).name} before training began")
         for worker in psutil.Process().children():
             # Not its group: what a worker started is the worker's to stop.
-            try:
+            with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    after: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+    try:
+        yield received
+        after = before
+    finally:
+        # After an error this process is about to end, and Slurm may ask it to, because another node has ended.
+        for number, handler in after.items():
+            signal.signal(number, handler)

@@ -23,7 +23,7 @@ from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.overrides import server_overrides
 from grpo_cli.recipe.raw import read_yaml
-from grpo_cli.recipe.schema import ModelConfig, Recipe, ServerConfig
+from grpo_cli.recipe.schema import ModelConfig, ServerConfig
 from grpo_cli.serve.engine_arguments import as_options, can_share, most_sharing
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
@@ -179,8 +179,11 @@ def job_for_recipe(
     for name, value in (("--time", time), ("--partition", partition)):
         if value is not None and not re.fullmatch(r"[\w.,:+-]+", value):
             raise UserError(f"{name} {value!r} is no value that sbatch takes")
-    if not serve_nodes:
-        _check_engine(recipe, nodes, gpus_per_node)
+    if not serve_nodes and recipe.generation.engine == "vllm" and nodes * gpus_per_node > 1:
+        raise UserError(
+            f"generation.engine: vllm is for one process, and {nodes} x {gpus_per_node} GPUs are for more; "
+            "write engine: vllm_server, or give it servers with --serve-nodes 1"
+        )
     server = recipe.generation.server or ServerConfig()
     train_nodes, processes = nodes - serve_nodes, recipe.distributed.processes
     if processes is not None and (processes % train_nodes or 0 < gpus_per_node * train_nodes < processes):
@@ -214,14 +217,6 @@ def _names_servers(generation: Mapping[str, Any]) -> bool:
     """Whether the recipe says where servers run already. What is wrong with it is for `load_recipe` to find."""
     server = generation.get("server")
     return isinstance(server, dict) and bool(server.get("urls"))
-
-
-def _check_engine(recipe: Recipe, nodes: int, gpus_per_node: int) -> None:
-    if recipe.generation.engine == "vllm" and nodes * gpus_per_node > 1:
-        raise UserError(
-            f"generation.engine: vllm is for one process, and {nodes} x {gpus_per_node} GPUs are for more; "
-            "write engine: vllm_server, or give it servers with --serve-nodes 1"
-        )
 
 
 def _vllm_arguments(generation: Mapping[str, Any], path: Path) -> Mapping[str, Any]:

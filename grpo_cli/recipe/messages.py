@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -101,14 +101,14 @@ def all_keys(model: type[BaseModel] = Recipe, prefix: KeyPath = ()) -> Iterator[
     for name, info in model.model_fields.items():
         key = (*prefix, name)
         yield key
-        for section, is_list in _sections_in(info.annotation):
+        if (found := section_of(info.annotation)) is not None:
+            section, is_list = found
             yield from all_keys(section, (*key, 0) if is_list else key)
 
 
-def _sections_in(annotation: Any, is_list: bool = False) -> Iterator[tuple[type[BaseModel], bool]]:
+def section_of(annotation: Any, is_list: bool = False) -> tuple[type[BaseModel], bool] | None:
+    """The section that a field of this type holds, and whether it holds a list of them; None for a plain value."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation, is_list
-        return
-    inside_list = is_list or getattr(annotation, "__origin__", None) is list
-    for argument in get_args(annotation):
-        yield from _sections_in(argument, inside_list)
+        return annotation, is_list
+    is_list = is_list or get_origin(annotation) is list
+    return next(filter(None, (section_of(argument, is_list) for argument in get_args(annotation))), None)

@@ -10,6 +10,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from grpo_cli.recipe.messages import section_of
 from grpo_cli.recipe.schema import Recipe
 
 INTRODUCTION = """\
@@ -30,10 +31,8 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
     rows, inner = [], []
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
-        section = _section_of(info.annotation)
-        if section is not None:
-            is_list = getattr(info.annotation, "__origin__", None) is list
-            inner.append((key, section, is_list, info.description or ""))
+        if (found := section_of(info.annotation)) is not None:
+            inner.append((key, *found, info.description or ""))
             if not prefix:
                 continue
         rows.append(
@@ -47,17 +46,8 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
         yield from _section(f"{key}.", section)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        if (found := _section_of(argument)) is not None:
-            return found
-    return None
-
-
 def _type_name(annotation: Any) -> str:
-    if _section_of(annotation) is not None:
+    if section_of(annotation) is not None:
         return "section"
     text = re.sub(r"typing\.|<class '|'>", "", str(annotation))
     if "Literal" in text:

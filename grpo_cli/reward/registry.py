@@ -11,7 +11,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
@@ -87,10 +87,8 @@ def resolve_rewards(configs: Sequence[RewardConfig], *, load_models: bool = True
             resolved[index] = _described(call, config, setting)
         except UserError as error:
             problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
     if problems:
-        raise UserError("\n".join(str(problem) for problem in problems))
+        raise UserError("\n".join(map(str, problems))) from problems[0]
     return [resolved[index] for index in sorted(resolved)]
 
 
@@ -114,16 +112,6 @@ def reward_from_callable(
     return _described(call, RewardConfig(name=shown, weight=float(weight)), "rewards")
 
 
-def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[str]:
-    """Arguments that the function must have and that neither the tool nor the dataset gives, sorted by name.
-
-    Args:
-        function: the reward function.
-        columns: names of the dataset's columns, after renames.
-    """
-    return sorted(function.required.difference(REWARD_ARGUMENTS, columns))
-
-
 def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], setting: str) -> None:
     """Check that a dataset has what the functions require.
 
@@ -136,7 +124,7 @@ def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], s
         UserError: a required argument is no column.
     """
     for function in functions:
-        missing = missing_columns(function, columns)
+        missing = sorted(function.required.difference(REWARD_ARGUMENTS, columns))
         if missing:
             raise UserError(
                 f"reward {function.name} needs the column {', '.join(missing)}, which {setting} does not have "
