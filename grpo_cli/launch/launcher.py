@@ -184,7 +184,7 @@ def forwarded_signals(logs: Path) -> Iterator[set[int]]:
             with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    before: dict[int, Any] = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     after: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
     try:
         yield received

@@ -181,20 +181,20 @@ def lighter(setup: Setup) -> Iterator[Setup]:
 def changes_between(before: Setup, after: Setup) -> dict[str, str]:
     """The recipe's keys that differ."""
     keys = {
-        "distributed.strategy": (before.strategy, after.strategy),
-        "distributed.processes": (before.processes, after.processes),
-        "model.gradient_checkpointing": (before.gradient_checkpointing, after.gradient_checkpointing),
-        "train.max_tokens_per_microbatch": (before.pack_tokens, after.pack_tokens),
-        "distributed.cpu_offload": (before.cpu_offload, after.cpu_offload),
-        "model.lora": (before.lora, after.lora),
-        "generation.engine": (before.engine, after.engine),
+        "distributed.strategy": "strategy",
+        "distributed.processes": "processes",
+        "model.gradient_checkpointing": "gradient_checkpointing",
+        "train.max_tokens_per_microbatch": "pack_tokens",
+        "distributed.cpu_offload": "cpu_offload",
+        "model.lora": "lora",
+        "generation.engine": "engine",
     }
-    shown = {"model.lora": "{}"}
-    return {
-        key: shown.get(key, str(new).lower() if isinstance(new, bool) else str(new))
-        for key, (old, new) in keys.items()
-        if old != new
-    }
+    changes = {}
+    for key, name in keys.items():
+        new = getattr(after, name)
+        if new != getattr(before, name):
+            changes[key] = "{}" if name == "lora" else str(new).lower()  # as YAML writes true
+    return changes
 
 
 def _gib(count: float) -> str:

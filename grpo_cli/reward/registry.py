@@ -164,16 +164,7 @@ def _find(path: str, setting: str) -> Any:
 
 
 def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """What to call: the instance of a class, or the function with its `params`.
-
-    Args:
-        target: a class, a function, or a callable object.
-        params: for `__init__` or the function.
-        where: start of a message: setting and path.
-
-    Raises:
-        UserError: it cannot be called, or does not take `params`, or fails when instantiated.
-    """
+    """What to call: the instance of a class, or the function with its `params`. Errors begin with `where`."""
     if inspect.isclass(target):
         _refuse_unknown_params(params, _keywords(target), where)
         try:
@@ -208,11 +199,7 @@ def _load_model(model: str, params: Mapping[str, Any], setting: str) -> RewardMo
 
 
 def _described(call: Callable[..., Any], config: RewardConfig, setting: str) -> RewardFunction:
-    """What the recipe says about a function, and what its signature says that it accepts and requires.
-
-    Raises:
-        UserError: it cannot be called by keyword.
-    """
+    """What the recipe says about a function, and what its signature says that it accepts and requires."""
     name, accepts = config.metric_name, _keywords(call)
     if accepts is not None and isinstance(call, BoundFunction):
         accepts = accepts.difference(call.keywords)

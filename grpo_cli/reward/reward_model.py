@@ -121,17 +121,11 @@ class RewardModel:
 
 
 def _device(wanted: str | None) -> torch.device:
-    """The device asked for, or this process's GPU, or the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """The device asked for, or this process's GPU, or the CPU where there is none."""
     import torch
 
     if wanted is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)

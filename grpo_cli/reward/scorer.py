@@ -115,7 +115,7 @@ class Scorer:
         if not count:
             return scores
         calls: dict[int, _Call] = {}  # by column: those that run beside this thread
-        blocked = False
+        blocked = False  # whether a call keeps the event loop from ending another in time
         try:
             for k, function in enumerate(self.functions):
                 if is_async(function.call) or function.timeout_s is not None:
@@ -129,7 +129,7 @@ class Scorer:
                         calls[k] = ended
             for k, call in calls.items():
                 outcome = call.outcome()
-                blocked |= call.on_loop and not outcome.ended
+                blocked |= call.on_loop and not call.future.done()
                 scores[:, k] = _column(self.functions[k], outcome, batch, step)
         finally:
             for call in calls.values():
@@ -174,8 +174,6 @@ class _Outcome:
     values: list[float] | None = None
     error: BaseException | None = None
     timed_out: bool = False
-    ended: bool = True
-    """False if it is still running."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ class _Call:
         try:
             return self.future.result(wait_s)
         except TimeoutError:
-            return _Outcome(timed_out=True, ended=False)
+            return _Outcome(timed_out=True)
         except CancelledError as error:  # the function cancelled the task that it ran in
             return _Outcome(error=error)
 
@@ -297,11 +295,7 @@ def _copied(value: Any) -> Any:
 
 
 def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, step: int) -> list[float]:
-    """The function's column. After a failure all NaN with a warning, where `on_error` says `none`.
-
-    Raises:
-        RewardError: the call failed and `on_error` is raise.
-    """
+    """The function's column. A failed call is a RewardError, or all NaN with a warning, as `on_error` says."""
     error = outcome.error
     if isinstance(error, PASSED_ON):
         raise error

@@ -44,11 +44,10 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
     rows = load_rows(recipe.data)
     eval_rows = load_rows(recipe.data.eval, setting="data.eval") if recipe.data.eval else None
     functions = resolve_rewards(recipe.rewards, load_models=False)
-    for part in (rows, eval_rows):
-        if part is not None:
-            check_columns(functions, part.columns, part.setting)
-            for row in range(len(part)):
-                part.content(row)
+    for part in filter(None, (rows, eval_rows)):
+        check_columns(functions, part.columns, part.setting)
+        for row in range(len(part)):
+            part.content(row)
     scorer = Scorer(functions)
     try:
         scores = scorer.score(sample_batch(rows), step=0)
@@ -126,27 +125,20 @@ def plan(recipe: Recipe, rows: PromptRows, eval_rows: PromptRows | None) -> list
     count = recipe.distributed.processes or 1
     processes = f"{count} process{'es' * (count > 1)}"
     kind = "chats" if rows.conversational else "texts"
-    lines = [
+    step = (
+        f"{train.prompts_per_step} prompts x {generation.num_generations} = {completions} completions of up to "
+        f"{generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}"
+    )
+    tokens = completions * generation.max_completion_tokens
+    return [
         ("model", f"{recipe.model.name} in {recipe.model.dtype}" + (", LoRA" if recipe.model.lora else "")),
         ("data", f"{len(rows)} prompts ({kind}); columns for rewards: {', '.join(rows.columns) or 'none'}"),
-    ]
-    if eval_rows is not None:
-        lines.append(("evaluation", f"{len(eval_rows)} prompts"))
-    lines += [
-        (
-            "step",
-            f"{train.prompts_per_step} prompts x {generation.num_generations} = {completions} completions of up "
-            f"to {generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}",
-        ),
+        *([("evaluation", f"{len(eval_rows)} prompts")] if eval_rows is not None else []),
+        ("step", step),
         ("engine", engine_plan(generation)),
         ("run", f"{steps} steps, {passes:.2g} passes over the prompts, {processes}, into {train.output_dir}"),
-        (
-            "tokens",
-            f"up to {completions * generation.max_completion_tokens} sampled in a step, "
-            f"{steps * completions * generation.max_completion_tokens} in the run",
-        ),
+        ("tokens", f"up to {tokens} sampled in a step, {steps * tokens} in the run"),
     ]
-    return lines
 
 
 def engine_plan(generation: GenerationConfig) -> str:
