@@ -123,7 +123,7 @@ def lasting_parts(setup: Setup, parameters: int, trained: int) -> tuple[list[Par
     host = 0.0
     if setup.cpu_offload:
         host, optimizer, kept = optimizer, 0.0, "in host memory"
-        if setup.uses_deepspeed:  # a float32 gradient, and in stages 1 and 2 a buffer for the updated weights
+        if setup.uses_deepspeed:  # a float32 gradient, and in stages 1 and 2 a buffer for new weights
             host += trained * (4 + (0 if setup.strategy == "zero3" else setup.weight_bytes)) / state_share
         if setup.shards_weights:
             host += weights + gradients + reference

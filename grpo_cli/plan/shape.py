@@ -16,8 +16,8 @@ HUB_TIMEOUT_S = 5.0
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 
-ALWAYS_BIASED = {"llama": frozenset[str](), "mistral": frozenset[str](), "qwen2": QKV, "qwen3": frozenset[str]()}
-"""Decoders made of RMS norms, attention and a gated MLP, and which of their projections always have a bias."""
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Kinds of config.json whose decoder is made of RMS norms, attention and a gated MLP."""
 
 
 @dataclass(frozen=True)
@@ -157,13 +157,13 @@ def shape_of(config: Mapping[str, Any] | None) -> ModelShape | None:
 
     What it leaves out has the default of transformers' configuration class.
     """
-    if config is None or config.get("model_type") not in ALWAYS_BIASED:
+    if config is None or config.get("model_type") not in DECODERS:
         return None
     kind = config["model_type"]
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
-        biased = ALWAYS_BIASED[kind]
+        biased: frozenset[str] = QKV if kind == "qwen2" else frozenset()
         if kind in ("llama", "qwen3") and config.get("attention_bias"):
             biased |= QKV | {"o_proj"}
         if kind == "llama" and config.get("mlp_bias"):
