@@ -11,7 +11,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_cli.plan.memory import Setup
+from grpo_cli.plan.setup import Setup
 from grpo_cli.plan.traffic import Work, sharing_bytes
 from grpo_cli.recipe.strategies import StrategyName
 

@@ -36,7 +36,8 @@ def recipe(model: Mapping[str, Any], prompt: int, completion: int, prompts: int,
 
 def planned_bytes(run: Any) -> dict[str, float]:
     """Of each phase, by `grpo check`'s arithmetic; without CUDA's own, which no tensor shows."""
-    from grpo_cli.plan.memory import CUDA_BYTES, memory_plan, setup_of, total
+    from grpo_cli.plan.memory import CUDA_BYTES, memory_plan, total
+    from grpo_cli.plan.setup import setup_of
     from grpo_cli.plan.shape import ModelSize, shape_of
 
     shape = shape_of(run.learner.model.config.to_dict())

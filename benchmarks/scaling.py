@@ -64,9 +64,9 @@ def serve() -> None:
 
     from grpo_cli.algorithm.packing import Group, pack_groups
     from grpo_cli.policy.logprobs import PackedModel
+    from grpo_cli.recipe.limits import automatic_microbatch_tokens
     from grpo_cli.recipe.schema import ModelConfig
     from grpo_cli.train.guards import autocast_for, deterministic_kernels
-    from grpo_cli.train.learner import automatic_microbatch_tokens
 
     channel = Channel()
     spec = Spec(**channel.receive())

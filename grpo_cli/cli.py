@@ -7,13 +7,16 @@ import re
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, UserError
 from grpo_cli.launch.failures import exit_code, reported
 from grpo_cli.recipe.addresses import DEFAULT_PORT
+
+if TYPE_CHECKING:
+    from grpo_cli.recipe.schema import Recipe
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +30,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.max_steps=3. Repeatable."),
 ]
+
+
+def _load(recipe: Path, overrides: list[str] | None) -> Recipe:
+    from grpo_cli.recipe.load import load_recipe
+
+    return load_recipe(recipe, overrides or [])
 
 
 @app.command()
@@ -44,13 +53,13 @@ def train(
 ) -> None:
     """Train the recipe's model."""
     from grpo_cli.launch.launcher import launch_if_needed
-    from grpo_cli.recipe.load import load_recipe, server_overrides
+    from grpo_cli.recipe.overrides import server_overrides
 
     with reported():
         overrides = [*server_overrides(server or []), *(set_ or [])]
         if processes is not None:
             overrides.append(f"distributed.processes={processes}")
-        loaded = load_recipe(recipe, overrides)
+        loaded = _load(recipe, overrides)
         launch_if_needed(loaded, sys.argv[1:])
 
         from grpo_cli.train.api import train as run_training
@@ -118,9 +127,7 @@ def check(
     """Find mistakes in a recipe, its data and its rewards, and print the plan, without loading the model."""
     from rich.console import Console
 
-    from grpo_cli.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = _load(recipe, set_)
 
     from grpo_cli.verbs.check import check as check_recipe
 
@@ -136,9 +143,7 @@ def sample(
     """Generate and score completions for a few prompts."""
     from rich.console import Console
 
-    from grpo_cli.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = _load(recipe, set_)
 
     from grpo_cli.verbs.sample import sample as sample_prompts
 
@@ -163,9 +168,7 @@ def eval_(
     """Mean reward, pass@k and lengths on the recipe's data.eval."""
     from rich.console import Console
 
-    from grpo_cli.recipe.load import load_recipe
-
-    loaded = load_recipe(recipe, set_ or [])
+    loaded = _load(recipe, set_)
 
     from grpo_cli.verbs.evaluate import eval_model
 
@@ -218,7 +221,7 @@ def main() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file a progress bar is a hundred lines
     try:
         app(prog_name="grpo")
-    except (UserError, RunError, StoppedEarly) as error:
+    except EXPECTED_ERRORS as error:
         typer.echo(str(error), err=True)
         sys.exit(exit_code(error))
 

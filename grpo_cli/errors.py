@@ -26,3 +26,7 @@ class ServerNeverReached(ServerLost):
 
 class StoppedEarly(Exception):
     """The run ended before its last step with a checkpoint, so a scheduler may requeue it. Exit code 75."""
+
+
+EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
+"""Errors whose message alone tells the user what happened: no traceback is shown."""

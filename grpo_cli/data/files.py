@@ -1,8 +1,8 @@
-"""Local data files and Python rows to an Arrow table, with errors that name the file and the line.
+"""Reads local data files and Python rows into an Arrow table, with errors that name the file and the line.
 
-Arrow reads the files because it is fast; it also guesses, so this module holds it to what is written: text
-that looks like a date stays text, and a cell that does not fit its column is an error. `datasets` is imported
-only for folders that it wrote itself. No torch import.
+Arrow reads the files because it is fast. Where it guesses, this module corrects it: text that looks like a date
+stays text, and a cell that does not fit its column is an error. `datasets` is imported only for folders that it
+wrote itself. No torch import.
 """
 
 from __future__ import annotations
@@ -22,18 +22,7 @@ import pyarrow as pa
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import DATA_FILE_SUFFIXES
 
-SPLIT_NAMES = (
-    "train",
-    "training",
-    "validation",
-    "valid",
-    "val",
-    "dev",
-    "test",
-    "testing",
-    "eval",
-    "evaluation",
-)
+SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 """Words that, at the start of a file's name, say which split the file holds."""
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
@@ -86,9 +75,11 @@ def read_file(path: Path) -> pa.Table:
 def read_folder(folder: Path, *, split: str, config: str | None, setting: str) -> pa.Table:
     """Read a folder of data files of one kind, or one written by `datasets.save_to_disk`.
 
-    If files are named after splits (`train.jsonl`, `test-00000-of-00002.parquet`), only those of `split` are
-    read.
+    If files are named after splits (`train.jsonl`, `test-00000-of-00002.parquet`), only those of `split` are read.
     As in a clone of a Hub repository, `config` is a folder inside, and the files may lie in `data/`.
+
+    Raises:
+        UserError: there is no such configuration or split, or no file that can be read.
     """
     if config is not None:
         inside = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -138,20 +129,21 @@ def pick_split(splits: dict[str, Any], split: str, where: str) -> Any:
 
 
 def _column(values: list[Any], name: str, where: str) -> pa.Array:
-    def fits(count: int) -> BaseException | None:
+    def failure(count: int) -> BaseException | None:
+        """Why the first `count` values make no column; None if they do."""
         try:
             pa.array(values[:count])
         except (pa.ArrowException, OverflowError, ValueError, TypeError) as error:
             return error
         return None
 
-    error = fits(len(values))
+    error = failure(len(values))
     if error is None:
         return pa.array(values)
     good, bad = 0, len(values)
     while bad - good > 1:
         middle = (good + bad) // 2
-        if fits(middle):
+        if failure(middle):
             bad = middle
         else:
             good = middle
@@ -159,7 +151,7 @@ def _column(values: list[Any], name: str, where: str) -> pa.Array:
     if before is not None and type(values[before]) is not type(values[good]):
         kinds = f"{_kind(values[before])} in row {before + 1} and {_kind(values[good])} in row {bad}"
         raise UserError(f"{where}: column {name!r} is {kinds}; a column holds one type") from error
-    raise UserError(f"{where}: column {name!r} cannot take the value in row {bad}: {fits(bad)}") from error
+    raise UserError(f"{where}: column {name!r} cannot take the value in row {bad}: {failure(bad)}") from error
 
 
 def _kind(value: Any) -> str:
@@ -247,12 +239,12 @@ def _read_parquet(path: Path) -> pa.Table:
 
 
 def _block_size(path: Path) -> int:
-    """The whole file at once: a row of any size fits, and types are guessed from all rows."""
+    """Bytes to read at once: the whole file, so that a row of any size fits and all rows decide on types."""
     return min(path.stat().st_size + 1, _MAX_BLOCK)
 
 
 def _as_written(kind: pa.DataType) -> pa.DataType:
-    """The type with every date or time in it, which the file holds as text, turned back into text."""
+    """The type with text in place of each date or time in it, since the file holds those as text."""
     if pa.types.is_temporal(kind):
         return pa.string()
     if pa.types.is_list(kind):

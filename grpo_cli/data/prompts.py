@@ -1,7 +1,7 @@
 """The prompts of a run, as the rewards see them and as the tokens that the model sees.
 
-Rows are `rows.py`'s business; this module adds the tokenizer, which is passed in (no transformers or torch
-import), and the limit on length.
+To the rows of `rows.py` this module adds a tokenizer and a limit on length. The tokenizer is passed in, so neither
+transformers nor torch is imported.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_cli.data.rows import Messages, PromptRows, load_rows
+from grpo_cli.data.rows import Messages, PromptRows
 from grpo_cli.errors import UserError
-
-__all__ = ["Messages", "Prompt", "PromptDataset", "PromptRows", "load_rows"]
 
 _TOKENIZE_AT_ONCE = 256
 

@@ -1,7 +1,7 @@
-"""Rows of a data set and the prompt of each, before any tokenizer: what `grpo check` can afford to look at.
+"""The rows of a data set and the prompt of each. They need no tokenizer, so `grpo check` can look at them.
 
-What can be checked for all rows at once is checked when they are loaded; the rest names its row when it is
-met. No torch import.
+What can be checked for all rows at once is checked when they are loaded. An error in a single prompt is raised
+when that prompt is asked for, and names its row. No torch import.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class PromptRows:
                 )
 
     def _check_prompt_column(self) -> bool:
-        """Check every prompt that can be checked at once; whether they are lists of messages."""
+        """Check the column of prompts as a whole; return whether it holds lists of messages."""
         name = self.config.prompt_column
         if name not in self._table.column_names:
             raise self._no_prompt_column(name)
@@ -257,14 +257,14 @@ def _is_list_of_objects(kind: pa.DataType) -> bool:
 
 
 def _drop_none(value: Any) -> Any:
-    """Without the keys that Arrow filled in because another row has them."""
+    """The value without its empty keys: Arrow gives each object all keys that any row has."""
     if isinstance(value, dict):
         return {key: _drop_none(entry) for key, entry in value.items() if entry is not None}
     return [_drop_none(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _decode_json(value: Any, kind: pa.DataType) -> Any:
-    """Objects that `datasets` stored as JSON text, because their keys differ in type, as objects again."""
+    """Turn JSON text back into objects. `datasets` stores objects so whose keys differ in type from row to row."""
     if value is None:
         return None
     if isinstance(kind, pa.BaseExtensionType):

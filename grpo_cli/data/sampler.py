@@ -45,10 +45,10 @@ class PromptSampler:
         return prompts
 
     def further(self, step: int, start: int, count: int) -> list[int]:
-        """Indices of prompts for a step whose own did not do: places `start` and following of its further prompts.
+        """Indices of `count` more prompts for a step whose own did not fill it, from place `start` of their list.
 
-        These are all prompts that are not the step's, then its own, and so on from the start: in an order drawn
-        for this step, or without `shuffle` as they follow in the data.
+        The list holds all prompts that are not the step's own, then its own, and then begins again. Its order is
+        drawn for this step; without `shuffle` it is the order of the data.
         """
         if self.shuffle:
             seeds = np.random.SeedSequence([self.seed, step, FURTHER_STREAM])

@@ -1,8 +1,8 @@
-"""What `data.name` means (file, folder, `module:factory`, Hub id) and Python objects, all to one Arrow table.
+"""Loads what `data.name` names (file, folder, `module:factory`, Hub id), or a Python object, as an Arrow table.
 
-The Hub is the one place here that can make a run wait. It is asked first, briefly, whether it answers; if it
-does not, the cache is used at once instead of after the library's half a minute of retries. No torch import,
-and `datasets` (1.5 s) only where the Hub is used.
+Only the Hub can make a run wait. So it is first asked, briefly, whether it answers. If it does not, the cache is
+used at once, and not after the half a minute for which the library would try again. No torch import, and
+`datasets`, which takes 1.5 s to import, only where the Hub is used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HUB_TIMEOUT_S = 5.0
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _NETWORK_ERRORS = {"TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
-"""Names, not classes: httpx, httpx2 and requests each have their own, and importing all of them is slow."""
+"""Names of error classes. httpx, httpx2 and requests each have classes of their own, slow to import."""
 
 
 def load_table(config: EvalDataConfig, setting: str) -> pa.Table:

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from grpo_cli.errors import RunError, StoppedEarly, UserError
-
-EXPECTED_ERRORS = (UserError, RunError, StoppedEarly)
-"""What ranks tell each other. Any other is a bug: the rank that has it ends, and the launcher ends the rest."""
+from grpo_cli.errors import EXPECTED_ERRORS
 
 T = TypeVar("T")
 

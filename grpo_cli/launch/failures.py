@@ -1,7 +1,8 @@
 """How the failure of a worker becomes one message and one exit code.
 
-A worker writes what failed into the file that torch's elastic agent names; the launcher picks the cause among
-the workers' files and ends. Never imports torch: every `grpo train` passes through here.
+A worker writes its error into the file that torch's elastic agent has named for it. The launcher reads the files
+of all workers, picks the error that brought down the others, and ends with it. Never imports torch: every
+`grpo train` passes through here.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_cli.distributed.environment import LAUNCHER_PID, Nodes, is_launched, placement
-from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, RunError, StoppedEarly, UserError
 
 EXIT_FAILED, EXIT_USAGE, EXIT_REQUEUE = 1, 2, 75
 
@@ -31,8 +32,8 @@ AGENT_GRACE_S = 30
 """Time that torch's agent gives workers between SIGTERM and SIGKILL; it is fixed there."""
 
 CAUSE_FIRST_S = 3
-"""Time that a worker which lost another waits before it ends: the agent stops all when the first one ends, and
-the one with the cause may not have told it yet."""
+"""How long a worker waits that ends only because another one is gone. The agent stops all workers when the first
+ends, and the one that is the cause may not have written its error yet."""
 
 PR_SET_PDEATHSIG = 1
 
@@ -41,7 +42,7 @@ LOST_CONTACT = re.compile(
     r"|NCCL communicator was aborted|store.*(timeout|timed out)",
     re.IGNORECASE,
 )
-"""Errors of a collective whose other side is gone."""
+"""What the errors of a collective say whose other side is gone."""
 
 
 def exit_code(error: BaseException) -> int:
@@ -51,14 +52,9 @@ def exit_code(error: BaseException) -> int:
     return EXIT_USAGE if isinstance(error, UserError) else EXIT_FAILED
 
 
-def is_expected(error: BaseException) -> bool:
-    """Whether its message alone tells the user what happened."""
-    return isinstance(error, UserError | RunError | StoppedEarly)
-
-
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Around all that a worker does: what fails is reported, printed no more than once, and ends the process.
+    """Around all that a worker does: report an error to the launcher, print it at most once, end the process.
 
     Does nothing in a process that no launcher started.
     """
@@ -78,7 +74,7 @@ def reported() -> Iterator[None]:
         rank = placement(os.environ).rank
         if is_consequence(error):
             time.sleep(CAUSE_FIRST_S)
-        elif not is_expected(error):
+        elif not isinstance(error, EXPECTED_ERRORS):
             trace = "".join(traceback.format_exception(error))
             _print(f"rank {rank} ({socket.gethostname()}, pid {os.getpid()}):\n{trace}")
         elif LAUNCHER_PID not in os.environ and rank == 0:
@@ -87,7 +83,7 @@ def reported() -> Iterator[None]:
 
 
 def report(error: BaseException, code: int) -> None:
-    """In a worker that is about to end: tell the launcher why.
+    """Tell the launcher why this worker is about to end.
 
     Args:
         error: what ends the process.
@@ -101,9 +97,9 @@ def report(error: BaseException, code: int) -> None:
         return
     summary = " ".join("".join(traceback.format_exception_only(error)).split())
     message = {
-        "message": str(error) if is_expected(error) else summary,
+        "message": str(error) if isinstance(error, EXPECTED_ERRORS) else summary,
         "errorCode": code,
-        "expected": is_expected(error),
+        "expected": isinstance(error, EXPECTED_ERRORS),
         "consequence": is_consequence(error),
         "extraInfo": {"py_callstack": "".join(traceback.format_exception(error)), "timestamp": time.time()},
     }
@@ -116,7 +112,7 @@ def report(error: BaseException, code: int) -> None:
 
 def is_consequence(error: BaseException) -> bool:
     """Whether `error` only says that another process is gone or no longer answers."""
-    if is_expected(error) or not isinstance(error, RuntimeError):
+    if isinstance(error, EXPECTED_ERRORS) or not isinstance(error, RuntimeError):
         return False
     frames = traceback.extract_tb(error.__traceback__)
     in_collective = bool(frames) and "/torch/distributed/" in frames[-1].filename
@@ -124,7 +120,7 @@ def is_consequence(error: BaseException) -> bool:
 
 
 def raise_outcome(failures: Mapping[int, Any], nodes: Nodes, received: Collection[int]) -> NoReturn:
-    """In the launcher: end as the worker did that failed first.
+    """End the launcher as the worker ended that failed first.
 
     Args:
         failures: torch's `ProcessFailure` of each rank of this machine that did not end with 0.
@@ -132,8 +128,8 @@ def raise_outcome(failures: Mapping[int, Any], nodes: Nodes, received: Collectio
         received: numbers of the signals that were forwarded to the workers.
 
     Raises:
-        UserError, RunError, StoppedEarly: with what the user is to see.
-        SystemExit: with the exit code alone, where another machine's launcher says why.
+        UserError, RunError, StoppedEarly: with the message for the user.
+        SystemExit: with the exit code alone, where another machine's launcher prints the message.
     """
     rank, failure = root_cause(failures)
     told = failure.message if isinstance(failure.message, dict) else {}
@@ -179,9 +175,9 @@ def root_cause(failures: Mapping[int, Any]) -> tuple[int, Any]:
 
 
 def _end_with_launcher() -> None:
-    """Have the kernel kill this worker when our launcher is gone, in whatever way it went.
+    """Have the kernel kill this worker when our launcher ends, however it ends.
 
-    A worker may hang in a collective by then, where no thread of Python would run.
+    A thread of ours could not do it: a worker that hangs in a collective may run no Python at all.
     """
     launcher = os.environ.get(LAUNCHER_PID)
     if launcher is None or sys.platform != "linux":

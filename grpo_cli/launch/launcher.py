@@ -1,7 +1,7 @@
-"""From one `grpo train` to the processes that train together, on one machine or in a Slurm step.
+"""Starts the processes that train together, on one machine or on each node of a Slurm step.
 
-Accelerate's launcher, which runs torch's elastic agent in this process, only starts plain processes: what they
-share is the recipe's business. No torch import before it is known that there is something to start.
+Accelerate's launcher runs torch's elastic agent in this process. It is told to start plain processes: how they
+share the training is up to the recipe. torch is not imported before it is known that there is something to start.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -25,16 +26,16 @@ from grpo_cli.recipe.schema import Recipe
 
 
 def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
-    """Return where this process is to train; otherwise run those that do, and end as they did.
+    """Return if this process is to train itself. Otherwise run the processes that do, and end as they end.
 
     Args:
         recipe: validated, with all overrides.
-        arguments: the command line without the name of the command; the workers get the same.
+        arguments: the words of the command line after `grpo`; the workers get the same.
 
     Raises:
         UserError: this machine, the Slurm step or the launcher contradicts the recipe.
         RunError, StoppedEarly: the workers' outcome.
-        SystemExit: 0 when they are done.
+        SystemExit: 0 when the workers are done.
     """
     if is_launched(os.environ):
         return
@@ -55,14 +56,16 @@ def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
             f"{local} processes on this machine are more than its {gpus} GPUs for training; "
             f"write --processes {gpus * nodes.count}"
         )
-    planned_strategy(recipe.distributed, processes, os.environ)  # here, since each process would say what is wrong
+    planned_strategy(recipe.distributed, processes, os.environ)  # an error here is told once, not by each process
     run_workers("grpo_cli.cli", arguments, processes, nodes)
     raise SystemExit(0)
 
 
 def training_gpus(recipe: Recipe, nodes: Nodes) -> int:
-    """GPUs of this machine that are not a spawned server's, which runs on machine 0 alone; all where there are not
-    enough for both."""
+    """Number of this machine's GPUs that train.
+
+    A server that the run spawns takes its own from those of machine 0, unless that would leave none.
+    """
     import torch
 
     count = torch.cuda.device_count()
@@ -79,7 +82,7 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
     Args:
         module: name of the module.
         arguments: its command line, the same for all.
-        processes: of this machine, times the number of nodes; others may have more or fewer.
+        processes: number over all nodes; this machine starts its share.
         nodes: the machines; each runs this function.
 
     Raises:
@@ -121,11 +124,11 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
                 f"node {nodes.index} of {nodes.count}: {local} processes, meeting at {nodes.address}:{nodes.port}",
                 file=sys.stderr,
             )
-        with ForwardedSignals(logs) as forwarded, patch_environment(**{LAUNCHER_PID: str(os.getpid())}):
+        with forwarded_signals(logs) as received, patch_environment(**{LAUNCHER_PID: str(os.getpid())}):
             try:
                 launch_command(options)
             except ChildFailedError as error:
-                raise_outcome(error.failures, nodes, forwarded.received)
+                raise_outcome(error.failures, nodes, received)
             except SignalException as error:
                 raise RunError(f"stopped at once by {error.sigval.name}") from None
             except (DistError, ConnectionError) as error:
@@ -133,9 +136,9 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
 
 
 def accelerate_config(processes: int, nodes: Nodes) -> dict[str, Any]:
-    """Accelerate's configuration for plain processes; whole, so that the user's own default file is not read.
+    """Accelerate's configuration for plain processes. It is complete, so that the user's own file is not read.
 
-    MULTI_GPU is the type that starts several processes on any machine: MULTI_CPU starts one, without a word.
+    The type is MULTI_GPU on every machine: MULTI_CPU would start one process, without a word.
     """
     return {
         "compute_environment": "LOCAL_MACHINE",
@@ -161,38 +164,32 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-class ForwardedSignals:
-    """Context in which a signal that asks to stop goes to all workers, and this process waits for what they do.
+@contextmanager
+def forwarded_signals(logs: Path) -> Iterator[set[int]]:
+    """Send signals that ask to stop on to all workers, and wait for what the workers do; yields those received.
 
     Args:
         logs: folder in which torch's agent makes something just before it starts the workers.
     """
+    received: set[int] = set()
 
-    def __init__(self, logs: Path) -> None:
-        self.received: set[int] = set()
-        self._logs = logs
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> ForwardedSignals:
-        self._before = {number: signal.signal(number, self._forward) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        # With an error this process is about to end, as Slurm may ask it to once another node has.
-        for number, handler in self._before.items():
-            signal.signal(number, handler if error is None else signal.SIG_IGN)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
+    def forward(number: int, frame: FrameType | None) -> None:
         import psutil
 
-        self.received.add(number)
-        if not any(self._logs.iterdir()):
+        received.add(number)
+        if not any(logs.iterdir()):
             raise RunError(f"stopped by {signal.Signals(number).name} before training began")
         for worker in psutil.Process().children():
             # Not its group: what a worker started is the worker's to stop.
-            try:
+            with suppress(psutil.NoSuchProcess):
                 worker.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
+
+    before: dict[int, Any] = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    after: dict[int, Any] = dict.fromkeys(STOP_SIGNALS, signal.SIG_IGN)
+    try:
+        yield received
+        after = before
+    finally:
+        # After an error this process is about to end, and Slurm may ask it to, because another node has ended.
+        for number, handler in after.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
-"""`grpo slurm`: the job script for a recipe. The scripts in `slurm/` are the same one with other values.
+"""`grpo slurm`: the job script for a recipe, made from the template `slurm_script.sh`. No torch import.
 
-`python -m grpo_cli.launch.slurm_script slurm` writes those again, after a change of `slurm_script.sh`. No torch
-import.
+The scripts in `slurm/` come from the same template. After a change of it
+`python -m grpo_cli.launch.slurm_script slurm` (`make docs`) writes them again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.plan.shape import model_size
 from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
-from grpo_cli.recipe.load import load_recipe, read_yaml, server_overrides
-from grpo_cli.recipe.schema import ModelConfig, Recipe, ServerConfig
+from grpo_cli.recipe.load import load_recipe
+from grpo_cli.recipe.overrides import server_overrides
+from grpo_cli.recipe.raw import read_yaml
+from grpo_cli.recipe.schema import ModelConfig, ServerConfig
 from grpo_cli.serve.engine_arguments import as_options, can_share, most_sharing
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
@@ -38,7 +40,7 @@ FOLDER_OF_ITS_OWN = "runs/$SLURM_JOB_NAME-$SLURM_JOB_ID"
 
 @dataclass(frozen=True)
 class Job:
-    """What varies from script to script."""
+    """What one script has in other words or numbers than the next."""
 
     title: str
     usage: str
@@ -49,19 +51,19 @@ class Job:
     serve_nodes: int
     gpus_per_node: int
     tp: int | None = None
-    """None: each server finds out how many of its GPUs can share the model."""
+    """GPUs that share a served model. If None, each server finds out how many of its GPUs can."""
     run_dir: str | None = None
-    """None: one for each job."""
+    """The run's folder. If None, each job has its own."""
     settings: Sequence[str] = ()
-    """As after `--set`."""
+    """`key.path=value` strings for `grpo train --set`."""
     serve_options: Sequence[str] = ()
-    """Words of `grpo serve`."""
+    """Further words of the command line of `grpo serve`."""
     server_timeout_s: float = ServerConfig().timeout_s
-    """The recipe's `generation.server.timeout_s`: a script that stops waiting earlier gets no checkpoint."""
+    """The recipe's `generation.server.timeout_s`. A script that gave up earlier would get no checkpoint."""
     time: str | None = None
     partition: str | None = None
     chdir: str | None = None
-    """Folder that the job runs in; None: the one that it was submitted from."""
+    """Folder that the job runs in. If None, the one that it was submitted from."""
     grpo: str = "grpo"
 
 
@@ -151,18 +153,21 @@ def job_for_recipe(
     Args:
         path: of the recipe.
         settings: `key.path=value` strings, as after `--set`.
-        nodes: in all.
-        serve_nodes: of them for servers; None: one if there are several and the recipe names no servers.
-        gpus_per_node: 0 for nodes without.
-        tp: GPUs that share the model of a server; None: as many of a node as can.
-        time: limit in Slurm's words, such as 1-12:00:00.
-        partition: Slurm's.
+        nodes: number of nodes, those that serve included.
+        serve_nodes: how many of them run servers. If None, one where there are several nodes and the recipe names
+            no servers, else none.
+        gpus_per_node: 0 for nodes without GPUs.
+        tp: GPUs that share the model of a server. If None, as many of a node's as can.
+        time: time limit in Slurm's words, such as 1-12:00:00.
+        partition: name of Slurm's partition.
 
     Raises:
-        UserError: the recipe is wrong, or it and the options cannot both be meant.
+        UserError: the recipe is wrong, or it contradicts the options.
     """
+    written = read_yaml(path).values.get("generation")  # as in the file, before the overrides for the servers
+    generation = written if isinstance(written, dict) else {}
     if serve_nodes is None:
-        serve_nodes = int(nodes > 1 and not _names_servers(path))
+        serve_nodes = int(nodes > 1 and not _names_servers(generation))
     if serve_nodes >= nodes:
         raise UserError(
             f"--serve-nodes {serve_nodes} leaves none of --nodes {nodes} to train on; raise --nodes, or lower it"
@@ -174,8 +179,11 @@ def job_for_recipe(
     for name, value in (("--time", time), ("--partition", partition)):
         if value is not None and not re.fullmatch(r"[\w.,:+-]+", value):
             raise UserError(f"{name} {value!r} is no value that sbatch takes")
-    if not serve_nodes:
-        _check_engine(recipe, nodes, gpus_per_node)
+    if not serve_nodes and recipe.generation.engine == "vllm" and nodes * gpus_per_node > 1:
+        raise UserError(
+            f"generation.engine: vllm is for one process, and {nodes} x {gpus_per_node} GPUs are for more; "
+            "write engine: vllm_server, or give it servers with --serve-nodes 1"
+        )
     server = recipe.generation.server or ServerConfig()
     train_nodes, processes = nodes - serve_nodes, recipe.distributed.processes
     if processes is not None and (processes % train_nodes or 0 < gpus_per_node * train_nodes < processes):
@@ -196,7 +204,7 @@ def job_for_recipe(
         tp=tp,
         run_dir=str(Path(recipe.train.output_dir).expanduser()),
         settings=settings,
-        serve_options=_serve_options(recipe.model, _vllm_arguments(path)) if serve_nodes else (),
+        serve_options=_serve_options(recipe.model, _vllm_arguments(generation, path)) if serve_nodes else (),
         server_timeout_s=server.timeout_s,
         time=time,
         partition=partition,
@@ -205,30 +213,20 @@ def job_for_recipe(
     )
 
 
-def _names_servers(path: Path) -> bool:
+def _names_servers(generation: Mapping[str, Any]) -> bool:
     """Whether the recipe says where servers run already. What is wrong with it is for `load_recipe` to find."""
-    generation = read_yaml(path).values.get("generation")
-    server = generation.get("server") if isinstance(generation, dict) else None
+    server = generation.get("server")
     return isinstance(server, dict) and bool(server.get("urls"))
 
 
-def _check_engine(recipe: Recipe, nodes: int, gpus_per_node: int) -> None:
-    if recipe.generation.engine == "vllm" and nodes * gpus_per_node > 1:
-        raise UserError(
-            f"generation.engine: vllm is for one process, and {nodes} x {gpus_per_node} GPUs are for more; "
-            "write engine: vllm_server, or give it servers with --serve-nodes 1"
-        )
-
-
-def _vllm_arguments(path: Path) -> Mapping[str, Any]:
-    """`generation.vllm` of the recipe's file, which `--server` leaves out, since it is for the servers."""
-    generation = read_yaml(path).values.get("generation")
-    arguments = generation.get("vllm") if isinstance(generation, dict) else None
+def _vllm_arguments(generation: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    """`generation.vllm` as the file has it: for the servers of the job, so that `server_overrides` clears it."""
+    arguments = generation.get("vllm")
     if not isinstance(arguments, dict):
         return {}
     for name in arguments:
-        if str(name).replace("-", "_") in RESERVED_VLLM_ARGUMENTS:
-            reason = RESERVED_VLLM_ARGUMENTS[str(name).replace("-", "_")]
+        reason = RESERVED_VLLM_ARGUMENTS.get(str(name).replace("-", "_"))
+        if reason is not None:
             raise UserError(f"{path}: generation.vllm.{name} {reason}")
     return arguments
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from grpo_cli.errors import UserError
-from grpo_cli.plan.memory import GIB, MemoryPlan, Setup, memory_plan
+from grpo_cli.plan.memory import GIB, MemoryPlan, memory_plan
+from grpo_cli.plan.setup import Setup
 from grpo_cli.plan.shape import ModelSize
 from grpo_cli.recipe.schema import LoraConfig
 
@@ -22,14 +23,15 @@ NVIDIA_SMI_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a plan is held against."""
+    """The memory of each GPU, which a plan has to fit into."""
 
     gib: float
     source: str
+    """Where the figure is from, for messages."""
     is_known: bool
-    """Whether it was found or given, not assumed."""
+    """Whether it was found or given; otherwise it is an assumption."""
     is_here: bool = False
-    """Whether it is this machine's, so that the host memory is, too."""
+    """Whether it is a GPU of this machine, whose host memory is then looked at too."""
 
 
 def gpu_of(given: float | None) -> Gpu:
@@ -79,10 +81,10 @@ def memory_rows(setup: Setup, size: ModelSize, gpu: Gpu) -> list[tuple[str, str]
 
 
 def loading_row(plan: MemoryPlan, setup: Setup, parameters: int, gpu: Gpu) -> str:
-    """What loading needs of the first node's host memory, held against what it has.
+    """What loading needs of the first node's host memory, compared with what it has.
 
-    One process reads the whole model, and the others get it from there; under `zero3` all processes of a node read
-    it, out of the same pages of memory. What is offloaded is there beside it.
+    One process reads the whole model and sends it to the others. Under `zero3` all processes of a node read it,
+    but they share the same pages of memory. What is offloaded comes on top.
     """
     needed = parameters * setup.weight_bytes + plan.host * min(setup.processes, GPUS_OF_A_NODE)
     has, source = (_host_memory(), "this machine's") if gpu.is_here else (ASSUMED_HOST_GIB, "assumed")
@@ -178,20 +180,20 @@ def lighter(setup: Setup) -> Iterator[Setup]:
 def changes_between(before: Setup, after: Setup) -> dict[str, str]:
     """The recipe's keys that differ."""
     keys = {
-        "distributed.strategy": (before.strategy, after.strategy),
-        "distributed.processes": (before.processes, after.processes),
-        "model.gradient_checkpointing": (before.gradient_checkpointing, after.gradient_checkpointing),
-        "train.max_tokens_per_microbatch": (before.pack_tokens, after.pack_tokens),
-        "distributed.cpu_offload": (before.cpu_offload, after.cpu_offload),
-        "model.lora": (before.lora, after.lora),
-        "generation.engine": (before.engine, after.engine),
+        "distributed.strategy": "strategy",
+        "distributed.processes": "processes",
+        "model.gradient_checkpointing": "gradient_checkpointing",
+        "train.max_tokens_per_microbatch": "pack_tokens",
+        "distributed.cpu_offload": "cpu_offload",
+        "model.lora": "lora",
+        "generation.engine": "engine",
     }
-    shown = {"model.lora": "{}"}
-    return {
-        key: shown.get(key, str(new).lower() if isinstance(new, bool) else str(new))
-        for key, (old, new) in keys.items()
-        if old != new
-    }
+    changes = {}
+    for key, name in keys.items():
+        new = getattr(after, name)
+        if new != getattr(before, name):
+            changes[key] = "{}" if name == "lora" else str(new).lower()  # as YAML writes true
+    return changes
 
 
 def _gib(count: float) -> str:

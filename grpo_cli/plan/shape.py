@@ -14,8 +14,10 @@ from grpo_cli.recipe.schema import LoraConfig, ModelConfig
 HUB_TIMEOUT_S = 5.0
 """Longest wait for the Hub's answer."""
 
-BIASES = {"llama": "", "mistral": "", "qwen2": "qkv", "qwen3": ""}
-"""Decoders made of RMS norms, attention and a gated MLP, and which of their projections always have a bias."""
+QKV = frozenset({"q_proj", "k_proj", "v_proj"})
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+"""Kinds of config.json whose decoder is made of RMS norms, attention and a gated MLP."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +67,26 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Of the embedding; the output head has as many."""
+        """Parameters of the embedding; the output head has as many."""
         return self.vocabulary * self.hidden
 
     @property
+    def end_parameters(self) -> int:
+        """Parameters of embedding and output head, which may be one."""
+        return (2 - self.tied) * self.embedding_parameters
+
+    @property
     def matrix_parameters(self) -> int:
-        """Of linear maps, the output head among them: what autocast casts. Norms and a mere embedding stay."""
+        """Parameters of linear maps, the output head among them: those that autocast casts.
+
+        It leaves norms as they are, and an embedding that is not the output head too.
+        """
         norms = 2 * self.hidden + 2 * self.head_dim * self.norms_heads
         return self.layers * (self.layer_parameters - norms) + self.embedding_parameters
 
     @property
     def parameters(self) -> int:
-        return self.layers * self.layer_parameters + (2 - self.tied) * self.embedding_parameters + self.hidden
+        return self.layers * self.layer_parameters + self.end_parameters + self.hidden
 
     def adapter_parameters(self, lora: LoraConfig) -> int:
         """Trained parameters under LoRA. A regular expression counts as `all-linear`."""
@@ -91,14 +101,10 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": ModelShape(576, 30, 1536, 9, 3, 64, 49152, True),
     **dict.fromkeys(
         ("Qwen/Qwen2-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
-        ModelShape(896, 24, 4864, 14, 2, 64, 151936, True, frozenset({"q_proj", "k_proj", "v_proj"})),
+        ModelShape(896, 24, 4864, 14, 2, 64, 151936, True, QKV),
     ),
-    "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(
-        1536, 28, 8960, 12, 2, 128, 151936, True, frozenset({"q_proj", "k_proj", "v_proj"})
-    ),
-    "Qwen/Qwen2.5-72B": ModelShape(
-        8192, 80, 29568, 64, 8, 128, 152064, False, frozenset({"q_proj", "k_proj", "v_proj"})
-    ),
+    "Qwen/Qwen2.5-1.5B-Instruct": ModelShape(1536, 28, 8960, 12, 2, 128, 151936, True, QKV),
+    "Qwen/Qwen2.5-72B": ModelShape(8192, 80, 29568, 64, 8, 128, 152064, False, QKV),
 }
 """The models of the recipes that ship, as their publishers describe them, so that their plans need no network."""
 
@@ -151,16 +157,17 @@ def shape_of(config: Mapping[str, Any] | None) -> ModelShape | None:
 
     What it leaves out has the default of transformers' configuration class.
     """
-    if config is None or config.get("model_type") not in BIASES:
+    if config is None or config.get("model_type") not in DECODERS:
         return None
     kind = config["model_type"]
     try:
         heads = int(config["num_attention_heads"])
         hidden = int(config["hidden_size"])
-        always = {"q_proj", "k_proj", "v_proj"} if BIASES[kind] == "qkv" else set()
-        chosen = {"q_proj", "k_proj", "v_proj", "o_proj"} if config.get("attention_bias") else set()
+        biased: frozenset[str] = QKV if kind == "qwen2" else frozenset()
+        if kind in ("llama", "qwen3") and config.get("attention_bias"):
+            biased |= QKV | {"o_proj"}
         if kind == "llama" and config.get("mlp_bias"):
-            chosen |= {"gate_proj", "up_proj", "down_proj"}
+            biased |= {"gate_proj", "up_proj", "down_proj"}
         return ModelShape(
             hidden=hidden,
             layers=int(config["num_hidden_layers"]),
@@ -170,7 +177,7 @@ def shape_of(config: Mapping[str, Any] | None) -> ModelShape | None:
             head_dim=int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)),
             vocabulary=int(config["vocab_size"]),
             tied=bool(config.get("tie_word_embeddings", False)),
-            biased=frozenset(always | (chosen if kind in ("llama", "qwen3") else set())),
+            biased=biased,
             norms_heads=kind == "qwen3",
         )
     except (KeyError, TypeError, ValueError):

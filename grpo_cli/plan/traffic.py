@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from grpo_cli.plan.memory import SERVER_BYTES, Setup, prompt_tokens
+from grpo_cli.plan.memory import SERVER_BYTES
+from grpo_cli.plan.setup import Setup, prompt_tokens
 from grpo_cli.recipe.schema import Recipe
 
 NETWORK, NVLINK = 25e9, 300e9
-"""Bytes a second: what one node's network and one GPU's NVLink carry. Assumptions, printed with what they give."""
+"""Bytes a second that one node's network and one GPU's NVLink carry. Assumptions, and printed as such."""
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,14 @@ class Work:
     """What one training process does in a step, at most."""
 
     tokens: int
-    """Of its groups, each prompt counted once."""
+    """Tokens of its groups, each prompt counted once for each pack that it is in."""
     packs: int
     """Forward and backward passes."""
     optimizer_steps: int
 
 
 def work_of(recipe: Recipe, setup: Setup) -> Work:
-    """The step of a process that has as many groups as any, with the longest prompts and completions."""
+    """The step of the process that has most groups, with the longest prompts and completions."""
     train, generation = recipe.train, recipe.generation
     prompt, answer = prompt_tokens(recipe), generation.max_completion_tokens
     group = prompt + generation.num_generations * answer
@@ -40,12 +41,12 @@ def work_of(recipe: Recipe, setup: Setup) -> Work:
 
 
 def sharing_bytes(setup: Setup, parameters: int, trained: int, work: Work) -> float:
-    """What passes through each GPU in a step, so that all have the same weights.
+    """Bytes that pass through each GPU in a step, so that all have the same weights.
 
-    In a ring of n, a gather or a scatter of B bytes moves (n-1)/n B through each member, a sum that all receive
-    twice that. `ddp` and `zero1` sum gradients once for each optimizer step, `zero2` for each pack; `zero1` and
-    `zero2` gather the updated weights. `zero3` and `fsdp` gather the weights for a pack's forward pass, again for
-    its backward pass, and scatter its gradients.
+    In a ring of n, a gather or a scatter of B bytes moves (n-1)/n B through each member; a sum that all receive
+    moves twice that. `ddp` and `zero1` sum gradients once for each optimizer step, `zero2` for each pack; `zero1`
+    and `zero2` gather the updated weights. `zero3` and `fsdp` gather the weights for a pack's forward pass, again
+    for its backward pass, and scatter its gradients.
     """
     ring, traits = (setup.processes - 1) / setup.processes, setup.traits
     weights, gradients = parameters * setup.weight_bytes, trained * setup.weight_bytes
@@ -61,7 +62,7 @@ def sharing_bytes(setup: Setup, parameters: int, trained: int, work: Work) -> fl
 
 
 def update_bytes(parameters: int) -> int:
-    """What each rollout server is sent before a step."""
+    """Bytes that each rollout server is sent before a step."""
     return parameters * SERVER_BYTES
 
 

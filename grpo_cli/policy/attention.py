@@ -23,7 +23,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from grpo_cli.algorithm.packing import BranchedGroup, Branches
 from grpo_cli.errors import RunError
-from grpo_cli.policy.block_mask import block_mask, bucket
+from grpo_cli.policy.block_mask import block_mask
+from grpo_cli.recipe.limits import mask_length
 
 KERNEL = "shared_prompt"
 LAYOUT = "token_layout"
@@ -122,7 +123,7 @@ class RowLayout:
             self.windows[inputs.layer] = inputs.window
 
     def _flex(self, inputs: LayerInputs) -> torch.Tensor:
-        """FlexAttention: padded to a bucket here, where blocks of padding are skipped, not in the whole model."""
+        """FlexAttention: rows are padded here, where blocks of padding are skipped, not in the whole model."""
         length, window = inputs.query.shape[2], inputs.window
         first, *others = self.branches.groups
         if not others and not first.branch_lengths and (window is None or length <= window):  # a lone prompt
@@ -130,7 +131,7 @@ class RowLayout:
             return scaled_dot_product_attention(*parts, is_causal=True, scale=inputs.scale, enable_gqa=True)
         if window not in self._block_masks:
             self._block_masks[window] = block_mask(self.branches, window)
-        padding = (0, 0, 0, bucket(length) - length)
+        padding = (0, 0, 0, mask_length(length) - length)
         padded = (pad(part, padding).contiguous() for part in (inputs.query, inputs.key, inputs.value))
         mask = self._block_masks[window]
         attended = compiled_flex_attention(*padded, block_mask=mask, scale=inputs.scale, enable_gqa=True)
@@ -143,7 +144,7 @@ def compiled_flex_attention(*inputs: torch.Tensor, **options: Any) -> torch.Tens
     Raises:
         RunError: it would have to be compiled for more than COMPILED_VARIANTS shapes and modes.
     """
-    # Each bucket compiles anew for generation, scoring and training, with and without a window. torch keeps the
+    # Each length compiles anew for generation, scoring and training, with and without a window. torch keeps the
     # limit for each thread, that of backward passes included, in which gradient checkpointing computes again.
     with torch._dynamo.config.patch(recompile_limit=COMPILED_VARIANTS):
         try:

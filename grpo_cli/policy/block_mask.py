@@ -1,34 +1,22 @@
 """FlexAttention's block mask of a shared-prompt row, from what each block of tokens holds.
 
-Pairs of tokens are never formed: the largest tensors are of L and (L / BLOCK)^2 numbers, where torch's own way
-needs several of L^2. Nothing here waits for the device.
+Pairs of tokens are never formed: the largest tensors are of L and (L / MASK_BLOCK)^2 numbers, where torch's own
+way needs several of L^2. Nothing here waits for the device.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
 from grpo_cli.algorithm.packing import Branches
-
-BLOCK = 128
-"""Tokens of a block, FlexAttention's default."""
-
-SMALLEST_BUCKET = 512
-"""FlexAttention sees rows of this length times powers of two, so that it is compiled a few times, not for each."""
-
-
-def bucket(length: int) -> int:
-    """The least of SMALLEST_BUCKET times a power of two that holds `length`."""
-    return SMALLEST_BUCKET * 2 ** max(0, math.ceil(math.log2(length / SMALLEST_BUCKET)))
+from grpo_cli.recipe.limits import MASK_BLOCK, mask_length
 
 
 def block_mask(branches: Branches, window: int | None) -> BlockMask:
-    """What `Branches.sees` says, for a row that is padded to its bucket; padding sees padding."""
-    length = bucket(len(branches.positions))
+    """What `Branches.sees` says, for a row that is padded to `mask_length`; padding sees padding."""
+    length = mask_length(len(branches.positions))
     padding = (0, length - len(branches.positions))
     padded = Branches(
         branches.groups,
@@ -44,7 +32,7 @@ def block_mask(branches: Branches, window: int | None) -> BlockMask:
     return BlockMask.from_kv_blocks(
         *_ordered(some & ~every),
         *_ordered(every),
-        BLOCK_SIZE=BLOCK,
+        BLOCK_SIZE=MASK_BLOCK,
         mask_mod=visible,
         seq_lengths=(length, length),
     )
@@ -58,13 +46,14 @@ def visible_blocks(row: Branches, window: int | None) -> tuple[torch.Tensor, tor
     are of one group, or of one branch, is of it as a whole.
 
     Args:
-        row: of a multiple of BLOCK tokens.
+        row: of a multiple of MASK_BLOCK tokens.
         window: positions that a query sees, its own included; None for all.
 
     Returns:
         Two (Q, K) bool tensors; the second has no block that the first lacks.
     """
-    group, branch, position = (part.view(-1, BLOCK) for part in (row.group_ids, row.branch_ids, row.positions))
+    parts = (row.group_ids, row.branch_ids, row.positions)
+    group, branch, position = (part.view(-1, MASK_BLOCK) for part in parts)
     far = len(row.positions)
     first, last = branch[:, 0], branch[:, -1]
     earlier = group.new_ones(len(group), len(group), dtype=torch.bool).tril(-1)

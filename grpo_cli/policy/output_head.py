@@ -24,12 +24,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from grpo_cli.policy.model import base_model
-
-CHUNK_BYTES = {"cpu": 128 * 2**20, "cuda": 512 * 2**20}
-"""Float32 logits of one chunk, per kind of device."""
-
-BLOCK_BYTES = {"cpu": 2 * 2**20, "cuda": 64 * 2**20}
-"""Float32 logits that softmax and its like work on at a time: on a CPU what the cache holds, ten times as fast."""
+from grpo_cli.recipe.limits import HEAD_BLOCK_BYTES, HEAD_CHUNK_BYTES
 
 FACTORS = {
     "logit_scale": 1,  # Cohere
@@ -113,7 +108,7 @@ def chosen_logprobs(
         targets: (N,) token ids.
         temperature: of sampling.
         entropy_gradient: let gradients flow through the entropies.
-        chunk_tokens: tokens whose logits exist at a time; None for what CHUNK_BYTES holds.
+        chunk_tokens: tokens whose logits exist at a time; None for what HEAD_CHUNK_BYTES holds.
 
     Returns:
         Two (N,) tensors.
@@ -125,7 +120,7 @@ def chosen_logprobs(
     trained = any(tensor is not None and tensor.requires_grad for tensor in (head.weight, head.bias))
     gradient = torch.is_grad_enabled() and (trained or hidden.requires_grad)
     if chunk_tokens is None:
-        chunk_tokens = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * len(head.weight))
+        chunk_tokens = HEAD_CHUNK_BYTES.get(device, HEAD_CHUNK_BYTES["cuda"]) // (4 * len(head.weight))
         if gradient and entropy_gradient and not trained:
             chunk_tokens //= 2  # the forward pass then forms two derivatives from the same logits
     plan = _Plan(
@@ -135,7 +130,7 @@ def chosen_logprobs(
         matmul_dtype=dtype,
         dtype=torch.float64 if dtype == hidden.dtype == torch.float64 else torch.float32,
         chunk_rows=max(1, chunk_tokens),
-        block_rows=max(1, BLOCK_BYTES.get(device, BLOCK_BYTES["cuda"]) // (4 * len(head.weight))),
+        block_rows=max(1, HEAD_BLOCK_BYTES.get(device, HEAD_BLOCK_BYTES["cuda"]) // (4 * len(head.weight))),
         gradient=gradient,
         entropy_gradient=entropy_gradient,
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from grpo_cli.recipe.loss_types import types_reading
+from grpo_cli.recipe.messages import section_of
 from grpo_cli.recipe.schema import LossConfig, Recipe
 
 INTRODUCTION = """\
@@ -32,10 +33,8 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
     rows, inner = [], []
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
-        section = _section_of(info.annotation)
-        if section is not None:
-            is_list = getattr(info.annotation, "__origin__", None) is list
-            inner.append((key, section, is_list, info.description or ""))
+        if (found := section_of(info.annotation)) is not None:
+            inner.append((key, *found, info.description or ""))
             if not prefix:
                 continue
         rows.append(
@@ -49,15 +48,6 @@ def _section(prefix: str, model: type[BaseModel]) -> Iterator[str]:
         yield from _section(f"{key}.", section)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in get_args(annotation):
-        if (found := _section_of(argument)) is not None:
-            return found
-    return None
-
-
 def _meaning(model: type[BaseModel], name: str, info: FieldInfo) -> str:
     readers = types_reading(name) if model is LossConfig else []
     only = f" Read by {', '.join(f'`{reader}`' for reader in readers)}." if readers else ""
@@ -66,7 +56,7 @@ def _meaning(model: type[BaseModel], name: str, info: FieldInfo) -> str:
 
 def _type_name(info: FieldInfo) -> str:
     annotation = info.annotation
-    if _section_of(annotation) is not None:
+    if section_of(annotation) is not None:
         return "section"
     text = re.sub(r"typing\.|<class '|'>", "", str(annotation))
     if "Literal" in text or info.examples:

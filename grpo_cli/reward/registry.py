@@ -1,8 +1,8 @@
-"""From what a recipe says about rewards to functions that can be called.
+"""Finds the reward functions that a recipe names.
 
 Everything that can be known about a reward function before its first call is checked here: that it exists,
 that it can be called by keyword, that it takes its `params`. `grpo check` uses this module, so it must never
-import torch; a reward model brings torch along only when it is loaded.
+import torch; a reward model imports it only when it is loaded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Literal
@@ -84,21 +84,11 @@ def resolve_rewards(configs: Sequence[RewardConfig], *, load_models: bool = True
                 if problems or not load_models:
                     continue
                 call = _load_model(config.model, config.params, setting)
-            resolved[index] = _described(
-                call,
-                name=config.metric_name,
-                weight=config.weight,
-                timeout_s=config.timeout_s,
-                on_error=config.on_error,
-                workers=config.workers,
-                setting=setting,
-            )
+            resolved[index] = _described(call, config, setting)
         except UserError as error:
             problems.append(error)
-    if len(problems) == 1:
-        raise problems[0]
     if problems:
-        raise UserError("\n".join(str(problem) for problem in problems))
+        raise UserError("\n".join(map(str, problems))) from problems[0]
     return [resolved[index] for index in sorted(resolved)]
 
 
@@ -119,19 +109,7 @@ def reward_from_callable(
     if not math.isfinite(weight):
         raise UserError(f"rewards: the weight of {shown} is {weight}, not a finite number")
     call = _with_params(function, {}, f"rewards: {shown}")
-    return _described(
-        call, name=shown, weight=float(weight), timeout_s=None, on_error="raise", workers=0, setting="rewards"
-    )
-
-
-def missing_columns(function: RewardFunction, columns: Collection[str]) -> list[str]:
-    """Arguments that the function must have and that neither the tool nor the dataset gives, sorted by name.
-
-    Args:
-        function: the reward function.
-        columns: names of the dataset's columns, after renames.
-    """
-    return sorted(function.required.difference(REWARD_ARGUMENTS, columns))
+    return _described(call, RewardConfig(name=shown, weight=float(weight)), "rewards")
 
 
 def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], setting: str) -> None:
@@ -146,7 +124,7 @@ def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], s
         UserError: a required argument is no column.
     """
     for function in functions:
-        missing = missing_columns(function, columns)
+        missing = sorted(function.required.difference(REWARD_ARGUMENTS, columns))
         if missing:
             raise UserError(
                 f"reward {function.name} needs the column {', '.join(missing)}, which {setting} does not have "
@@ -186,16 +164,7 @@ def _find(path: str, setting: str) -> Any:
 
 
 def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """What to call: the instance of a class, or the function with its `params`.
-
-    Args:
-        target: a class, a function, or a callable object.
-        params: for `__init__` or the function.
-        where: start of a message: setting and path.
-
-    Raises:
-        UserError: it cannot be called, or does not take `params`, or fails when instantiated.
-    """
+    """What to call: the instance of a class, or the function with its `params`. Errors begin with `where`."""
     if inspect.isclass(target):
         _refuse_unknown_params(params, _keywords(target), where)
         try:
@@ -229,18 +198,9 @@ def _load_model(model: str, params: Mapping[str, Any], setting: str) -> RewardMo
         raise UserError(f"{setting}: {error}") from error
 
 
-def _described(
-    call: Callable[..., Any],
-    *,
-    name: str,
-    weight: float,
-    timeout_s: float | None,
-    on_error: Literal["raise", "none"],
-    workers: int,
-    setting: str,
-) -> RewardFunction:
-    """Read off the signature what `call` accepts and requires."""
-    accepts = _keywords(call)
+def _described(call: Callable[..., Any], config: RewardConfig, setting: str) -> RewardFunction:
+    """What the recipe says about a function, and what its signature says that it accepts and requires."""
+    name, accepts = config.metric_name, _keywords(call)
     if accepts is not None and isinstance(call, BoundFunction):
         accepts = accepts.difference(call.keywords)
     needed = [p for p in _parameters(call) or [] if p.default is p.empty]
@@ -251,7 +211,9 @@ def _described(
             "called with keyword arguments: prompts, completions, completion_ids and the dataset's columns"
         )
     required = frozenset(p.name for p in needed if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return RewardFunction(name, weight, call, timeout_s, on_error, workers, accepts, required)
+    return RewardFunction(
+        name, config.weight, call, config.timeout_s, config.on_error, config.workers, accepts, required
+    )
 
 
 def _parameters(target: Callable[..., Any]) -> list[inspect.Parameter] | None:

@@ -1,7 +1,7 @@
-"""A trained model that scores, behind the same interface as a reward function.
+"""A trained model that scores, with the interface of a reward function.
 
-`grpo check` imports this module to know which `params` a reward model takes, so torch and transformers must
-never be imported at the top: only inside what needs them. How completions are batched changes no score.
+`grpo check` imports this module to know which `params` a reward model takes. So torch and transformers must never
+be imported at the top, only inside the functions that need them. How completions are batched changes no score.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class RewardModel:
     """A sequence-classification model with one output, as a reward function."""
 
     scores_each_alone = True
-    """What else is in a call does not matter, so processes may divide the completions."""
+    """A score does not depend on the other completions of the call, so processes may divide them."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class RewardModel:
 
         Args:
             name: Hub id or folder.
-            batch_size: completions in one forward pass: memory and time, not results.
-            max_tokens: longest input; what is over is cut off on the left. No limit if empty.
+            batch_size: completions in one forward pass, which changes memory and time but no results.
+            max_tokens: longest input; a longer one loses its beginning. No limit if empty.
             dtype: precision of the weights: float32, bfloat16 or float16.
-            device: where it runs; this process's GPU if empty, or the CPU where there is none.
+            device: where it runs. If empty, this process's GPU, or the CPU where there is none.
             trust_remote_code: allow a Hub model to run its own Python code.
 
         Raises:
@@ -121,17 +121,11 @@ class RewardModel:
 
 
 def _device(wanted: str | None) -> torch.device:
-    """The device asked for, or this process's GPU, or the CPU.
-
-    Raises:
-        UserError: there is no such device.
-    """
+    """The device asked for, or this process's GPU, or the CPU where there is none."""
     import torch
 
     if wanted is None:
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device(f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
         torch.empty(0, device=device)

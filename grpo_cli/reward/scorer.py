@@ -1,8 +1,8 @@
-"""Calls every reward function on completions of a step and hands back one checked matrix.
+"""Calls every reward function on completions of a step and returns one checked matrix.
 
 Reward functions are other people's code: they hang, raise, miscount and change what they were given. Whatever
-they do ends as a column of numbers or as an error that names the function, the step and a sample. It must
-never change the training data, and a failure must never become a score. No torch import: `grpo check` scores.
+they do becomes a column of numbers, or an error that names the function, the step and a sample. They must never
+change the training data, and a failure must never become a score. No torch import, since `grpo check` scores too.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ logger = logging.getLogger("grpo_cli")
 PACKAGE = Path(__file__).parents[1]
 
 PASSED_ON = (KeyboardInterrupt, StoppedEarly)
-"""What ends the run wherever it is raised, and so is no error of the function that was running."""
+"""Exceptions that end the run wherever they are raised, and are no failure of the function that was running."""
 
 GRACE_S = 1.0
-"""How long the event loop may be late in ending a call; after that it is taken to be blocked."""
+"""How late the event loop may be in ending a call before it counts as blocked."""
 
 
 class RewardError(RunError):
@@ -66,9 +66,9 @@ class ScoringBatch:
 class Scorer:
     """The reward functions of a run, called together on some or all groups of a step.
 
-    Plain functions run in order on the calling thread; at the same time, those with a timeout run on threads
-    of their own and `async` ones on an event loop, which stays, so that a client made in one step works in
-    the next. A plain function that overruns its timeout is left running: Python cannot end a thread.
+    Plain functions run in order on the calling thread. At the same time those with a timeout run on threads of
+    their own, and `async` ones on an event loop. The loop is kept, so that a client made in one step works in the
+    next. A plain function that overruns its timeout is left running: Python cannot end a thread.
     """
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
@@ -87,9 +87,9 @@ class Scorer:
         weakref.finalize(self, self._loop.leave)
 
     def only(self, columns: Sequence[int]) -> Scorer:
-        """A scorer of some of the functions that shares this one's event loop, where their clients live.
+        """A scorer of some of the functions. It shares this one's event loop, which their clients belong to.
 
-        Threads may call `score` at the same time, of this scorer and of those made from it.
+        Threads may call `score` of this scorer and of those made from it at the same time.
         """
         part = copy.copy(self)
         part.functions = [self.functions[k] for k in columns]
@@ -114,8 +114,8 @@ class Scorer:
         scores = np.full((count, len(self.functions)), np.nan)
         if not count:
             return scores
-        calls: dict[int, _Call] = {}  # those that run beside this thread
-        blocked = False
+        calls: dict[int, _Call] = {}  # by column: those that run beside this thread
+        blocked = False  # whether a call keeps the event loop from ending another in time
         try:
             for k, function in enumerate(self.functions):
                 if is_async(function.call) or function.timeout_s is not None:
@@ -129,7 +129,7 @@ class Scorer:
                         calls[k] = ended
             for k, call in calls.items():
                 outcome = call.outcome()
-                blocked |= call.on_loop and not outcome.ended
+                blocked |= call.on_loop and not call.future.done()
                 scores[:, k] = _column(self.functions[k], outcome, batch, step)
         finally:
             for call in calls.values():
@@ -174,8 +174,6 @@ class _Outcome:
     values: list[float] | None = None
     error: BaseException | None = None
     timed_out: bool = False
-    ended: bool = True
-    """False if it is still running."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +191,7 @@ class _Call:
         try:
             return self.future.result(wait_s)
         except TimeoutError:
-            return _Outcome(timed_out=True, ended=False)
+            return _Outcome(timed_out=True)
         except CancelledError as error:  # the function cancelled the task that it ran in
             return _Outcome(error=error)
 
@@ -225,7 +223,7 @@ class _LoopThread:
 
 
 def _serve(loop: asyncio.AbstractEventLoop, calls: weakref.WeakSet[Future[_Outcome]]) -> None:
-    """Run a loop until it is stopped and nobody waits for a call on it, then cancel what is left."""
+    """Run a loop until it was stopped and the last call on it has ended; then cancel what is left on it."""
     asyncio.set_event_loop(loop)
     try:
         loop.run_forever()
@@ -297,11 +295,7 @@ def _copied(value: Any) -> Any:
 
 
 def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, step: int) -> list[float]:
-    """The function's column; on a failure NaN with a warning, or an error, as `on_error` says.
-
-    Raises:
-        RewardError: the call failed and `on_error` is raise.
-    """
+    """The function's column. A failed call is a RewardError, or all NaN with a warning, as `on_error` says."""
     error = outcome.error
     if isinstance(error, PASSED_ON):
         raise error

@@ -1,4 +1,4 @@
-"""Reads what a reward function returned: a finite number or None per completion, nothing else. No torch import."""
+"""Checks what a reward function returned: one finite number or None per completion. No torch import."""
 
 from __future__ import annotations
 
@@ -46,11 +46,7 @@ def checked_values(result: Any, count: int) -> list[float]:
 
 
 def _number(value: Any, index: int) -> float:
-    """A finite real number as a float.
-
-    Raises:
-        Unusable: it is not one.
-    """
+    """A finite real number as a float; anything else is Unusable."""
     shape = tuple(getattr(value, "shape", ()))
     scalar = not isinstance(value, str | bytes) and hasattr(value, "__float__") and not shape
     if isinstance(value, Complex) and not isinstance(value, Real):

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from grpo_cli.distributed.environment import resolve_strategy
-from grpo_cli.distributed.outcome import EXPECTED_ERRORS
 from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.errors import ServerLost, ServerNeverReached, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, ServerLost, ServerNeverReached, StoppedEarly, UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.strategies import STRATEGIES
 from grpo_cli.rollout.rollout import Rollout, generate_rollout

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, RunError, UserError
 from grpo_cli.plugins import load_object, origin
 from grpo_cli.recipe.schema import Recipe
 
@@ -90,7 +90,7 @@ def notify(callbacks: Sequence[Any], event: str, state: TrainState) -> None:
         where = f"callback {type(callback).__name__}.{event}, step {state.step}"
         try:
             method(state)
-        except (UserError, RunError, StoppedEarly):
+        except EXPECTED_ERRORS:
             raise
         except Exception as error:
             raise RunError(f"{where}: {origin(error, below=__file__)}") from error

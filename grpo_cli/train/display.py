@@ -13,8 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from grpo_cli.errors import one_line
-from grpo_cli.launch.failures import is_expected
+from grpo_cli.errors import EXPECTED_ERRORS, one_line
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import Metrics
 
@@ -76,7 +75,7 @@ class Display:
         try:
             yield
         except errors as error:
-            kind = "" if is_expected(error) else f"{type(error).__name__}: "
+            kind = "" if isinstance(error, EXPECTED_ERRORS) else f"{type(error).__name__}: "
             self.note(f"at the end of the run: {kind}{one_line(error)}")
 
     def completions(

@@ -28,22 +28,11 @@ from grpo_cli.errors import RunError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import evaluating
 from grpo_cli.policy.reference import Reference
+from grpo_cli.recipe.limits import automatic_microbatch_tokens
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.guards import Autocast
 from grpo_cli.train.metrics import MetricMeans, Metrics
 from grpo_cli.train.step_data import OldLogprobs, StepData, rows_of, share
-
-MICROBATCH_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Tokens of a forward pass where the recipe does not say: enough to keep the device busy."""
-
-
-def automatic_microbatch_tokens(device_type: str, longest_prompt: int) -> int:
-    """Tokens of a forward pass where the recipe does not say.
-
-    A prompt fills half of them at most: a group that is split computes its prompt once for each part, and so less
-    than twice the tokens that it would compute whole.
-    """
-    return max(MICROBATCH_TOKENS[device_type], 2 * longest_prompt)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, RunError, UserError
 from grpo_cli.plugins import load_object, origin
 from grpo_cli.recipe.schema import LossConfig
 
@@ -63,7 +63,7 @@ def resolve_loss(config: LossConfig) -> Callable[..., MeasuredLoss | LossOutput]
             return LossOutput(logprobs.sum())
         try:
             output = function(logprobs, *inputs, normalizer=max(normalizer, 1.0), **named)
-        except (UserError, RunError, StoppedEarly, torch.OutOfMemoryError):
+        except (*EXPECTED_ERRORS, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise RunError(f"loss.type: {path} failed: {origin(error, below=__file__)}") from error

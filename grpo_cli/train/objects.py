@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.load import apply_override, read_recipe, validate
+from grpo_cli.recipe.load import read_recipe, validate
+from grpo_cli.recipe.overrides import apply_override
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.engine import RolloutEngine
 

@@ -12,7 +12,8 @@ from rich.table import Table
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plan.fit import check_fit, gpu_of, memory_rows
-from grpo_cli.plan.memory import setup_of, trained_parameters
+from grpo_cli.plan.memory import trained_parameters
+from grpo_cli.plan.setup import setup_of
 from grpo_cli.plan.shape import model_size
 from grpo_cli.plan.traffic import traffic_rows
 from grpo_cli.plugins import load_object
@@ -26,7 +27,7 @@ from grpo_cli.train.callbacks import load_callbacks
 from grpo_cli.train.loss_function import load_loss_function
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
-"""What reward functions are tried on; they must cope with anything a model may write."""
+"""Completions that the reward functions are tried on. They must cope with anything that a model may write."""
 
 
 def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) -> None:
@@ -34,8 +35,8 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
 
     Args:
         recipe: valid by itself.
-        console: for the plan.
-        gpu_memory: GiB of each GPU that the run will have; if None, of this machine's, or an assumption.
+        console: where to print.
+        gpu_memory: GiB of each GPU that the run will have. If None, that of this machine's, or else an assumption.
 
     Raises:
         UserError: something that the recipe names is missing or does not work, or the run does not fit into the
@@ -44,11 +45,10 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
     rows = load_rows(recipe.data)
     eval_rows = load_rows(recipe.data.eval, setting="data.eval") if recipe.data.eval else None
     functions = resolve_rewards(recipe.rewards, load_models=False)
-    for part in (rows, eval_rows):
-        if part is not None:
-            check_columns(functions, part.columns, part.setting)
-            for row in range(len(part)):
-                part.content(row)
+    for part in filter(None, (rows, eval_rows)):
+        check_columns(functions, part.columns, part.setting)
+        for row in range(len(part)):
+            part.content(row)
     scorer = Scorer(functions)
     try:
         scores = scorer.score(sample_batch(rows), step=0)
@@ -128,31 +128,24 @@ def plan(recipe: Recipe, rows: PromptRows, eval_rows: PromptRows | None) -> list
     count = recipe.distributed.processes or 1
     processes = f"{count} process{'es' * (count > 1)}"
     kind = "chats" if rows.conversational else "texts"
-    lines = [
+    step = (
+        f"{train.prompts_per_step} prompts x {generation.num_generations} = {completions} completions of up to "
+        f"{generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}"
+    )
+    tokens = completions * generation.max_completion_tokens
+    return [
         ("model", f"{recipe.model.name} in {recipe.model.dtype}" + (", LoRA" if recipe.model.lora else "")),
         ("data", f"{len(rows)} prompts ({kind}); columns for rewards: {', '.join(rows.columns) or 'none'}"),
-    ]
-    if eval_rows is not None:
-        lines.append(("evaluation", f"{len(eval_rows)} prompts"))
-    lines += [
-        (
-            "step",
-            f"{train.prompts_per_step} prompts x {generation.num_generations} = {completions} completions of up "
-            f"to {generation.max_completion_tokens} tokens, {updates} optimizer step{'s' * (updates > 1)}",
-        ),
+        *([("evaluation", f"{len(eval_rows)} prompts")] if eval_rows is not None else []),
+        ("step", step),
         ("engine", engine_plan(generation)),
         ("run", f"{steps} steps, {passes:.2g} passes over the prompts, {processes}, into {train.output_dir}"),
-        (
-            "tokens",
-            f"up to {completions * generation.max_completion_tokens} sampled in a step, "
-            f"{steps * completions * generation.max_completion_tokens} in the run",
-        ),
+        ("tokens", f"up to {tokens} sampled in a step, {steps * tokens} in the run"),
     ]
-    return lines
 
 
 def engine_plan(generation: GenerationConfig) -> str:
-    """Where completions are made."""
+    """Where completions are generated."""
     server = generation.server
     if server is None:
         return generation.engine

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from grpo_cli.data.prompts import Prompt, PromptDataset, PromptRows, load_rows
+from grpo_cli.data.prompts import Prompt, PromptDataset
+from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import EvalDataConfig
 

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 from grpo_cli.data import sources
-from grpo_cli.data.prompts import PromptRows, load_rows
+from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import EvalDataConfig
 
@@ -220,7 +220,7 @@ def test_a_dataset_that_is_not_on_the_hub_is_not_called_a_network_failure(
 
 LOAD = """
 import sys
-from grpo_cli.data.prompts import load_rows
+from grpo_cli.data.rows import load_rows
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import EvalDataConfig
 try:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from grpo_cli.distributed.outcome import EXPECTED_ERRORS, outcome_of, result_of
-from grpo_cli.errors import RunError, ServerLost, StoppedEarly, UserError
+from grpo_cli.distributed.outcome import outcome_of, result_of
+from grpo_cli.errors import EXPECTED_ERRORS, RunError, ServerLost, StoppedEarly, UserError
 
 
 def failing(error: Exception) -> Any:

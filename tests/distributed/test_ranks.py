@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_cli.distributed.outcome import EXPECTED_ERRORS
 from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.errors import RunError, ServerLost, StoppedEarly, UserError
+from grpo_cli.errors import EXPECTED_ERRORS, RunError, ServerLost, StoppedEarly, UserError
 from grpo_cli.reward.scorer import RewardError
 from tests.processes import run_processes
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from grpo_cli.plan.memory import GIB, memory_plan, setup_of
+from grpo_cli.plan.memory import GIB, memory_plan
+from grpo_cli.plan.setup import setup_of
 from grpo_cli.plan.shape import PUBLISHED, ModelShape, ModelSize
 from grpo_cli.plan.traffic import Work, sharing_bytes, traffic_rows, update_bytes, work_of
 from grpo_cli.recipe.load import load_recipe

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo_cli.algorithm.packing import Branches, branches_of
-from grpo_cli.policy.block_mask import BLOCK, block_mask, bucket
+from grpo_cli.policy.block_mask import block_mask
+from grpo_cli.recipe.limits import MASK_BLOCK, mask_length
 from tests.policy.test_attention import HEADS, SCALE, dense, inputs
 
 Row = tuple[list[int], list[list[int]]]
@@ -35,7 +36,7 @@ WINDOWS = [None, 1, 2, 100, 128, 129, 300, 5000]
 
 def expected_mask(branches: Branches, window: int | None) -> BlockMask:
     """torch's own, from every pair of tokens."""
-    length = bucket(len(branches.positions))
+    length = mask_length(len(branches.positions))
     padding = (0, length - len(branches.positions))
     row = Branches(
         branches.groups,
@@ -49,7 +50,7 @@ def expected_mask(branches: Branches, window: int | None) -> BlockMask:
 def assert_says_the_same(row: Row, window: int | None) -> None:
     branches = branches_of(*row)
     actual, expected = block_mask(branches, window), expected_mask(branches, window)
-    assert actual.BLOCK_SIZE == expected.BLOCK_SIZE == (BLOCK, BLOCK)
+    assert actual.BLOCK_SIZE == expected.BLOCK_SIZE == (MASK_BLOCK, MASK_BLOCK)
     assert actual.seq_lengths == expected.seq_lengths
     for kind in ("kv", "full_kv", "q", "full_q"):  # those of queries are for the backward pass
         for part in ("num_blocks", "indices"):
@@ -66,7 +67,7 @@ def assert_says_the_same(row: Row, window: int | None) -> None:
 
 def visible_pairs(mask: BlockMask) -> torch.Tensor:
     """(L, L): whole blocks, and of the others what the mask's function says."""
-    length, size = mask.seq_lengths[0], BLOCK
+    length, size = mask.seq_lengths[0], MASK_BLOCK
     shown = torch.zeros(length, length, dtype=torch.bool)
     places = torch.arange(length)
     nothing = torch.zeros((), dtype=torch.long)
@@ -106,7 +107,7 @@ def test_blocks_of_any_row_are_those_that_every_pair_of_tokens_gives(
 def test_flex_attention_under_it_attends_as_the_dense_mask_says(row: Row, window: int | None) -> None:
     branches = branches_of(*row)
     query, key, value = (part.detach() for part in inputs(len(branches.positions), 2, torch.float32))
-    padding = (0, 0, 0, bucket(query.shape[2]) - query.shape[2])
+    padding = (0, 0, 0, mask_length(query.shape[2]) - query.shape[2])
     padded = [pad(part, padding) for part in (query, key, value)]
     actual: Any = flex_attention(*padded, block_mask=block_mask(branches, window), scale=SCALE, enable_gqa=True)
     assert actual.shape[1] == HEADS
@@ -143,6 +144,6 @@ def test_a_long_row_takes_a_mebibyte_not_a_gibibyte(tokens: int, largest: int, w
 
 
 def test_few_lengths_are_compiled() -> None:
-    buckets = {bucket(length) for length in range(1, 20_000, 7)}
-    assert buckets == {512, 1024, 2048, 4096, 8192, 16384, 32768}
-    assert all(bucket(length) >= length for length in range(1, 20_000, 7))
+    lengths = {mask_length(length) for length in range(1, 20_000, 7)}
+    assert lengths == {512, 1024, 2048, 4096, 8192, 16384, 32768}
+    assert all(mask_length(length) >= length for length in range(1, 20_000, 7))

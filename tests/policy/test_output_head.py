@@ -35,9 +35,9 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from grpo_cli.policy import output_head
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.output_head import LogitForm, OutputHead, chosen_logprobs
+from grpo_cli.recipe import limits
 from tests.conftest import tiny_llama
 
 TOKENS, WORDS, WIDTH = 7, 11, 5
@@ -103,7 +103,7 @@ def assert_as_whole(
 def small_blocks(rows: int, vocabulary: int = WORDS) -> Iterator[None]:
     """Softmax and its like over `rows` tokens at a time, so that a chunk has several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(output_head.BLOCK_BYTES, "cpu", 4 * vocabulary * rows)
+        patch.setitem(limits.HEAD_BLOCK_BYTES, "cpu", 4 * vocabulary * rows)
         yield
 
 
@@ -375,7 +375,7 @@ def test_default_chunks_hold_the_budget_and_at_least_one_token(
     head = OutputHead(numbers(WORDS, WIDTH, seed=1).requires_grad_(not frozen), None)
     hidden = numbers(TOKENS, WIDTH).requires_grad_()
     for budget, rows in ((4 * WORDS * 4, 2 if frozen else 4), (1, 1)):
-        monkeypatch.setitem(output_head.CHUNK_BYTES, "cpu", budget)
+        monkeypatch.setitem(limits.HEAD_CHUNK_BYTES, "cpu", budget)
         with Watch(1000) as watch:
             chosen_logprobs(hidden, head, words(TOKENS), 1.0, entropy_gradient=True)
         assert watch.largest <= max(rows * WORDS, WORDS * WIDTH)

@@ -8,7 +8,8 @@ import pytest
 
 from grpo_cli.recipe import contradictions as module
 from grpo_cli.recipe.contradictions import contradictions
-from grpo_cli.recipe.load import RecipeError, load_recipe
+from grpo_cli.recipe.load import load_recipe
+from grpo_cli.recipe.raw import RecipeError
 from grpo_cli.recipe.schema import Recipe
 
 PLAIN: dict[str, Any] = {

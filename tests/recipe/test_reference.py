@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from grpo_cli.recipe.load import all_keys
 from grpo_cli.recipe.loss_types import LOSS_TYPES
+from grpo_cli.recipe.messages import all_keys
 from grpo_cli.recipe.reference import reference_page
 from grpo_cli.recipe.schema import LossConfig
 

@@ -13,7 +13,7 @@ import pytest
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import RewardConfig
 from grpo_cli.reward import registry
-from grpo_cli.reward.registry import missing_columns, resolve_rewards, reward_from_callable
+from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 
 SOURCE = """
 import functools
@@ -291,9 +291,10 @@ def test_missing_columns_are_required_arguments_that_nobody_gives() -> None:
         return []
 
     function = reward_from_callable(needs)
-    assert missing_columns(function, ["question"]) == ["answer", "truth"]
-    assert missing_columns(function, {"truth", "answer"}) == []
-    assert missing_columns(reward_from_callable(lambda **_: []), []) == []
+    with pytest.raises(UserError, match="needs the column answer, truth, which data does not have"):
+        check_columns([function], ["question"], "data")
+    check_columns([function], ["truth", "answer"], "data")
+    check_columns([reward_from_callable(lambda **_: [])], [], "data")
 
 
 def test_checking_rewards_imports_no_torch() -> None:

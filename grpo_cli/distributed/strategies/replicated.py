@@ -19,10 +19,8 @@ from grpo_cli.distributed.strategies.base import (
     without_master,
 )
 from grpo_cli.distributed.strategies.handing_on import hand_on
+from grpo_cli.recipe import limits
 from grpo_cli.recipe.strategies import STRATEGIES
-
-BUCKET_BYTES = 64 * 2**20
-"""Gradients that are summed in one call."""
 
 
 class Replicated(Strategy):
@@ -86,11 +84,11 @@ def sum_over_ranks(tensors: Iterable[torch.Tensor]) -> None:
 
 
 def _buckets(tensors: Iterable[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Neighbours of one dtype, up to BUCKET_BYTES."""
+    """Neighbours of one dtype, up to GRADIENT_BUCKET_BYTES."""
     bucket: list[torch.Tensor] = []
     size = 0
     for tensor in tensors:
-        if bucket and (size + tensor.nbytes > BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
+        if bucket and (size + tensor.nbytes > limits.GRADIENT_BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
         bucket.append(tensor)

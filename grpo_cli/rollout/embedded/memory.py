@@ -16,9 +16,7 @@ from transformers import DynamicCache
 
 from grpo_cli.errors import UserError
 from grpo_cli.policy.model import base_model
-
-CACHE_TOKENS = 65_536
-"""Tokens of keys and values that are kept at once; further groups wait until others are finished."""
+from grpo_cli.recipe import limits
 
 
 class Memory(Protocol):
@@ -64,7 +62,7 @@ class RowMemory:
         for prompt in waiting:
             longest = max(longest, len(prompt))
             rows = (count + 1) * self.num_generations
-            if count and rows * (longest + self.max_completion_tokens) > CACHE_TOKENS:
+            if count and rows * (longest + self.max_completion_tokens) > limits.CACHE_TOKENS:
                 break
             count += 1
         return count

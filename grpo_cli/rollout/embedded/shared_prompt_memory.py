@@ -15,7 +15,7 @@ import torch
 
 from grpo_cli.algorithm.packing import branches_of
 from grpo_cli.policy.attention import LAYOUT, LayerInputs, RowLayout
-from grpo_cli.rollout.embedded import memory
+from grpo_cli.recipe import limits
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs, bucketed
 from grpo_cli.rollout.embedded.decode_layout import DecodeLayout, DecodeShape, LayerMemory, grid_cells
 from grpo_cli.rollout.embedded.memory import filled_holes, on_device
@@ -49,7 +49,7 @@ class SharedPromptMemory:
         self.prompt_width = max(map(len, prompts), default=0)
         self.row_width = max(max_completion_tokens - 1, 1)
         tokens = self.prompt_width + num_generations * self.row_width
-        self.slots = min(len(prompts), max(1, memory.CACHE_TOKENS // tokens))
+        self.slots = min(len(prompts), max(1, limits.CACHE_TOKENS // tokens))
         self.layers: dict[int, LayerMemory] = {}
         none = np.zeros(0, dtype=np.int64)
         self.prompt_lengths = none  # (A,) of the groups in memory

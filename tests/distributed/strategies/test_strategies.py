@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.tensor import DTensor
 
 from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.distributed.strategies import make_strategy, replicated
+from grpo_cli.distributed.strategies import make_strategy
 from grpo_cli.distributed.strategies.base import (
     MASTER,
     GradientNotFinite,
@@ -25,7 +25,8 @@ from grpo_cli.distributed.strategies.base import (
 )
 from grpo_cli.distributed.strategies.replicated import Replicated, sum_over_ranks
 from grpo_cli.errors import RunError
-from grpo_cli.policy.model import load_policy
+from grpo_cli.policy.load import load_policy
+from grpo_cli.recipe import limits
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.optim import build_optimizer
 from tests.conftest import tiny_llama
@@ -219,7 +220,7 @@ def two_ranks() -> dict[str, Any]:
     ranks = Ranks.join(needs_group=False)
     seen: dict[str, Any] = {"sums": {}}
     for limit in (1, 50, 200, 10_000):
-        replicated.BUCKET_BYTES = limit
+        limits.GRADIENT_BUCKET_BYTES = limit
         tensors = tensors_of(ranks.rank)
         sum_over_ranks(tensors)
         seen["sums"][limit] = tensors

@@ -11,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MistralConfig
 
 from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.recipe import limits
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.embedded import batch, decode_graphs, memory
+from grpo_cli.rollout.embedded import batch, decode_graphs
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -60,7 +61,7 @@ def test_how_often_the_host_looks_changes_no_completion(
     engine = engine_of(model_of("llama", RAGGED_EOS), **options)
     expected = engine.generate(PROMPTS, KEYS, 4)
     monkeypatch.setitem(batch.LOOK_EVERY, "cpu", look_every)
-    monkeypatch.setattr(memory, "CACHE_TOKENS", cache_tokens)
+    monkeypatch.setattr(limits, "CACHE_TOKENS", cache_tokens)
     for ours, theirs in zip(engine.generate(PROMPTS, KEYS, 4), expected, strict=True):
         for one, other in zip(ours, theirs, strict=True):
             assert one.token_ids == other.token_ids
@@ -96,7 +97,7 @@ def test_a_decoding_step_waits_for_nothing_until_the_host_looks(
 
 def test_rows_that_end_make_the_host_wait_only_when_it_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(batch.LOOK_EVERY, "cpu", 3)
-    monkeypatch.setattr(memory, "CACHE_TOKENS", 100)  # groups come and go
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 100)  # groups come and go
     model = model_of("llama", RAGGED_EOS)
     engine = engine_of(model)
     with waits_seen(model, monkeypatch) as seen:

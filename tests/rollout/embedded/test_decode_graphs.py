@@ -15,7 +15,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_cli.rollout.embedded import batch, decode_graphs, memory
+from grpo_cli.recipe import limits
+from grpo_cli.rollout.embedded import batch, decode_graphs
 from grpo_cli.rollout.embedded.decode_graphs import Compute, DecodeGraphs, bucketed
 from grpo_cli.rollout.engine import Completion
 from tests.rollout.embedded.tape import Tape
@@ -60,7 +61,7 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_replayed_logits_are_those_of_plain_forwards_as_rows_come_and_go(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "CACHE_TOKENS", 3 * (7 + 5 * (NEW_TOKENS - 1)))  # three groups
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 3 * (7 + 5 * (NEW_TOKENS - 1)))  # three groups
     tapes = Tapes()
     rows = Rows(build(name), 5, DecodeGraphs(pytest.fail, tapes))
     rows.prefill(*MEMORY_PROMPTS[:2])
@@ -89,7 +90,7 @@ def test_a_rollout_from_recorded_steps_is_the_same_rollout(
     kind: str, autocast: Any, look_every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_of(kind, RAGGED_EOS)
-    monkeypatch.setattr(memory, "CACHE_TOKENS", 150)
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 150)
     engine = engine_of(model, autocast, max_completion_tokens=30)
     if not engine.policy.shares_prompts:
         pytest.skip("not a model that can")

@@ -33,8 +33,8 @@ from transformers import (
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.recipe import limits
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.embedded import memory
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
 from grpo_cli.rollout.embedded.sampling import logits_processors, sample_tokens
 from grpo_cli.rollout.engine import Completion, SampleKey, decoded, sample_uniforms
@@ -130,7 +130,7 @@ def test_tokens_do_not_depend_on_what_is_generated_beside_them(name: str, monkey
     fewer = tokens(engine.generate(PROMPTS, KEYS, 2))
     assert fewer == [group[:2] for group in together]
     for cache_tokens in (1, 150):
-        monkeypatch.setattr(memory, "CACHE_TOKENS", cache_tokens)
+        monkeypatch.setattr(limits, "CACHE_TOKENS", cache_tokens)
         assert tokens(engine.generate(PROMPTS, KEYS, 3)) == together
 
 
@@ -311,7 +311,7 @@ def test_waiting_groups_take_the_room_of_finished_ones(monkeypatch: pytest.Monke
     model = ragged_llama()
     engine = engine_of(model)
     at_once = tokens(engine.generate(prompts, keys, 2))
-    monkeypatch.setattr(memory, "CACHE_TOKENS", 3 * (7 + 2 * 11))  # three groups
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 3 * (7 + 2 * 11))  # three groups
     shapes = record_shapes(model)
     assert tokens(engine.generate(prompts, keys, 2)) == at_once
     decodes = [rows for rows, width in shapes if width == 1]

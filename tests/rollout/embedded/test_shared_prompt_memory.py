@@ -17,7 +17,8 @@ from transformers import (
 )
 
 from grpo_cli.policy.logprobs import PackedModel
-from grpo_cli.rollout.embedded import memory, shared_prompt_memory
+from grpo_cli.recipe import limits
+from grpo_cli.rollout.embedded import shared_prompt_memory
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.memory import filled_holes
 from grpo_cli.rollout.embedded.shared_prompt_memory import SharedPromptMemory
@@ -99,7 +100,7 @@ class Rows:
 def test_logits_are_those_of_plain_forwards_as_rows_come_and_go(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "CACHE_TOKENS", 2 * (7 + 3 * 8))  # two groups
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 2 * (7 + 3 * 8))  # two groups
     rows = Rows(build(name), 3)
     rows.prefill(PROMPTS[0], PROMPTS[1])
     assert rows.memory.room(PROMPTS[2:]) == 0
@@ -135,7 +136,7 @@ def test_long_prompts_are_computed_in_several_passes(monkeypatch: pytest.MonkeyP
 
 @torch.no_grad()
 def test_a_group_that_exceeds_the_memory_has_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "CACHE_TOKENS", 1)
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 1)
     rows = Rows(build("llama"), 2)
     assert rows.memory.room(PROMPTS) == 1
 
