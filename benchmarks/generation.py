@@ -92,7 +92,7 @@ def our_engine(spec: Spec, model: Any, tokenizer: Any, prompts: list[list[int]],
 
     config = GenerationConfig(num_generations=spec.group_size, max_completion_tokens=spec.completion)
     autocast = autocast_for(ModelConfig(name=spec.model), torch.device(spec.device))
-    engine: Any = EmbeddedEngine(PackedModel(model), tokenizer, config, autocast)
+    engine: Any = EmbeddedEngine(PackedModel.checked(model), tokenizer, config, autocast)
     engine.eos_token_ids = {end}
     rounds = iter(range(sys.maxsize))
 

@@ -73,7 +73,7 @@ def serve() -> None:
     device = torch.device(spec.device)
     model, _ = load(spec.model)
     model.to(device)
-    packed = PackedModel(model)
+    packed = PackedModel.checked(model)
     autocast = autocast_for(ModelConfig(name=spec.model), device)
     source = torch.Generator().manual_seed(0)
 

@@ -16,12 +16,11 @@ from grpo_cli.policy.output_head import LogitForm, OutputHead, chosen_logprobs
 class PackedModel:
     """A causal language model of transformers and the fastest right way to its log-probabilities.
 
-    Found out once, by `self_check`: whether the model computes the same from a shared-prompt pack as from plain
-    rows, and whether its output head is a matrix that can be applied in chunks of tokens. Whatever fails there is
-    computed the plain way.
+    `checked` asks the model whether it computes the same from a shared-prompt pack as from plain rows, and whether
+    its output head is a matrix that can be applied in chunks of tokens. Whatever fails is computed the plain way.
 
     Args:
-        model: on its device; its attention kernel is replaced where it is SDPA.
+        model: on its device.
         run: calls a function that computes with parts of the model, where they must be fetched for it.
         device: that it computes on, if that is not where its weights are.
     """
@@ -36,9 +35,21 @@ class PackedModel:
         self._run = run or _call
         self.logit_form: LogitForm | None = None
         """How logits are formed, a chunk of tokens at a time; None where the model itself has to form them."""
+        self.why_not_shared: str | None = "the model was not asked"
+
+    @classmethod
+    def checked(
+        cls, model: Any, run: Callable[..., Any] | None = None, device: torch.device | None = None
+    ) -> PackedModel:
+        """Ask a model, in forward passes of fifteen tokens, which of the fast ways give its own results.
+
+        Its attention kernel is replaced where it is SDPA and prompts can be shared.
+        """
+        packed = cls(model, run, device)
         with evaluating(model), torch.no_grad():  # dropout would tell any two passes apart
-            self_check.find_logit_form(self)
-            self.why_not_shared = self_check.why_not_shared(self)
+            self_check.find_logit_form(packed)
+            packed.why_not_shared = self_check.why_not_shared(packed)
+        return packed
 
     @property
     def shares_prompts(self) -> bool:

@@ -110,8 +110,8 @@ def _learner(
     run_frozen = None if frozen is None else spread.prepare_frozen(frozen)
     autocast = autocast_for(recipe.model, ranks.device)
     with autocast():  # the self-check runs the kernels in the precision that training will have
-        policy = PackedModel(model, spread.run, ranks.device)
-        other = None if frozen is None else PackedModel(frozen, run_frozen, ranks.device)
+        policy = PackedModel.checked(model, spread.run, ranks.device)
+        other = None if frozen is None else PackedModel.checked(frozen, run_frozen, ranks.device)
     reference = Reference(policy, other) if needs_reference else None
     agree_on_sharing(ranks, {"the policy": policy} | ({} if other is None else {"the reference": other}))
     scheduler = build_scheduler(optimizer, recipe.optim, num_optimizer_steps)

@@ -266,7 +266,7 @@ def test_the_longest_groups_are_dealt_first() -> None:
 @pytest.mark.parametrize("shared_prompt", [True, False])
 @pytest.mark.parametrize("entropy_gradient", [True, False])
 def test_an_empty_pack_is_forwarded_and_changes_nothing(shared_prompt: bool, entropy_gradient: bool) -> None:
-    policy = PackedModel(tiny_llama())
+    policy = PackedModel.checked(tiny_llama())
     assert policy.shares_prompts
     pack = empty_pack(shared_prompt=shared_prompt)
     assert input_tokens(pack, shared_prompt) == 1
@@ -304,7 +304,7 @@ def loss_of(pack: Pack, logprobs: torch.Tensor, entropies: torch.Tensor, config:
     "loss", [{"type": name} for name in LOSS_TYPES] + [{"importance_level": "sequence"}], ids=str
 )
 def test_an_empty_pack_counts_in_no_metric(loss: dict[str, Any], shared_prompt: bool) -> None:
-    policy = PackedModel(tiny_llama())
+    policy = PackedModel.checked(tiny_llama())
     config = LossConfig.model_validate(loss | {"beta": 0.1, "entropy_coef": 0.5, "off_policy_threshold": 0.2})
     (real,) = pack_groups([Group([5, 6], [[7, 8], [9]], [0, 1])], 100, shared_prompt=shared_prompt)
     empty = empty_pack(shared_prompt=shared_prompt)

@@ -199,7 +199,7 @@ def assert_same(
 def test_packs_of_any_budget_equal_plain_forwards_gradients_included(name: str, entropy_gradient: bool) -> None:
     model = build(SHARING[name]())
     expected = one_by_one(model, ragged(), entropy_gradient=entropy_gradient)
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     assert policy.shares_prompts
     assert policy.logit_form is not None
     for shared_prompt, budget in ((True, 1), (True, 9), (True, 17), (True, 1000), (False, 1), (False, 1000)):
@@ -214,20 +214,20 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     expected = one_by_one(model, ragged())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    assert_same(outputs(PackedModel(model), ragged(), 1000, shared_prompt=True), expected)
+    assert_same(outputs(PackedModel.checked(model), ragged(), 1000, shared_prompt=True), expected)
 
 
 @pytest.mark.parametrize("spread", [0.02, 0.2])
 @pytest.mark.parametrize("name", NOT_SHARING)
 def test_layers_that_a_shared_prompt_would_change_are_found_out(name: str, spread: float) -> None:
-    assert not PackedModel(build(NOT_SHARING[name](), spread=spread)).shares_prompts
+    assert not PackedModel.checked(build(NOT_SHARING[name](), spread=spread)).shares_prompts
 
 
 @pytest.mark.parametrize("name", NOT_SHARING)
 def test_plain_rows_equal_plain_forwards_where_prompts_cannot_be_shared(name: str) -> None:
     model = build(NOT_SHARING[name]())
     expected = one_by_one(model, ragged(), entropy_gradient=True)
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     for budget in (1, 30, 1000):
         assert_same(outputs(policy, ragged(), budget, shared_prompt=False, entropy_gradient=True), expected)
 
@@ -235,7 +235,7 @@ def test_plain_rows_equal_plain_forwards_where_prompts_cannot_be_shared(name: st
 def test_a_window_that_a_layer_keeps_to_itself_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The self-check is shorter than most windows, so the layers must say that they have one."""
     model = build(MistralConfig(**HEADS, sliding_window=64))
-    assert PackedModel(model).shares_prompts
+    assert PackedModel.checked(model).shares_prompts
     model = build(MistralConfig(**HEADS, sliding_window=64))
     kernel = attention.shared_prompt_attention
 
@@ -243,7 +243,7 @@ def test_a_window_that_a_layer_keeps_to_itself_is_found_out(monkeypatch: pytest.
         return kernel(*arguments, **kwargs)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, attention.KERNEL, forgetful)
-    assert not PackedModel(model).shares_prompts
+    assert not PackedModel.checked(model).shares_prompts
 
 
 def thrice_the_logits(_: Any, arguments: Any, output: Any) -> Any:
@@ -259,7 +259,7 @@ def test_an_output_head_that_is_no_plain_matrix_gives_whole_logits(wrapped: bool
     expected = one_by_one(model, ragged(), entropy_gradient=True)
     if wrapped:
         model = get_peft_model(model, LoraConfig(target_modules=["lm_head"]))
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     assert policy.logit_form is None
     actual = outputs(policy, ragged(), 1000, shared_prompt=True, entropy_gradient=True)
     torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=2e-5)
@@ -271,13 +271,13 @@ def test_a_head_that_gives_other_values_than_the_model_is_not_used(monkeypatch: 
     right = OutputHead.of(model, LogitForm())
     assert right is not None
     monkeypatch.setattr(OutputHead, "of", lambda *_: OutputHead(right.weight, right.bias, scale=1.5))
-    assert PackedModel(model).logit_form is None
+    assert PackedModel.checked(model).logit_form is None
 
 
 def test_a_model_that_gives_all_logits_when_asked_for_some_is_read_rightly() -> None:
     model = build(SHARING["llama"]())
     expected = one_by_one(model, ragged())
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     policy.logit_form = None
     forward = model.forward
 
@@ -290,7 +290,7 @@ def test_a_model_that_gives_all_logits_when_asked_for_some_is_read_rightly() -> 
 
 
 def test_entropies_carry_a_gradient_only_when_asked_to() -> None:
-    policy = PackedModel(tiny_llama())
+    policy = PackedModel.checked(tiny_llama())
     (pack,) = pack_groups([Group([1, 2], [[3, 4]], [0])], 100)
     assert not policy.token_logprobs(pack, 1.0)[1].requires_grad
     assert policy.token_logprobs(pack, 1.0, entropy_gradient=True)[1].requires_grad
@@ -301,27 +301,27 @@ def test_entropies_carry_a_gradient_only_when_asked_to() -> None:
 @pytest.mark.parametrize("shared_prompt", [True, False])
 def test_a_pack_of_empty_completions_gives_empty_rows(shared_prompt: bool) -> None:
     (pack,) = pack_groups([Group([1, 2], [[], []], [0, 1])], 100, shared_prompt=shared_prompt)
-    logprobs, entropies = PackedModel(tiny_llama()).token_logprobs(pack, 1.0)
+    logprobs, entropies = PackedModel.checked(tiny_llama()).token_logprobs(pack, 1.0)
     assert logprobs.shape == entropies.shape == (2, 0)
 
 
 def test_a_kernel_that_was_asked_for_is_kept_and_rows_are_plain() -> None:
     model = build(SHARING["llama"](), attention="eager")
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     assert not policy.shares_prompts
     assert model.config._attn_implementation == "eager"
 
 
 def test_a_model_that_failed_the_check_keeps_its_kernel() -> None:
     model = build(NOT_SHARING["lfm2"]())
-    PackedModel(model)
+    PackedModel.checked(model)
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_model_can_be_looked_at_twice() -> None:
     model = build(SHARING["llama"]())
-    assert PackedModel(model).shares_prompts
-    assert PackedModel(model).shares_prompts
+    assert PackedModel.checked(model).shares_prompts
+    assert PackedModel.checked(model).shares_prompts
 
 
 def test_a_model_that_drops_the_layout_gives_itself_away() -> None:
@@ -334,7 +334,7 @@ def test_a_model_that_drops_the_layout_gives_itself_away() -> None:
         return forward(**arguments)
 
     model.model.forward = without_layout
-    assert not PackedModel(model).shares_prompts
+    assert not PackedModel.checked(model).shares_prompts
 
 
 def test_a_model_that_ignores_position_ids_gives_itself_away() -> None:
@@ -345,28 +345,28 @@ def test_a_model_that_ignores_position_ids_gives_itself_away() -> None:
         return forward(*ids, **arguments)
 
     model.transformer.forward = without_positions
-    assert not PackedModel(model).shares_prompts
+    assert not PackedModel.checked(model).shares_prompts
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_self_check_is_made_without_dropout_and_leaves_the_mode_alone(training: bool) -> None:
     model = build(GPT2Config(**GPT2, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)).train(training)
-    assert PackedModel(model).shares_prompts
+    assert PackedModel.checked(model).shares_prompts
     assert model.training == training
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_the_self_check_allows_for_the_rounding_of_each_precision(dtype: torch.dtype) -> None:
-    policy = PackedModel(build(SHARING["llama"]()).to(dtype))
+    policy = PackedModel.checked(build(SHARING["llama"]()).to(dtype))
     assert policy.shares_prompts
     assert policy.logit_form is not None
 
 
 def test_precision_of_a_forward_is_that_of_autocast_where_there_is_one() -> None:
-    policy = PackedModel(tiny_llama())
+    policy = PackedModel.checked(tiny_llama())
     assert policy.dtype == torch.float32
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert policy.dtype == torch.bfloat16
-        assert PackedModel(policy.model).shares_prompts
+        assert PackedModel.checked(policy.model).shares_prompts
     policy.model.to(torch.bfloat16)
     assert policy.dtype == torch.bfloat16

@@ -437,7 +437,7 @@ def logits_of(head: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
 
 def head_of(model: Any) -> OutputHead:
     """The head in the form that the self-check finds."""
-    form = PackedModel(model).logit_form
+    form = PackedModel.checked(model).logit_form
     assert form is not None
     head = OutputHead.of(model, form)
     assert head is not None

@@ -29,7 +29,7 @@ def logprobs(model: PackedModel) -> torch.Tensor:
 
 def reference_of(policy: PackedModel, config: ModelConfig) -> Reference:
     model = reference_model(policy.model, config, read_whole)
-    return Reference(policy, None if model is None else PackedModel(model))
+    return Reference(policy, None if model is None else PackedModel.checked(model))
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}, {"r": 4, "modules_to_save": ["lm_head"]}])
@@ -39,8 +39,8 @@ def test_the_reference_is_the_start_model_however_the_policy_moves(
     config = ModelConfig.model_validate(
         {"name": str(tiny_model_dir), "lora": lora, "gradient_checkpointing": True}
     )
-    policy = PackedModel(load_policy(config))
-    start = logprobs(PackedModel(tiny_llama().eval()))
+    policy = PackedModel.checked(load_policy(config))
+    start = logprobs(PackedModel.checked(tiny_llama().eval()))
     reference = reference_of(policy, config)
     train_a_little(policy.model)
     with reference.model() as model:
@@ -56,5 +56,5 @@ def test_another_model_can_be_the_reference(tiny_model_dir: Path, tmp_path: Path
     other = tiny_llama(num_hidden_layers=1)
     other.save_pretrained(tmp_path)
     config = ModelConfig(name=str(tiny_model_dir), reference=str(tmp_path))
-    with reference_of(PackedModel(load_policy(config)), config).model() as model:
-        torch.testing.assert_close(logprobs(model), logprobs(PackedModel(other)))
+    with reference_of(PackedModel.checked(load_policy(config)), config).model() as model:
+        torch.testing.assert_close(logprobs(model), logprobs(PackedModel.checked(other)))

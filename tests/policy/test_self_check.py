@@ -41,7 +41,7 @@ def noise(policy: PackedModel, seed: int) -> float:
 def test_every_seed_of_tokens_passes_however_noisy_bfloat16_is(name: str, weights: torch.dtype) -> None:
     model = noisy(name).to(weights)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
-        policy = PackedModel(model)
+        policy = PackedModel.checked(model)
         assert policy.logit_form is not None
         assert [why_not_shared(policy, seed) for seed in range(8)] == [None] * 8
         for seed in range(8):
@@ -62,20 +62,20 @@ def test_wrong_positions_are_found_out_under_the_same_noise(seed: int) -> None:
     for weights in (torch.float32, torch.bfloat16):
         model.to(weights)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=weights == torch.float32):
-            assert "nats from those of plain rows" in str(why_not_shared(PackedModel(model), seed))
+            assert "nats from those of plain rows" in str(why_not_shared(PackedModel.checked(model), seed))
 
 
 def test_half_weights_are_lifted_where_they_are_used_and_stay_what_they_are() -> None:
     model = noisy("llama").to(torch.bfloat16)
     with torch.no_grad():
-        assert why_not_shared(PackedModel(model)) is None
+        assert why_not_shared(PackedModel.checked(model)) is None
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_no_number_fails_every_check() -> None:
     model = build(LlamaConfig(**HEADS))
     model.model.layers[1].mlp.down_proj.weight.data[:] = torch.nan
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     assert policy.why_not_shared is not None
     assert policy.logit_form is None
 
@@ -90,7 +90,7 @@ def test_no_number_fails_every_check() -> None:
     ids=["kernel", "layers", "scores"],
 )
 def test_the_reason_is_what_is_in_the_way(config: Any, asked: str | None, reason: str) -> None:
-    assert reason in str(PackedModel(build(config, attention=asked)).why_not_shared)
+    assert reason in str(PackedModel.checked(build(config, attention=asked)).why_not_shared)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_an_exception_of_the_kernel_is_the_reason(
 
     model = build(LlamaConfig(**HEADS))
     monkeypatch.setattr(RowLayout, "attend", fail)
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     assert str(policy.why_not_shared).startswith(reason)
     assert len(str(policy.why_not_shared)) <= self_check.LONGEST_REASON
     assert model.config._attn_implementation == "sdpa"
@@ -122,7 +122,9 @@ def test_a_kernel_that_is_wrong_on_this_device_is_found_out_at_its_layer(monkeyp
         return attended * 1.5 if inputs.layer == 1 else attended
 
     monkeypatch.setattr(RowLayout, "attend", wrong)
-    assert "of the values in layer 1 (float32)" in str(PackedModel(build(LlamaConfig(**HEADS))).why_not_shared)
+    assert "of the values in layer 1 (float32)" in str(
+        PackedModel.checked(build(LlamaConfig(**HEADS))).why_not_shared
+    )
 
 
 def test_a_kernel_that_lets_completions_see_each_other_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,14 +135,14 @@ def test_a_kernel_that_lets_completions_see_each_other_is_found_out(monkeypatch:
 
     monkeypatch.setattr(RowLayout, "attend", leaking)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        reason = PackedModel(build(LlamaConfig(**HEADS))).why_not_shared
+        reason = PackedModel.checked(build(LlamaConfig(**HEADS))).why_not_shared
     assert reason == "the attention kernel lets completions see each other in layer 0 (bfloat16)"
 
 
 def test_a_kernel_whose_values_are_not_finite_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RowLayout, "attend", lambda _, inputs: inputs.query * torch.nan)
     assert (
-        PackedModel(build(LlamaConfig(**HEADS))).why_not_shared
+        PackedModel.checked(build(LlamaConfig(**HEADS))).why_not_shared
         == "its log-probabilities are not finite in float32"
     )
 
@@ -151,12 +153,12 @@ def test_a_kernel_whose_gradients_are_not_finite_is_found_out(monkeypatch: pytes
     monkeypatch.setattr(
         RowLayout, "attend", lambda layout, inputs: right(layout, inputs) + (0 * inputs.query.abs()).sqrt()
     )
-    reason = PackedModel(build(LlamaConfig(**HEADS))).why_not_shared
+    reason = PackedModel.checked(build(LlamaConfig(**HEADS))).why_not_shared
     assert reason == "the gradients of a shared-prompt row are not finite"
 
 
 def test_a_model_told_to_take_plain_rows_has_sdpa_again() -> None:
-    policy = PackedModel(build(LlamaConfig(**HEADS)))
+    policy = PackedModel.checked(build(LlamaConfig(**HEADS)))
     assert policy.config._attn_implementation == attention.KERNEL
     policy.take_plain_rows("the reference: no")
     assert not policy.shares_prompts

@@ -32,7 +32,7 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
         tiny_recipe["generation"] |= generation
         notes: list[str] = []
         recipe = Recipe.model_validate(tiny_recipe)
-        policy = PackedModel(tiny_llama())
+        policy = PackedModel.checked(tiny_llama())
         engine = build_engine(
             recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE, 1.0)
         )
@@ -147,7 +147,7 @@ def test_a_model_that_vllm_cannot_be_given_is_refused_at_once(tiny_recipe: dict[
     tiny_recipe["generation"] |= {"engine": engine}
     if engine == "vllm_server":
         tiny_recipe["generation"]["server"] = {"urls": ["a"]}
-    policy = PackedModel(MixtralForCausalLM(config))
+    policy = PackedModel.checked(MixtralForCausalLM(config))
     with pytest.raises(UserError, match=r"use generation\.engine: transformers"):
         build_engine(
             Recipe.model_validate(tiny_recipe),

@@ -32,7 +32,7 @@ class TwoRanks(Ranks):
 
 
 def test_ranks_and_reference_share_prompts_together_or_not_at_all() -> None:
-    policy, reference = PackedModel(tiny_llama()), PackedModel(tiny_llama())
+    policy, reference = PackedModel.checked(tiny_llama()), PackedModel.checked(tiny_llama())
     models = {"the policy": policy, "the reference": reference}
     agree_on_sharing(TwoRanks([]), models)
     assert policy.shares_prompts

@@ -132,7 +132,7 @@ def test_the_gradient_is_the_same_bytes_however_threads_run() -> None:
     tokens = torch.randint(256, (300,), generator=torch.Generator().manual_seed(0)).tolist()
     group = Group(tokens[:30], [tokens[30 + 20 * i : 50 + 20 * i] for i in range(8)], range(8))
     (pack,) = pack_groups([group], 4096)
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
 
     def gradient() -> list[torch.Tensor]:
         model.zero_grad()

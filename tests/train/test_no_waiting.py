@@ -98,7 +98,7 @@ def test_a_pack_goes_forward_and_backward_without_a_word_to_the_host(
 ) -> None:
     # With padded rows transformers itself asks, once in each pass, whether anything is padded.
     monkeypatch.setattr(masking_utils, "_ignore_causal_mask_sdpa", lambda *_, **__: False)
-    policy, config = PackedModel(tiny_llama()), LossConfig(**LOSSES[name])
+    policy, config = PackedModel.checked(tiny_llama()), LossConfig(**LOSSES[name])
     assert policy.logit_form is not None
     if not has_plain_head:
         policy.logit_form = None
@@ -128,7 +128,7 @@ def test_the_counting_sees_what_the_loop_once_did() -> None:
 
 def test_metrics_read_at_the_end_are_those_of_the_public_loss() -> None:
     """Same numbers, later."""
-    policy, config = PackedModel(tiny_llama()), LossConfig(beta=0.1)
+    policy, config = PackedModel.checked(tiny_llama()), LossConfig(beta=0.1)
     (pack,) = pack_groups(groups(), 100)
     logprobs, entropies = policy.token_logprobs(pack, 0.7)
     arguments: dict[str, Any] = {"normalizer": 7.0, "ref_logprobs": logprobs.detach(), "entropies": entropies}
@@ -192,7 +192,7 @@ def device_that_tells_on_us() -> Iterator[None]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_cuda_itself_sees_no_wait_between_two_packs(name: str) -> None:
     device, config = torch.device("cuda"), LossConfig(**LOSSES[name])
-    policy = PackedModel(tiny_llama().to(device))
+    policy = PackedModel.checked(tiny_llama().to(device))
     assert policy.why_not_shared is None
     packs = pack_groups(groups(), 8)
     assert len(packs) == 2

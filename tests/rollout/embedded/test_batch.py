@@ -49,7 +49,7 @@ def model_of(kind: str, eos: list[int]) -> Any:
 
 def engine_of(model: Any, autocast: Any = nullcontext, **options: Any) -> EmbeddedEngine:
     config = GenerationConfig(**({"max_completion_tokens": NEW_TOKENS} | options))
-    return EmbeddedEngine(PackedModel(model), byte_tokenizer(), config, autocast)
+    return EmbeddedEngine(PackedModel.checked(model), byte_tokenizer(), config, autocast)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

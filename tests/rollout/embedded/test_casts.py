@@ -57,7 +57,7 @@ class WeightCasts(TorchDispatchMode):
 
 
 def engine_of(model: Any, autocast: Any = bfloat16) -> EmbeddedEngine:
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     return EmbeddedEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=8), autocast)
 
 
@@ -130,7 +130,7 @@ def casts_of_ranks() -> dict[str, list[int]]:
         spread, model = make_strategy(strategy, recipe, ranks), model_of("lora")
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         spread.prepare(model, torch.optim.AdamW(trained))
-        policy = PackedModel(model, spread.run, ranks.device)
+        policy = PackedModel.checked(model, spread.run, ranks.device)
         config = GenerationConfig(max_completion_tokens=8)
         engine = EmbeddedEngine(policy, byte_tokenizer(), config, bfloat16)
         with spread.whole_model(), WeightCasts(model) as casts:

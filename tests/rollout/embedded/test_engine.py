@@ -85,7 +85,7 @@ def ragged_llama() -> Any:
 
 def engine_of(model: Any, **generation: Any) -> EmbeddedEngine:
     config = GenerationConfig(**({"max_completion_tokens": 12} | generation))
-    return EmbeddedEngine(PackedModel(model), byte_tokenizer(), config, nullcontext)
+    return EmbeddedEngine(PackedModel.checked(model), byte_tokenizer(), config, nullcontext)
 
 
 def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
@@ -145,7 +145,7 @@ def test_returned_logprobs_are_those_that_training_computes(name: str, temperatu
     ]
     with torch.no_grad():
         (pack,) = pack_groups(rollout, 10_000, shared_prompt=False)
-        logprobs, _ = PackedModel(model).token_logprobs(pack, temperature)
+        logprobs, _ = PackedModel.checked(model).token_logprobs(pack, temperature)
     for row, sample in enumerate(pack.samples.tolist()):
         expected = groups[sample // 3][sample % 3].logprobs
         torch.testing.assert_close(logprobs[row, : len(expected)], torch.tensor(expected), rtol=1e-4, atol=1e-4)
@@ -156,7 +156,7 @@ def test_returned_logprobs_are_those_that_training_computes(name: str, temperatu
 def test_a_gpu_returns_the_logprobs_that_training_on_it_computes() -> None:
     config = LlamaConfig(**(HEADS | {"hidden_size": 128}))  # FlexAttention needs heads of 16 at least
     model = build(config).cuda()
-    policy = PackedModel(model)
+    policy = PackedModel.checked(model)
     assert policy.shares_prompts
     engine = EmbeddedEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=12), nullcontext)
     groups = engine.generate(PROMPTS, KEYS, 3)

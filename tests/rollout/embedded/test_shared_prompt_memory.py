@@ -57,7 +57,7 @@ def build(name: str) -> Any:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.2)
-    assert PackedModel(model.eval()).shares_prompts
+    assert PackedModel.checked(model.eval()).shares_prompts
     return model
 
 
