@@ -27,7 +27,7 @@ from grpo_cli.serve.lock import read_key
 
 
 @dataclass(frozen=True)
-class Parts:
+class EngineParts:
     """What an engine is made from."""
 
     recipe: Recipe
@@ -43,32 +43,23 @@ class Parts:
         return PolicyWeights(self.policy.model, self.strategy, self.ranks.device)
 
 
-def build_engine(
-    recipe: Recipe,
-    policy: PackedModel,
-    tokenizer: Any,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    note: Callable[[str], None],
-    ranks: Ranks,
-    strategy: Strategy,
-) -> RolloutEngine:
+def build_engine(parts: EngineParts) -> RolloutEngine:
     """Make the engine that `generation.engine` names, for all ranks together.
 
     Raises:
         UserError: it cannot be used with this model or on this machine.
     """
-    parts = Parts(recipe, policy, tokenizer, autocast, note, ranks, strategy)
-    return ENGINES[recipe.generation.engine](parts)
+    return ENGINES[parts.recipe.generation.engine](parts)
 
 
-def _embedded(parts: Parts) -> RolloutEngine:
+def _embedded(parts: EngineParts) -> RolloutEngine:
     ranks, strategy = parts.ranks, parts.strategy
     own = EmbeddedEngine(parts.policy, parts.tokenizer, parts.recipe.generation, parts.autocast, parts.note)
     is_alone = ranks.world_size == 1 and not strategy.shards_weights
     return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
 
 
-def _vllm(parts: Parts) -> RolloutEngine:
+def _vllm(parts: EngineParts) -> RolloutEngine:
     from grpo_cli.rollout.vllm.engine import VllmEngine
 
     count, model, tokenizer = parts.ranks.world_size, parts.policy.model, parts.tokenizer
@@ -77,14 +68,14 @@ def _vllm(parts: Parts) -> RolloutEngine:
     return VllmEngine(model, parts.weights(), tokenizer, parts.recipe.generation, eos_token_ids(model, tokenizer))
 
 
-def _over_servers(parts: Parts) -> RolloutEngine:
+def _over_servers(parts: EngineParts) -> RolloutEngine:
     ranks, weights = parts.ranks, parts.weights()
     made: list[ServerEngine] = []
     ranks.led(lambda: made.append(_connected(parts, weights)))
     return made[0] if ranks.world_size == 1 else LedEngine(made[0] if made else None, ranks, weights)
 
 
-def _connected(parts: Parts, weights: PolicyWeights) -> ServerEngine:
+def _connected(parts: EngineParts, weights: PolicyWeights) -> ServerEngine:
     """The engine of rank 0, with a server of its own if the recipe wants one started."""
     model, tokenizer, note = parts.policy.model, parts.tokenizer, parts.note
     generation, server = parts.recipe.generation, parts.recipe.generation.server
@@ -108,14 +99,14 @@ def _connected(parts: Parts, weights: PolicyWeights) -> ServerEngine:
     return ServerEngine(servers, weights, tokenizer, generation, eos, spawned=spawned, note=note)
 
 
-def _replay(parts: Parts) -> RolloutEngine:
+def _replay(parts: EngineParts) -> RolloutEngine:
     folder = parts.recipe.generation.replay
     assert folder is not None
     stored = ReplayEngine(Path(folder).expanduser(), parts.recipe.train.max_steps or 1)
     return stored if parts.ranks.world_size == 1 else SplitEngine(stored, parts.ranks, nullcontext)
 
 
-ENGINES: dict[str, Callable[[Parts], RolloutEngine]] = {
+ENGINES: dict[str, Callable[[EngineParts], RolloutEngine]] = {
     "transformers": _embedded,
     "vllm": _vllm,
     "vllm_server": _over_servers,

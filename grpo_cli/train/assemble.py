@@ -26,7 +26,7 @@ from grpo_cli.recipe.strategies import StrategyName
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
-from grpo_cli.rollout.build import build_engine
+from grpo_cli.rollout.build import EngineParts, build_engine
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.over_ranks import SplitEngine
 from grpo_cli.train.guards import autocast_for
@@ -79,9 +79,8 @@ def _engine(recipe: Recipe, given: Engine | None, learner: Learner, note: Callab
     ranks = learner.ranks
     if isinstance(given, RolloutEngine):
         return given if ranks.world_size == 1 else SplitEngine(given, ranks, nullcontext)
-    engine = build_engine(
-        recipe, learner.policy, learner.tokenizer, learner.autocast, note, ranks, learner.strategy
-    )
+    parts = EngineParts(recipe, learner.policy, learner.tokenizer, learner.autocast, note, ranks, learner.strategy)
+    engine = build_engine(parts)
     return engine if given is None else given(engine)
 
 

@@ -14,7 +14,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import GenerationConfig, Recipe
 from grpo_cli.rollout import build as build_module
-from grpo_cli.rollout.build import ENGINES, build_engine
+from grpo_cli.rollout.build import ENGINES, EngineParts, build_engine
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.rollout.server.engine import ServerEngine
 from grpo_cli.rollout.vllm import engine as vllm_engine
@@ -34,7 +34,7 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
         recipe = Recipe.model_validate(tiny_recipe)
         policy = PackedModel.checked(tiny_llama())
         engine = build_engine(
-            recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE, 1.0)
+            EngineParts(recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE, 1.0))
         )
         return engine, notes
 
@@ -150,11 +150,13 @@ def test_a_model_that_vllm_cannot_be_given_is_refused_at_once(tiny_recipe: dict[
     policy = PackedModel.checked(MixtralForCausalLM(config))
     with pytest.raises(UserError, match=r"use generation\.engine: transformers"):
         build_engine(
-            Recipe.model_validate(tiny_recipe),
-            policy,
-            byte_tokenizer(),
-            nullcontext,
-            print,
-            ALONE,
-            Replicated(ALONE, 1.0),
+            EngineParts(
+                Recipe.model_validate(tiny_recipe),
+                policy,
+                byte_tokenizer(),
+                nullcontext,
+                print,
+                ALONE,
+                Replicated(ALONE, 1.0),
+            )
         )
