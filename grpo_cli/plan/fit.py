@@ -152,7 +152,7 @@ def candidates(setup: Setup) -> Iterator[Setup]:
     first = GPUS_OF_A_NODE * (setup.processes // GPUS_OF_A_NODE + 1)
     counts = range(first, MOST_PROCESSES + 1, GPUS_OF_A_NODE)
     more = [replace(sharded, processes=count, gradient_checkpointing=True) for count in counts]
-    engines = [setup.engine] + ["vllm_server"] * (setup.engine != "vllm_server")
+    engines = [setup.engine] + ["vllm_server"] * (setup.engine in ("transformers", "vllm"))
     for engine in engines:
         for base in at_hand:
             yield from lighter(replace(base, engine=engine))

@@ -22,6 +22,28 @@ def completions_file(folder: Path, step: int) -> Path:
     return folder / "completions" / f"step-{step:06d}.parquet"
 
 
+def check_stored(folder: Path, steps: int) -> None:
+    """See that a run has stored what training so many steps on it needs.
+
+    Raises:
+        UserError: it has not stored as many steps, or an older version wrote them without token ids.
+    """
+    for step in (1, steps):
+        path = completions_file(folder, step)
+        if not path.is_file():
+            raise UserError(
+                f"generation.replay: {path} is not there; it needs a run that has stored {steps} steps, "
+                "or a smaller train.max_steps"
+            )
+        try:
+            names = pq.read_schema(path).names
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"generation.replay: {path} cannot be read: {error}") from error
+        missing = [name for name in NEEDED_COLUMNS if name not in names]
+        if missing:
+            raise UserError(f"generation.replay: {path} has no column {missing[0]}; an older version wrote it")
+
+
 class ReplayEngine:
     """Gives each group the completions, token ids and log-probabilities that a run has stored for it.
 
@@ -30,22 +52,13 @@ class ReplayEngine:
         steps: that will be asked for.
 
     Raises:
-        UserError: the run has not stored as many steps, or an older version wrote them without token ids.
+        UserError: as `check_stored`.
     """
 
     def __init__(self, folder: Path, steps: int) -> None:
+        check_stored(folder, steps)
         self._folder = folder
         self._read: tuple[int, list[dict[str, Any]]] = (-1, [])
-        for step in (1, steps):
-            path = completions_file(folder, step)
-            if not path.is_file():
-                raise UserError(
-                    f"generation.replay: {path} is not there; it needs a run that has stored {steps} steps, "
-                    "or a smaller train.max_steps"
-                )
-            missing = [name for name in NEEDED_COLUMNS if name not in _schema(path).names]
-            if missing:
-                raise UserError(f"generation.replay: {path} has no column {missing[0]}; an older version wrote it")
 
     def update_weights(self, version: int) -> int:
         """See `RolloutEngine.update_weights`."""
@@ -98,10 +111,3 @@ class ReplayEngine:
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
-
-
-def _schema(path: Path) -> Any:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"generation.replay: {path} cannot be read: {error}") from error

@@ -22,6 +22,7 @@ from grpo_cli.recipe.schema import GenerationConfig, ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
+from grpo_cli.rollout.replay import check_stored
 from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
 from grpo_cli.train.loss_function import load_loss_function
@@ -63,6 +64,9 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
     server = recipe.generation.server
     if server is not None and server.api_key_file is not None:
         read_key(Path(server.api_key_file).expanduser())
+
+    if recipe.generation.replay is not None:
+        check_stored(Path(recipe.generation.replay).expanduser(), recipe.train.max_steps or 1)
 
     for note in unused_settings(recipe, conversational=rows.conversational):
         console.print(escape(note), soft_wrap=True)

@@ -9,10 +9,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from rich.console import Console
 
 import grpo_cli
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.replay import completions_file
+from grpo_cli.verbs.check import check
 
 TIMES = ("time/", "tokens_per_second")
 
@@ -75,10 +78,16 @@ def test_a_run_that_is_too_short_or_too_old_is_refused_before_the_first_step(
 ) -> None:
     with pytest.raises(UserError, match=r"generation\.replay: .*step-000004\.parquet is not there"):
         replay(tiny_recipe, stored, tmp_path / "long", train={"max_steps": 4})
+    recipe = Recipe.model_validate(
+        tiny_recipe | {"generation": {"engine": "replay", "replay": str(stored.output_dir)}}
+    )
+    check(recipe, Console(quiet=True))
     path = completions_file(stored.output_dir, 1)
     pq.write_table(pq.read_table(path).drop_columns(["logprobs"]), path)
     with pytest.raises(UserError, match="has no column logprobs; an older version wrote it"):
         replay(tiny_recipe, stored, tmp_path / "old")
+    with pytest.raises(UserError, match="has no column logprobs"):
+        check(recipe, Console(quiet=True))
     path.write_bytes(b"damaged")
     with pytest.raises(UserError, match=r"generation\.replay: .*step-000001\.parquet cannot be read"):
         replay(tiny_recipe, stored, tmp_path / "damaged")
