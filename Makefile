@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VENV)/.vllm-installed
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
 .PHONY: quickstart test fast lint format check docs model vllm gpu
@@ -12,10 +13,10 @@ quickstart: model  ## train a small model until its reward has risen (10 minutes
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: model $(VLLM_INSTALLED)  ## every test, the slow ones too
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
-fast: $(VLLM_INSTALLED)  ## the tests that take seconds
-	$(BIN)/python -m pytest -q -m "not slow"
+fast: $(INSTALLED)  ## the tests that take seconds; without vLLM those that need it are skipped
+	$(PYTEST) -m "not slow"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -13,6 +13,44 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+CLUSTER = ("tests/slurm/test_five_nodes.py", "tests/slurm/test_job_script.py")
+"""Tests that share the emulated Slurm cluster, of which a machine can have one."""
+
+LONGEST_FIRST = (
+    "tests/integration/test_vllm_training.py",
+    *CLUSTER,
+    "tests/integration/test_serve.py",
+    "tests/integration/test_processes.py",
+    "tests/integration/test_smollm2.py",
+    "tests/integration/test_cli_train.py",
+)
+"""Files that take more than a minute each. One that began last would leave all workers but its own idle."""
+
+
+def file_of(nodeid: str) -> str:
+    return nodeid.split("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, then the others with slow tests."""
+    slow = {file_of(item.nodeid) for item in items if item.get_closest_marker("slow")}
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(file_of(item.nodeid), 100 + (file_of(item.nodeid) not in slow)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests are one worker's, so that what they share is made once; the Slurm cluster's are, too."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = file_of(nodeid)
+            return "the cluster" if file in CLUSTER else file
+
+    return ByFile(config, log)
+
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

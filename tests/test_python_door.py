@@ -28,6 +28,7 @@ def second_score(completions: list[str]) -> list[float]:
     return [0.0 for _ in completions]
 
 
+@pytest.mark.slow
 def test_the_documented_example_runs(tiny_model_dir: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "python.md").read_text()
     example = re.search(r"```python\n(.*?)```", page, re.DOTALL)

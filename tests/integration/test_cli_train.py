@@ -1,4 +1,4 @@
-"""The real command line, as a subprocess: train, kill, resume, stop, evaluate."""
+"""The real command line, as a process: train, kill, resume, stop, evaluate."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from grpo_cli.train.metrics import read_metrics
+from tests.processes import ROOT, Command
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 TIMES = ("time/", "tokens_per_second")
 EXPECTED_METRICS = {
     "step", "epoch", "num_tokens", "loss", "grad_norm", "learning_rate", "entropy", "kl",
@@ -31,12 +31,17 @@ EXPECTED_METRICS = {
 }  # fmt: skip
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def start(*arguments: str | Path) -> Command:
+    return Command(*arguments, environment=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def grpo_from_its_interpreter(*arguments: str | Path) -> str:
+    """As a shell starts it, with every import; `grpo` is the same from a process that has those behind it."""
     command = [sys.executable, "-m", "grpo_cli.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def grpo(*arguments: str | Path, code: int = 0) -> str:
@@ -63,7 +68,7 @@ def assert_same_weights(one: Path, other: Path) -> None:
         assert torch.equal(value, theirs[name]), name
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+def wait_for_step(folder: Path, step: int, process: Command) -> None:
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
@@ -90,7 +95,7 @@ def recipe(tiny_recipe: dict[str, Any], tmp_path: Path) -> Path:
 
 def test_train_kill_resume_and_eval(recipe: Path, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    output = grpo("train", recipe, "--set", f"train.output_dir={whole}")
+    output = grpo_from_its_interpreter("train", recipe, "--set", f"train.output_dir={whole}")
     assert "step 12/12" in output
     assert "before training" in output
     assert "after training" in output

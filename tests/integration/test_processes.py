@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +23,7 @@ from tests.integration.test_cli_train import (
     start,
     wait_for_step,
 )
+from tests.processes import Command, run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -82,8 +80,17 @@ def one_process(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder / "run"
 
 
-def train(recipe: Path, folder: Path, strategy: str, processes: int, *options: str, code: int = 0) -> str:
-    return grpo(*command(recipe, folder, strategy, processes), *options, code=code)
+def train(recipe: Path, folder: Path, strategy: str, processes: int, *options: str) -> str:
+    """Each rank as a launcher of the user's own would start it; `launch` is with our launcher."""
+    if processes == 1:
+        return launch(recipe, folder, strategy, processes, *options)
+    codes, output = run_ranks(processes, *command(recipe, folder, strategy, processes), *options)
+    assert codes == [0] * processes, output
+    return output
+
+
+def launch(recipe: Path, folder: Path, strategy: str, processes: int, *options: str) -> str:
+    return grpo(*command(recipe, folder, strategy, processes), *options)
 
 
 def command(recipe: Path, folder: Path, strategy: str, processes: int) -> list[str]:
@@ -131,14 +138,19 @@ def test_the_split_does_not_matter(recipe: Path, one_process: Path, tmp_path: Pa
         assert_same_run(folder, one_process)
 
 
+def test_our_launcher_starts_the_same_run(recipe: Path, one_process: Path, tmp_path: Path) -> None:
+    launch(recipe, tmp_path / "launched", "ddp", 2)
+    assert_same_run(tmp_path / "launched", one_process)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("strategy", SPLITS)
 def test_the_split_does_not_matter_on_gpus(recipe: Path, tmp_path: Path, strategy: str) -> None:
     """In float32, and over one step: kernels add in another order, and a later step would sample other tokens."""
     options = ("--set", "train.max_steps=1", "--set", "model.compute_dtype=float32")
-    train(recipe, tmp_path / "one", "none", 1, *options)
-    train(recipe, tmp_path / "two", strategy, 2, *options)
+    launch(recipe, tmp_path / "one", "none", 1, *options)
+    launch(recipe, tmp_path / "two", strategy, 2, *options)
     assert [row["completion"] for row in completions(tmp_path / "two")] == [
         row["completion"] for row in completions(tmp_path / "one")
     ]
@@ -206,7 +218,7 @@ def test_more_steps_for_a_finished_run_follow_the_longer_schedule(
 
 
 @pytest.fixture
-def endless(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def endless(recipe: Path, tmp_path: Path) -> Iterator[Command]:
     """A run on three processes that has trained for two steps."""
     folder = tmp_path / "endless"
     process = start(*command(recipe, folder, "zero2", 3), "--set", "train.max_steps=100000")
@@ -216,7 +228,7 @@ def endless(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
-def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
+def workers(process: Command) -> dict[int, psutil.Process]:
     """The processes of a run, by rank."""
     found = {}
     for child in psutil.Process(process.pid).children(recursive=True):
@@ -226,7 +238,7 @@ def workers(process: subprocess.Popen[str]) -> dict[int, psutil.Process]:
     return found
 
 
-def test_a_rank_that_dies_ends_the_run_and_is_named(endless: subprocess.Popen[str]) -> None:
+def test_a_rank_that_dies_ends_the_run_and_is_named(endless: Command) -> None:
     ranks = workers(endless)
     assert sorted(ranks) == [0, 1, 2]
     killed = time.monotonic()
@@ -240,7 +252,7 @@ def test_a_rank_that_dies_ends_the_run_and_is_named(endless: subprocess.Popen[st
     assert not psutil.wait_procs(ranks.values(), timeout=10)[1], "no worker is left"
 
 
-def test_no_worker_outlives_its_launcher(endless: subprocess.Popen[str]) -> None:
+def test_no_worker_outlives_its_launcher(endless: Command) -> None:
     ranks = workers(endless)
     endless.kill()
     assert not psutil.wait_procs(ranks.values(), timeout=50)[1], "no worker is left"
@@ -255,14 +267,12 @@ def test_what_one_rank_finds_wrong_is_told_once(recipe: Path, tmp_path: Path) ->
         "        raise ValueError('I do not like this')\n"
         "    return [0.0] * len(completions)\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-m", "grpo_cli.cli", *command(recipe, tmp_path / "run", "ddp", 2),
-         "--set", "rewards=[{path: picky:picky, workers: 1}]"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, capture_output=True, timeout=120,
-    )  # fmt: skip
-    assert process.returncode == 1, process.stderr
-    assert process.stderr.count("I do not like this") == 1, process.stderr
-    assert "Traceback" not in process.stderr
+    picky = ("--set", "rewards=[{path: picky:picky, workers: 1}]")
+    process = Command(*command(recipe, tmp_path / "run", "ddp", 2), *picky, folder=tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert output.count("I do not like this") == 1, output
+    assert "Traceback" not in output
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ import shutil
 import signal
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ import psutil
 import pytest
 import torch
 
+from grpo_cli import cli
 from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.server import connection
 from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import (
@@ -35,7 +36,8 @@ from grpo_cli.serve.protocol import (
     Staging,
     Weights,
 )
-from tests.integration.serving import PROMPT, ROOT, Serve, drift, generate, wait_until
+from tests.integration.serving import PROMPT, Serve, drift, generate, wait_until
+from tests.processes import Command
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -356,46 +358,39 @@ def test_a_set_without_one_tensor_is_refused_by_the_layers_name(
     assert_recovers(client, whole, weights)
 
 
-DYING_TRAINER = """
-import os, signal, sys
-from transformers import AutoModelForCausalLM
-from grpo_cli.rollout.server import connection
-from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import ServerConnection
-from grpo_cli.serve import wire
-from grpo_cli.serve.protocol import Weights
+def dying_trainer() -> None:
+    """Sends weights by broadcasts until it has sent as many as the last argument says."""
+    from transformers import AutoModelForCausalLM
 
-url, key_file, model, last = sys.argv[1:]
-sent, broadcast = 0, wire.broadcast
+    url, key_file, model, last = sys.argv[1:]
+    sent, broadcast = [], wire.broadcast
 
-def dying(group, flat):
-    global sent
-    if sent == int(last):
-        os.kill(os.getpid(), signal.SIGKILL)
-    sent += 1
-    broadcast(group, flat)
+    def dying(group: Any, flat: torch.Tensor) -> None:
+        if len(sent) == int(last):
+            os.kill(os.getpid(), signal.SIGKILL)
+        sent.append(flat)
+        broadcast(group, flat)
 
-wire.broadcast = dying
-connection.shares_memory = lambda info: False
-policy = PolicyWeights(AutoModelForCausalLM.from_pretrained(model))
-ServerConnection(url, open(key_file).read().strip(), 60).send_weights(Weights(run="dying", version=1), policy)
-"""
+    wire.broadcast = dying
+    connection.shares_memory = lambda info: False
+    policy = PolicyWeights(AutoModelForCausalLM.from_pretrained(model))
+    ServerConnection(url, Path(key_file).read_text().strip(), 60).send_weights(DYING, policy)
+
+
+DYING = Weights(run="dying", version=1)
 
 
 @pytest.mark.parametrize("last", [0, 1], ids=["before the tensors", "before the digest"])
 def test_a_trainer_that_dies_in_a_broadcast_leaves_a_server_that_refuses(
     server: Serve, perturbed: Any, vllm_model_dir: Path, last: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [server.url, server.key_file, vllm_model_dir, last]
-    trainer = subprocess.run(
-        [sys.executable, "-c", DYING_TRAINER, *map(str, arguments)],
-        cwd=ROOT, env=server.environment, timeout=120, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert trainer.returncode == -signal.SIGKILL, trainer.stderr
-    dying = Weights(run="dying", version=1)
+    arguments = [server.url, server.key_file, vllm_model_dir, str(last)]
+    trainer = Command(*arguments, environment=server.environment, main=dying_trainer)
+    output, _ = trainer.communicate(timeout=120)
+    assert trainer.returncode == -signal.SIGKILL, output
     client = server.client()
     wait_until(lambda: "did not arrive whole" in (client.info().refusing or ""), 60)
-    assert_refuses(server, dying, "did not arrive whole")
+    assert_refuses(server, DYING, "did not arrive whole")
     assert_recovers(client, perturbed, Weights(run="next", version=1))
     monkeypatch.setattr("grpo_cli.rollout.server.connection.shares_memory", lambda info: False)
     assert_recovers(client, other_weights(perturbed, "again"), Weights(run="next", version=2))
@@ -409,6 +404,16 @@ def wait_gone(processes: list[psutil.Process], timeout_s: float) -> None:
     assert not [process.name() for process in alive if process.is_running()]
 
 
+def wrong_serves() -> None:
+    """`grpo serve` with each of several command lines, in one process, which imports vLLM once."""
+    for arguments in json.loads(sys.argv[1]):
+        sys.argv[1:] = ["serve", *arguments]
+        try:
+            cli.main()
+        except SystemExit as stop:
+            print(f"ended with {stop.code}", file=sys.stderr, flush=True)
+
+
 def test_wrong_options_end_with_one_message(server: Serve, vllm_model_dir: Path, tmp_path: Path) -> None:
     model = ["--model", str(vllm_model_dir)]
     cases = {
@@ -417,24 +422,16 @@ def test_wrong_options_end_with_one_message(server: Serve, vllm_model_dir: Path,
         "unknown option": ([*model, "--no-such-option", "3"], "--no-such-option"),
         "key on the command line": ([*model, "--api-key", "secret-secret-secret"], "--api-key-file"),
     }
-    started = {
-        name: subprocess.Popen(
-            [sys.executable, "-m", "grpo_cli.cli", "serve", *arguments],
-            cwd=ROOT, env=server.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for name, (arguments, _) in cases.items()
-    }  # fmt: skip
-    try:
-        for name, process in started.items():
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 2, f"{name}: {output}"
-            assert "Traceback" not in output, f"{name}: {output}"
-            assert cases[name][1] in output.splitlines()[-1], f"{name}: {output}"
-            assert "secret-secret" not in output
-    finally:
-        for process in started.values():
-            process.kill()
-            process.wait()
+    # Where LD_PRELOAD is set, it does not start itself again for the sake of faster generation.
+    environment = server.environment | {"LD_PRELOAD": ""}
+    lines = json.dumps([arguments for arguments, _ in cases.values()])
+    output, _ = Command(lines, environment=environment, main=wrong_serves).communicate(timeout=120)
+    *outputs, rest = output.split("ended with 2\n")
+    assert not rest
+    for (name, (_, told)), printed in zip(cases.items(), outputs, strict=True):
+        assert "Traceback" not in printed, f"{name}: {printed}"
+        assert told in printed.splitlines()[-1], f"{name}: {printed}"
+        assert "secret-secret" not in printed
 
 
 def test_the_engines_death_ends_the_server_with_code_1_and_a_reason(server: Serve) -> None:

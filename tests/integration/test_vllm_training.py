@@ -8,8 +8,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -25,7 +23,8 @@ import yaml
 
 from grpo_cli.recipe.schema import ModelConfig
 from grpo_cli.train.metrics import read_metrics
-from tests.integration.serving import ROOT, Serve, drift, generate
+from tests.integration.serving import Serve, drift, generate
+from tests.processes import ROOT, Command
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -35,19 +34,12 @@ EXACT = re.compile("(reward|completions/|num_tokens|loss|grad_norm|learning_rate
 """Metrics that follow from completions and weights alone."""
 
 
-def environment(**variables: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", **variables}
+def start(*arguments: str | Path, **variables: str) -> Command:
+    settings = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | variables
+    return Command(*arguments, environment=os.environ | settings)
 
 
-def start(*arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "grpo_cli.cli", *map(str, arguments)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(**variables), text=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def finish(process: subprocess.Popen[str], code: int = 0, timeout_s: float = 240) -> str:
+def finish(process: Command, code: int = 0, timeout_s: float = 240) -> str:
     try:
         output, _ = process.communicate(timeout=timeout_s)
     finally:
@@ -137,56 +129,36 @@ def smol_recipe(path: Path, folder: Path, server: dict[str, Any], smol_dir: Path
         "train": {"max_steps": 5, "prompts_per_step": 2, "save_every": 0},
         "logging": {"trackers": [], "print_completions": 5},  # also those of the final weights, at the end
     }
-    vllm = {"max_model_len": 1024} if server.get("spawn") else {}
-    return write_recipe(path, recipe, folder, {"server": server, "vllm": vllm})
+    return write_recipe(path, recipe, folder, {"server": server})
 
 
 @pytest.fixture(scope="module")
-def smol_runs(smol_dir: Path, smol_server: Serve, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The same recipe with a server of the trainer's own and with one that outlives it, both at once."""
-    folder = tmp_path_factory.mktemp("smol-runs")
-    temporary = folder / "tmp"
-    temporary.mkdir()
-    spawning = smol_recipe(folder / "spawn.yaml", folder / "spawn", {"spawn": True}, smol_dir)
-    spawned = start("train", spawning, TMPDIR=str(temporary))
-    try:
-        smol_server.wait_ready()
-        assert "waiting for weights" in smol_server.output()
-        server = {"urls": [smol_server.url], "api_key_file": str(smol_server.key_file)}
-        finish(start("train", smol_recipe(folder / "urls.yaml", folder / "urls", server, smol_dir)))
-    finally:
-        output = finish(spawned)
-    return {"spawn": folder / "spawn", "urls": folder / "urls", "output": output, "temporary": temporary}
+def smol_run(smol_dir: Path, smol_server: Serve, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that generates on the server."""
+    folder = tmp_path_factory.mktemp("smol")
+    smol_server.wait_ready()
+    assert "waiting for weights" in smol_server.output()
+    server = {"urls": [smol_server.url], "api_key_file": str(smol_server.key_file)}
+    finish(start("train", smol_recipe(folder / "recipe.yaml", folder / "run", server, smol_dir)))
+    return folder / "run"
 
 
-@pytest.mark.parametrize("way", ["spawn", "urls"])
-def test_every_step_moves_the_weights_and_the_sampler_agrees(smol_runs: dict[str, Any], way: str) -> None:
-    rows = read_metrics(smol_runs[way] / "metrics.jsonl")
+def assert_weights_move_and_the_sampler_agrees(folder: Path, least_bytes: float) -> None:
+    rows = read_metrics(folder / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     for row in rows[1:]:
-        assert row["sync/bytes"] > 134e6 * 4
+        assert row["sync/bytes"] > least_bytes
         assert row["time/sync"] > 0
     for row in rows:
         assert 0 < row["sampling/sampling_logp_difference/max"] < 1e-3
         assert all(value is not None and math.isfinite(value) for value in row.values()), row
 
 
-def test_a_spawned_server_is_gone_with_all_that_it_had(smol_runs: dict[str, Any]) -> None:
-    log = (smol_runs["spawn"] / "server.log").read_text(errors="replace")
-    pids = {int(pid) for pid in re.findall(r"\((?:MainProcess|EngineCore|Worker) pid=(\d+)\)", log)}
-    assert len(pids) == 3
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            command = " ".join(psutil.Process(pid).cmdline())
-            assert "VLLM" not in command
-            assert "serve" not in command
-    assert not list(smol_runs["temporary"].glob("grpo-*"))
-    assert "log is" in smol_runs["output"]
+def test_every_step_moves_the_weights_and_the_sampler_agrees(smol_run: Path) -> None:
+    assert_weights_move_and_the_sampler_agrees(smol_run, 134e6 * 4)
 
 
-def test_after_the_run_the_server_has_what_final_holds(
-    smol_runs: dict[str, Any], smol_server: Serve, smol_dir: Path
-) -> None:
+def test_after_the_run_the_server_has_what_final_holds(smol_run: Path, smol_server: Serve, smol_dir: Path) -> None:
     """Log-probabilities within 2e-3 of transformers', and the same tokens where likelihood alone decides."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -195,7 +167,7 @@ def test_after_the_run_the_server_has_what_final_holds(
     assert info.refusing is None
     assert info.weights is not None
     assert info.weights.version == 5
-    final, before = final_model(smol_runs["urls"]), AutoModelForCausalLM.from_pretrained(smol_dir)
+    final, before = final_model(smol_run), AutoModelForCausalLM.from_pretrained(smol_dir)
     sampled = generate(client, info.weights, temperature=1.0)
     assert drift(sampled, final, 1.0) < 2e-3
     assert drift(sampled, before, 1.0) > 2e-2
@@ -395,7 +367,7 @@ def test_a_run_goes_on_after_each_way_to_lose_its_server(
     temporary = Path(tempfile.mkdtemp(prefix="serve-"))  # short, as `Serve` says
     paths = {"PYTHONPATH": str(tmp_path), "TMPDIR": str(temporary)}
 
-    def train(name: str, engine: dict[str, Any], **faults: int) -> subprocess.Popen[str]:
+    def train(name: str, engine: dict[str, Any], **faults: int) -> Command:
         path = write_recipe(tmp_path / f"{name}.yaml", long_recipe, tmp_path / name, engine)
         pid = {} if engine["server"].get("spawn") else {"SERVER_PID": str(pid_file)}
         log = {"FAULTS": json.dumps(faults), "FAULTS_LOG": str(tmp_path / f"{name}.faults")}
@@ -409,7 +381,8 @@ def test_a_run_goes_on_after_each_way_to_lose_its_server(
             finish(train("disturbed", on_server(server), generation=1, transfer=2, between=4))
         assert ends == [1, 1, -9], "the engine twice, then the server itself"
     finally:
-        finish(spawning)
+        output = finish(spawning)
+        left = list(temporary.glob("grpo-*"))
         shutil.rmtree(temporary, ignore_errors=True)
     for name in ("disturbed", "spawned"):
         log = (tmp_path / f"{name}.faults").read_text()
@@ -418,6 +391,21 @@ def test_a_run_goes_on_after_each_way_to_lose_its_server(
         assert "/v1/grpo/generate of version 1: ServerAway" in log, "there was something to lose"
         assert "/weights/commit of version 2: ServerAway" in log
         assert_same_run(tmp_path / name, tmp_path / "undisturbed")
+        assert_weights_move_and_the_sampler_agrees(tmp_path / name, 0)
+    assert not left
+    assert "log is" in output
+    assert_no_server_is_left(tmp_path / "spawned" / "server.log", starts=4)
+
+
+def assert_no_server_is_left(path: Path, starts: int) -> None:
+    log = path.read_text(errors="replace")
+    pids = {int(pid) for pid in re.findall(r"\((?:MainProcess|EngineCore|Worker) pid=(\d+)\)", log)}
+    assert len(pids) == 3 * starts
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            command = " ".join(psutil.Process(pid).cmdline())
+            assert "VLLM" not in command
+            assert "serve" not in command
 
 
 def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint_to_resume_from(

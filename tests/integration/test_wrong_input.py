@@ -23,8 +23,7 @@ import yaml
 from safetensors import safe_open
 
 from grpo_cli import cli
-
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, Command
 
 RECIPE = """\
 model:
@@ -861,13 +860,11 @@ CASES = [
     ),
 ]
 
-AS_PROCESSES = (
-    "unknown key",
-    "--set of a wrong type",
-    "unknown verb",
-    pytest.param("malformed JSON line", marks=pytest.mark.slow),
-    pytest.param("reward that raises at a later step", marks=pytest.mark.slow),
-    pytest.param("callback that raises in a step", marks=pytest.mark.slow),
+AS_PROCESSES = ("unknown key", "--set of a wrong type", "unknown verb")
+AS_PROCESSES_THAT_TRAIN = (
+    "malformed JSON line",
+    "reward that raises at a later step",
+    "callback that raises in a step",
 )
 
 
@@ -984,21 +981,18 @@ def test_wrong_input_ends_in_one_message_and_leaves_nothing_behind(
     assert_left_as_promised(case, here, before)
 
 
+OF_PROCESSES = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+
+
 @pytest.mark.parametrize("what", AS_PROCESSES)
 def test_the_same_holds_for_a_process(what: str, tmp_path: Path, tiny_model_dir: Path) -> None:
     (case,) = [case for case in CASES if case.what == what]
     make_world(case, tmp_path, tiny_model_dir)
     before = contents(tmp_path)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-        "PYTHONPATH": str(ROOT),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
     process = subprocess.run(
         [sys.executable, "-m", "grpo_cli.cli", *case.command.split()],
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | OF_PROCESSES,
         capture_output=True,
         text=True,
         timeout=120,
@@ -1006,6 +1000,20 @@ def test_the_same_holds_for_a_process(what: str, tmp_path: Path, tiny_model_dir:
     )
     assert process.returncode == case.code, process.stderr
     assert_one_message(case, tmp_path, process.stdout, process.stderr)
+    assert_left_as_promised(case, tmp_path, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", AS_PROCESSES_THAT_TRAIN)
+def test_the_same_holds_for_a_process_that_trains(what: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+    (case,) = [case for case in CASES if case.what == what]
+    make_world(case, tmp_path, tiny_model_dir)
+    before = contents(tmp_path)
+    environment = os.environ | OF_PROCESSES
+    process = Command(*case.command.split(), environment=environment, folder=tmp_path, errors_apart=True)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == case.code, errors
+    assert_one_message(case, tmp_path, output, errors)
     assert_left_as_promised(case, tmp_path, before)
 
 

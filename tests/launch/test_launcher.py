@@ -6,8 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +21,8 @@ from grpo_cli.launch import launcher
 from grpo_cli.launch.failures import STOP_SIGNALS
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.schema import Recipe
-
-ROOT = Path(__file__).parents[2]
-
+from tests.launch.launcher import main as launcher_main
+from tests.processes import Command
 
 # --- what is started ---
 
@@ -145,10 +142,8 @@ class Launch:
             key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "MASTER_"))
         }
         environment |= {"TMPDIR": str(self.temporary), "HF_HOME": str(folder / "home"), **more}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.launch.launcher", str(processes), what, str(self.folder)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
-        )  # fmt: skip
+        arguments = (str(processes), what, self.folder)
+        self.process = Command(*arguments, environment=environment, main=launcher_main, errors_apart=True)
 
     def end(self, timeout_s: float = 60) -> tuple[int, list[str]]:
         """The exit code and the lines on stderr; what it made in the temporary folder must be gone."""
@@ -186,7 +181,8 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launch]]:
     for one in launches:
         family = []
         with contextlib.suppress(psutil.NoSuchProcess):
-            family = [*psutil.Process(one.process.pid).children(recursive=True), one.process]
+            family = psutil.Process(one.process.pid).children(recursive=True)
+        one.process.kill()
         for process in family:
             process.kill()
         one.process.communicate()
@@ -255,7 +251,7 @@ def test_a_rank_killed_while_others_wait_for_it_ends_the_job_in_a_minute(launch:
 
 @pytest.mark.slow
 def test_a_bug_ends_the_job_in_a_minute_even_if_the_others_hang(launch: Callable[..., Launch]) -> None:
-    run = launch(2, "bug-while-others-hang")
+    run = launch(2, "bug-while-others-hang", TEST_GRACE_S="8")
     pids = run.told("pid", 1)
     code, lines = run.end(60)
     assert code == 1

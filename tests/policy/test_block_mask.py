@@ -91,7 +91,7 @@ def test_blocks_are_those_that_every_pair_of_tokens_gives(name: str, window: int
 lengths = st.one_of(st.integers(1, 40), st.integers(100, 300), st.sampled_from([127, 128, 129, 256, 384]))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(lengths, st.lists(lengths, max_size=4)), min_size=1, max_size=4),
     st.one_of(st.none(), st.integers(1, 700), st.sampled_from([127, 128, 129, 256])),

@@ -106,14 +106,14 @@ def test_the_defaults_are_those_of_the_design(key: str) -> None:
     assert type(value) is type(DEFAULTS[key])
 
 
-@pytest.mark.parametrize("section", set(sections()), ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", [*dict.fromkeys(sections())], ids=lambda section: section.__name__)
 def test_every_key_has_a_line_that_explains_it(section: type[BaseModel]) -> None:
     for name, info in section.model_fields.items():
         assert info.description, f"{section.__name__}.{name} has no docstring"
         assert info.description.strip().endswith("."), f"{section.__name__}.{name}: {info.description}"
 
 
-@pytest.mark.parametrize("section", set(sections()), ids=lambda section: section.__name__)
+@pytest.mark.parametrize("section", [*dict.fromkeys(sections())], ids=lambda section: section.__name__)
 def test_every_section_refuses_unknown_keys_and_does_not_coerce(section: type[BaseModel]) -> None:
     assert issubclass(section, Section)
     assert section.model_config["extra"] == "forbid"

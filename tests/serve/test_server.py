@@ -226,6 +226,7 @@ def test_auto_takes_as_many_gpus_as_can_share_the_model(
     gpus: int,
     sharing: int,
 ) -> None:
+    pytest.importorskip("vllm")
     arguments = parse(replace(LOCAL, model=str(tiny_model_dir), tp=None))
     assert arguments.tensor_parallel_size is None
     from vllm.engine.arg_utils import AsyncEngineArgs

@@ -1,4 +1,4 @@
-"""The emulated cluster, up for the tests of one module."""
+"""The emulated cluster, up once for all tests that need it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from tests.slurm.cluster import Cluster, why_not
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)

@@ -84,20 +84,6 @@ def assert_trained(job: Job, steps: int) -> None:
     AutoModelForCausalLM.from_pretrained(job.run_folder / "final")
 
 
-def test_four_nodes_train_with_zero3_against_the_server_on_the_fifth(submit: Submit) -> None:
-    job = submit("rewards.length:reward_len", 3)
-    state = job.wait(TIMEOUT_S)
-    assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", 0, 0), job.log()
-    for rank in range(4):
-        assert f"node {rank} of 4: 1 processes" in (job.logs / f"train-node{rank + 1}.log").read_text()
-    assert_trained(job, steps=3)
-    served = (job.logs / "serve-node5.log").read_text()
-    assert "ready: http://0.0.0.0:8000" in served
-    key_file = job.run_folder / "server-key"
-    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
-    assert key_file.read_text().strip() not in job.log()
-
-
 def test_training_that_fails_ends_the_job_and_its_server(submit: Submit) -> None:
     job = submit("slurm_rewards:fails", 3)
     state = job.wait(TIMEOUT_S)  # which also sees that no process of the server is left
@@ -106,7 +92,8 @@ def test_training_that_fails_ends_the_job_and_its_server(submit: Submit) -> None
     assert "ready: " in job.log("serve-*.log"), "there was a server to end"
 
 
-def test_the_time_limit_brings_a_checkpoint_and_the_requeued_job_completes_the_run(submit: Submit) -> None:
+def test_four_nodes_train_with_zero3_against_the_fifth_through_a_time_limit_to_the_end(submit: Submit) -> None:
+    """The limit brings a checkpoint, and the job that is requeued goes on from there."""
     job = submit("slurm_rewards:patient", 6)
     metrics = job.run_folder / "metrics.jsonl"
     job.wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) >= 2, TIMEOUT_S)
@@ -119,3 +106,9 @@ def test_the_time_limit_brings_a_checkpoint_and_the_requeued_job_completes_the_r
     assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", 0, 1), job.log()
     assert f"resuming from runs/{job.name}/{checkpoint.name}" in job.log("train-node1.log")
     assert_trained(job, steps=6)
+    for rank in range(4):
+        assert f"node {rank} of 4: 1 processes" in (job.logs / f"train-node{rank + 1}.log").read_text()
+    assert "ready: http://0.0.0.0:8000" in (job.logs / "serve-node5.log").read_text()
+    key_file = job.run_folder / "server-key"
+    assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
+    assert key_file.read_text().strip() not in job.log()

@@ -31,6 +31,12 @@ def submit(cluster: Cluster, tmp_path: Path) -> Submit:
     return submit_script
 
 
+def wait_for_training(job: Job) -> None:
+    """Until all four nodes train: a signal would kill one that does not handle it yet."""
+    logs = [job.logs / f"train-node{node}.log" for node in range(1, 5)]
+    job.wait_until(lambda: all(log.exists() and "from step 0" in log.read_text() for log in logs), TIMEOUT_S)
+
+
 def test_four_nodes_train_against_the_fifth_and_it_ends_with_them(submit: Submit) -> None:
     job = submit("5node.sh", TRAIN_ARGS="--set a=1", SERVE_ARGS="--max-model-len 64")
     state = job.wait(TIMEOUT_S)
@@ -55,8 +61,7 @@ def test_four_nodes_train_against_the_fifth_and_it_ends_with_them(submit: Submit
 
 def test_at_the_time_limit_all_nodes_stop_once_and_the_job_goes_on_where_they_stopped(submit: Submit) -> None:
     job = submit("5node.sh")
-    train_log = job.logs / "train-node1.log"
-    job.wait_until(lambda: train_log.exists() and "from step 0" in train_log.read_text(), TIMEOUT_S)
+    wait_for_training(job)
     job.ask_to_stop()
     state = job.wait(TIMEOUT_S)
     assert (state.name, state.exit_code, state.restarts) == ("COMPLETED", 0, 1), job.log()
@@ -94,8 +99,7 @@ def test_a_server_that_ends_stops_training_with_a_checkpoint_and_the_job_starts_
 
 def test_a_job_that_gets_nowhere_is_not_requeued(submit: Submit) -> None:
     job = submit("5node.sh", FAKE="no-progress")
-    train_log = job.logs / "train-node1.log"
-    job.wait_until(lambda: train_log.exists() and "from step 0" in train_log.read_text(), TIMEOUT_S)
+    wait_for_training(job)
     job.ask_to_stop()
     state = job.wait(TIMEOUT_S)
     assert (state.name, state.exit_code, state.restarts) == ("FAILED", 75, 0), job.log()
@@ -104,8 +108,7 @@ def test_a_job_that_gets_nowhere_is_not_requeued(submit: Submit) -> None:
 
 def test_a_cancelled_job_stays_cancelled(submit: Submit, cluster: Cluster) -> None:
     job = submit("5node.sh")
-    train_log = job.logs / "train-node1.log"
-    job.wait_until(lambda: train_log.exists() and "from step 0" in train_log.read_text(), TIMEOUT_S)
+    wait_for_training(job)
     cluster.run("scancel", job.id)
     state = job.wait(TIMEOUT_S)
     assert (state.name, state.restarts) == ("CANCELLED", 0), job.log()

@@ -166,10 +166,11 @@ def test_what_is_compiled_after_a_signal_to_the_whole_group_still_is(tmp_path: P
 
 
 def test_how_many_compile_stays_the_user_s_choice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch._inductor.config, "compile_threads", 7)
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
-    compile_in_this_process()
-    assert torch._inductor.config.compile_threads == 7
-    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    compile_in_this_process()
-    assert torch._inductor.config.compile_threads == 1
+    # Not pytest's setattr, which ends with delattr here: the setting would be gone for all later tests.
+    with torch._inductor.config.patch(compile_threads=7):
+        monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
+        compile_in_this_process()
+        assert torch._inductor.config.compile_threads == 7
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+        compile_in_this_process()
+        assert torch._inductor.config.compile_threads == 1

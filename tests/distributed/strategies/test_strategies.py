@@ -114,6 +114,7 @@ def parts_after_a_failure(recipe: dict[str, Any]) -> list[bool]:
     return [isinstance(parameter, DTensor) for parameter in model.parameters()]
 
 
+@pytest.mark.slow
 def test_weights_are_shared_out_again_when_what_needed_them_whole_fails(tiny_recipe: dict[str, Any]) -> None:
     (shared_out,) = run_processes(1, parts_after_a_failure, tiny_recipe)
     assert all(shared_out)

@@ -47,7 +47,8 @@ time.sleep(60)
 
 
 @pytest.fixture
-def spawn(tmp_path: Path) -> Iterator[Callable[..., SpawnedServer]]:
+def spawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SpawnedServer]]:
+    monkeypatch.setattr(spawned_server, "LINGER_S", 0.3)  # these stand-ins for an engine never notice
     servers: list[SpawnedServer] = []
 
     def make(script: str | None = None, arguments: Any = None, **config: Any) -> SpawnedServer:
