@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.installed
 VLLM_INSTALLED := $(VENV)/.vllm-installed
-PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
 .PHONY: quickstart test fast lint format check docs model vllm gpu

@@ -17,7 +17,7 @@ from grpo_cli.recipe.schema import ModelConfig
 from grpo_cli.rollout.embedded.stop_strings import StopStrings
 from tests.conftest import byte_tokenizer
 
-SMOLLM2 = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
+SMOLLM2 = Path(__file__).parents[3] / "models" / "SmolLM2-135M-Instruct"
 TEXTS = ["Hello, world! It 's 12 .\n\n", "naïve café €5 日本語 👩‍👩‍👧 ", "<|im_end|>", "    x = [1,2]\n", "�"]
 
 
