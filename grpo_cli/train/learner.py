@@ -222,22 +222,26 @@ class Learner:
         self._passes.clear()
         self._means_of_part = MetricMeans()
         self._means.add_value("learning_rate", self.scheduler.get_last_lr()[0])
-        with warnings.catch_warnings():
-            # Where the first optimizer step was skipped, torch takes the order of the calls for wrong.
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self.scheduler.step()
+        self.scheduler.step()
 
     def _skip(self, step: int, error: GradientNotFinite) -> None:
+        """Count an optimizer step that was not made.
+
+        Raises:
+            RunError: it is one too many.
+        """
         self._skipped += 1
         self._skipped_in_a_row += 1
-        most = self.recipe.train.max_skipped_steps
-        if self._skipped_in_a_row <= most:
+        count, most = self._skipped_in_a_row, self.recipe.train.max_skipped_steps
+        if count <= most:
+            # A schedule that goes on before the optimizer's first step is taken for a mistake.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             return
         assert self._data is not None
         found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, self._data.advantages)))
         raise RunError(
-            f"step {step + 1}: {self._skipped_in_a_row} optimizer steps in a row were skipped, since they had "
-            f"numbers that are not finite (train.max_skipped_steps: {most}); the weights are those from before. "
+            f"step {step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, one "
+            f"more than train.max_skipped_steps ({most}) allows; the weights are those from before. "
             f"Not finite in the last one: {found.described(self._data.rollout, error)}"
         ) from error
 

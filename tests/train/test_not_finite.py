@@ -130,9 +130,8 @@ def test_a_skipped_step_has_no_part_in_the_means_of_the_others(tiny_recipe: dict
 
 def test_torch_is_not_told_to_warn_of_a_schedule_that_goes_on(tiny_recipe: dict[str, Any]) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        spoilt_run(tiny_recipe, {0}, train__max_steps=1)
+        warnings.filterwarnings("error", "Detected call of")
+        spoilt_run(tiny_recipe, {0})
 
 
 def test_the_same_bytes_with_and_without_a_resume_between_skipped_steps(tiny_recipe: dict[str, Any]) -> None:
@@ -163,10 +162,10 @@ def test_one_skipped_step_more_than_allowed_in_a_row_ends_the_run(
     spoilt_run(tiny_recipe, set(range(survived)), **changes)
     changes["train__output_dir"] = tiny_recipe["train"]["output_dir"] + "-2"
     with pytest.raises(
-        RunError, match=rf"^step {survived + 1}: {survived + 1} optimizer steps in a row"
+        RunError, match=rf"^step {survived + 1}: numbers are not finite in {survived + 1} opt"
     ) as caught:
         spoilt_run(tiny_recipe, set(range(survived + 1)), **changes)
-    assert f"(train.max_skipped_steps: {survived})" in str(caught.value)
+    assert f", one more than train.max_skipped_steps ({survived}) allows;" in str(caught.value)
 
 
 def test_a_step_that_is_made_begins_the_count_anew(tiny_recipe: dict[str, Any]) -> None:
@@ -175,7 +174,7 @@ def test_a_step_that_is_made_begins_the_count_anew(tiny_recipe: dict[str, Any]) 
 
 
 def test_the_count_goes_on_from_one_step_to_the_next_within_iterations(tiny_recipe: dict[str, Any]) -> None:
-    with pytest.raises(RunError, match=r"^step 2: 3 optimizer steps in a row"):
+    with pytest.raises(RunError, match=r"^step 2: numbers are not finite in 3 optimizer steps in a row,"):
         spoilt_run(tiny_recipe, {1, 2, 3}, train__num_iterations=2, train__max_skipped_steps=2)
 
 
@@ -227,7 +226,7 @@ def test_two_processes_end_with_the_diagnosis_of_one(tiny_recipe: dict[str, Any]
         file.write(dump_recipe(load_recipe(tiny_recipe)))
     codes, output = run_ranks(2, "train", path)
     assert codes == [1, 1], output
-    assert "step 2: 2 optimizer steps in a row" in output
+    assert "step 2: numbers are not finite in 2 optimizer steps in a row" in " ".join(output.split())
     assert "the advantages of prompt 3 (completions 1, 2, 3, 4)" in " ".join(output.split())
 
 
@@ -238,9 +237,9 @@ def large_for_the_last(completions: list[str]) -> list[float]:
 # What is survived
 
 
-def broken_head() -> Any:
+def broken_head(value: float = math.nan) -> Any:
     model = tiny_llama()
-    model.lm_head.weight.data[7] = math.nan
+    model.lm_head.weight.data[7] = value
     return model
 
 
@@ -248,8 +247,7 @@ def broken_head() -> Any:
 def test_a_model_that_gives_no_probabilities_ends_generation_with_a_message(
     tiny_recipe: dict[str, Any], value: float
 ) -> None:
-    model = tiny_llama()
-    model.lm_head.weight.data[7] = value
+    model = broken_head(value)
     with pytest.raises(
         RunError, match=r"^generation: for token 1 of a completion the model's output is NaN or inf"
     ):
@@ -275,7 +273,9 @@ def test_a_model_that_overflows_ends_generation_with_a_message(tiny_recipe: dict
 def test_the_policy_s_own_broken_numbers_are_told_where_another_engine_samples(
     tiny_recipe: dict[str, Any],
 ) -> None:
-    told = r"step 2: 2 optimizer steps .* the log-probabilities of prompt 1 \(completions 1, 2, 3, 4\), prompt 2"
+    told = (
+        r"step 2: numbers .* in 2 optimizer steps .* the log-probabilities of prompt 1 \(completions 1, 2, 3, 4\),"
+    )
     with pytest.raises(RunError, match=told):
         run(
             tiny_recipe, model=broken_head(), tokenizer=byte_tokenizer(), engine=Parrot(),

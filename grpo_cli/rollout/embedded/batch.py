@@ -131,7 +131,7 @@ class Batch:
         for row, drawn, their_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             own = self.tokens[row]
             for token, logprob in zip(drawn, their_logprobs, strict=True):
-                if math.isnan(logprob):
+                if not math.isfinite(logprob):
                     raise RunError(NO_DISTRIBUTION.format(place=len(own) + 1))
                 own.append(token)
                 self.logprobs[row].append(logprob)
