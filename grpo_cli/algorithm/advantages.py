@@ -76,8 +76,16 @@ def centred(values: torch.Tensor, dim: int) -> torch.Tensor:
 
 
 def nan_std(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sample standard deviation (ddof 1) along `dim`, kept as a dimension of 1; fewer than two values give 0."""
+    """Sample standard deviation (ddof 1) along `dim`, kept as a dimension of 1; fewer than two values give 0.
+
+    Finite also where the squares of the values are not.
+    """
     present = ~values.isnan()
     count = present.sum(dim, keepdim=True)
-    squares = torch.where(present, (values - values.nanmean(dim, keepdim=True)) ** 2, 0.0)
-    return (squares.sum(dim, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    deviations = torch.where(present, values - values.nanmean(dim, keepdim=True), 0.0)
+
+    def root_mean_square(values: torch.Tensor) -> torch.Tensor:
+        return ((values**2).sum(dim, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+
+    std, largest = root_mean_square(deviations), deviations.abs().amax(dim, keepdim=True)
+    return torch.where(std.isinf(), largest * root_mean_square(deviations / largest), std)

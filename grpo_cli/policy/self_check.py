@@ -126,6 +126,8 @@ def _check_structure(policy: PackedModel, seed: int) -> None:
 
     with _in_float32(policy):
         packed, plain, moved = logprobs(groups, True), logprobs(groups, False), logprobs(changed, True)
+    if not plain.isfinite().all():
+        raise NotShared("its log-probabilities are not finite in float32")
     difference = (packed - plain).abs().max().item()
     moves = (packed - moved).abs()
     leak, effect = moves[1:].max().item(), moves[0].max().item()

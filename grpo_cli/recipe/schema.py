@@ -312,6 +312,8 @@ class TrainConfig(Section):
     """Passes over each rollout."""
     max_tokens_per_microbatch: int | None = Field(default=None, ge=1)
     """Tokens in one forward pass: memory, not results. Chosen for the device if empty."""
+    max_skipped_steps: int = Field(default=3, ge=0)
+    """Optimizer steps in a row that may be skipped, since their numbers are not finite; one more ends the run."""
     seed: int = Field(default=42, ge=0, le=2**32 - 1)
     """Seed of sampling, shuffling and initialisation."""
     save_every: int = Field(default=100, ge=0)

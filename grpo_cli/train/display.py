@@ -28,8 +28,12 @@ LINE_METRICS = {
     "grad_norm": "grad",
     "entropy": "entropy",
     "eval_reward": "eval reward",
+    "train/skipped_steps": "skipped optimizer steps",
 }
 """Metric to its name on the screen, in this order, where a step has it."""
+
+UNUSUAL = {"train/skipped_steps"}
+"""Of these, those that are shown only where they are not 0."""
 
 
 class Display:
@@ -95,7 +99,8 @@ class Display:
 
 def step_line(metrics: Metrics) -> str:
     """`reward -81.2  length 23.5  …`."""
-    return "  ".join(f"{label} {metrics[name]:.4g}" for name, label in LINE_METRICS.items() if name in metrics)
+    shown = {name: value for name, value in metrics.items() if value or name not in UNUSUAL}
+    return "  ".join(f"{label} {shown[name]:.4g}" for name, label in LINE_METRICS.items() if name in shown)
 
 
 def ending(content: str | list[dict[str, Any]]) -> str:

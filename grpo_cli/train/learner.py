@@ -5,6 +5,8 @@ All ranks call the same methods in the same order.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -32,6 +34,7 @@ from grpo_cli.recipe.limits import automatic_microbatch_tokens
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.guards import Autocast
 from grpo_cli.train.metrics import MetricMeans, Metrics
+from grpo_cli.train.not_finite import BackwardPass, NotFinite
 from grpo_cli.train.step_data import OldLogprobs, StepData, rows_of, share
 
 
@@ -62,11 +65,18 @@ class Learner:
     loss: Callable[..., MeasuredLoss | LossOutput]
     """Called as `policy_loss`."""
     _means: MetricMeans = field(default_factory=MetricMeans)
-    _losses: list[torch.Tensor] = field(default_factory=list)
+    _means_of_part: MetricMeans = field(default_factory=MetricMeans)
+    _data: StepData | None = None
+    _forwarded: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Samples and log-probabilities of the pack whose backward pass comes next."""
+    _passes: list[BackwardPass] = field(default_factory=list)
+    _skipped: int = 0
+    _skipped_in_a_row: int = 0
 
     def parts(self, data: StepData) -> list[Part]:
         """The parts of one pass over a step's groups: an optimizer step each."""
         loss, generation = self.recipe.loss, self.recipe.generation
+        self._data = data
         groups = data.rollout.groups()
         parts = []
         for places in plan_minibatches(len(data.kept), self.recipe.train.optimizer_steps_per_rollout):
@@ -162,44 +172,87 @@ class Learner:
         """(B, T) log π_θ of the pack's tokens, with a gradient, and (B, T) entropies, which have one if the loss
         rewards entropy."""
         with self.autocast():
-            return self.policy.token_logprobs(
+            logprobs, entropies = self.policy.token_logprobs(
                 pack, self._temperature, entropy_gradient=self.recipe.loss.entropy_coef > 0
             )
+        self._forwarded = pack.samples, logprobs
+        return logprobs, entropies
 
     def zero_grad(self) -> None:
         self.strategy.zero_grad()
 
     def backward(self, output: LossOutput | MeasuredLoss) -> None:
-        """Add the gradient of one pack's share of the loss."""
+        """Add the gradient of one pack's share of the loss.
+
+        Where the loss or a log-probability is not finite, the gradient is made NaN, for which nobody has to wait:
+        the norm of the gradient, which all ranks share, then tells all of them to skip the optimizer step.
+        """
+        assert self._forwarded is not None, "logprobs comes first"
+        (samples, logprobs), self._forwarded = self._forwarded, None
+        finite_rows = logprobs.detach().isfinite().all(1)  # (B,)
+        is_finite = finite_rows.all() & output.loss.detach().isfinite()
+        logprobs.register_hook(lambda gradient: torch.where(is_finite, gradient, math.nan))
         self.strategy.backward(output.loss)
-        self._losses.append(to_host(output.loss))
-        self._means.add(output)
+        self._passes.append(BackwardPass(samples, to_host(output.loss), to_host(finite_rows)))
+        self._means_of_part.add(output)
 
     def step(self, step: int) -> None:
         """Clip the gradient, update the policy, and note loss, gradient norm and learning rate.
+
+        Where the gradient is not finite, policy and optimizer stay as they are and the step is counted. The
+        learning rate goes on, so that it depends on the number of the optimizer step alone.
 
         Args:
             step: counted from 0, for a message.
 
         Raises:
-            RunError: the gradient is not finite; the policy is not to be used any more.
+            RunError: more than `train.max_skipped_steps` optimizer steps in a row were skipped.
         """
         wait()
-        loss = sum(self.ranks.gather(sum((loss.item() for loss in self._losses), 0.0)))
-        self._losses.clear()
+        loss = sum(self.ranks.gather(sum((one.loss.item() for one in self._passes), 0.0)))
         try:
             norm = self.strategy.step()
         except GradientNotFinite as error:
-            raise RunError(
-                f"step {step + 1}: the gradient is not finite ({error}, loss {loss}); "
-                "lower optim.learning_rate, or look at the completions of the last steps"
-            ) from error
-        self._means.add_value("loss", loss)
-        self._means.add_value("grad_norm", norm)
+            self._skip(step, error)
+        else:
+            self._skipped_in_a_row = 0
+            self._means.include(self._means_of_part)
+            self._means.add_value("loss", loss)
+            self._means.add_value("grad_norm", norm)
+        self._passes.clear()
+        self._means_of_part = MetricMeans()
         self._means.add_value("learning_rate", self.scheduler.get_last_lr()[0])
         self.scheduler.step()
 
+    def _skip(self, step: int, error: GradientNotFinite) -> None:
+        """Count an optimizer step that was not made.
+
+        Raises:
+            RunError: it is one too many.
+        """
+        self._skipped += 1
+        self._skipped_in_a_row += 1
+        count, most = self._skipped_in_a_row, self.recipe.train.max_skipped_steps
+        if count <= most:
+            # A schedule that goes on before the optimizer's first step is taken for a mistake.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            return
+        assert self._data is not None
+        found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, self._data.advantages)))
+        raise RunError(
+            f"step {step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, one "
+            f"more than train.max_skipped_steps ({most}) allows; the weights are those from before. "
+            f"Not finite in the last one: {found.described(self._data.rollout, error)}"
+        ) from error
+
     def take_metrics(self) -> Metrics:
-        """The means over all packs of all ranks since they were taken last."""
+        """The means over all packs of all ranks since they were taken last, and how many steps were skipped.
+
+        What was skipped has no part in the means. Loss and gradient norm are NaN where all was.
+        """
         means, self._means = self._means, MetricMeans()
-        return means.result(self.ranks)
+        skipped, self._skipped = self._skipped, 0
+        metrics = means.result(self.ranks)
+        for name in ("loss", "grad_norm"):
+            metrics.setdefault(name, math.nan)
+        return metrics | {"train/skipped_steps": skipped}

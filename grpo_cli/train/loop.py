@@ -27,7 +27,7 @@ def train_loop(recipe: Recipe, rollouts: Rollouts, learner: Learner, recorder: R
 
     Raises:
         RewardError: a reward function failed.
-        RunError: a gradient was not finite, the loss function failed, or a checkpoint could not be written.
+        RunError: too many steps were skipped, the loss function failed, or a checkpoint could not be written.
         StoppedEarly: after the checkpoint that a signal asked for.
         ServerLost: a rollout server stays away; the recorder's position and the policy go together.
     """

@@ -47,6 +47,10 @@ class MetricMeans:
     def add_value(self, name: str, value: float, weight: float = 1.0) -> None:
         self._unread.append(lambda: ({name: value}, {name: weight}))
 
+    def include(self, later: MetricMeans) -> None:
+        """Add what another has been given, as if it came now."""
+        self._unread += later._unread
+
     def _read(self) -> None:
         wait()
         for numbers in self._unread:

@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.eval_every",
+    "train.max_skipped_steps",
     "train.max_tokens_per_microbatch",
     "model.gradient_checkpointing",
     "generation.server",

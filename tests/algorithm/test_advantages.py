@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def test_a_group_of_equal_rewards_has_exactly_zero_advantages(scale_rewards: Any
     advantages = compute_advantages(rewards, [0.7], 3, scale_rewards, "sum_then_normalize")
     assert advantages[:3].tolist() == [0.0, 0.0, 0.0]
     assert advantages[3:].abs().min() > 0
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+@pytest.mark.parametrize("scale_rewards", ["group", "batch"])
+@pytest.mark.parametrize("factor", [1e10, 1e160, -1e300])
+def test_rewards_whose_squares_are_too_large_have_the_advantages_of_smaller_ones(
+    factor: float, scale_rewards: Any, aggregation: Any
+) -> None:
+    rewards = torch.tensor([[0.0], [1.0], [5.0], [torch.nan], [2.0], [2.0], [2.0], [3.0]], dtype=torch.float64)
+    large = compute_advantages(rewards * factor, [1.0], 4, scale_rewards, aggregation)
+    small = compute_advantages(rewards * math.copysign(1e8, factor), [1.0], 4, scale_rewards, aggregation)
+    torch.testing.assert_close(large, small)
+    assert flat_groups(rewards * factor, [1.0], 4).tolist() == [False, False]
 
 
 def test_a_completion_without_any_reward_leaves_the_baseline_alone() -> None:

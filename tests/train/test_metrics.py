@@ -63,6 +63,16 @@ def test_values_of_optimizer_steps_count_alike_and_nothing_at_all_is_zero() -> N
     assert means.result(Ranks()) == {"loss": 2.0, "entropy": 0.0}
 
 
+def test_what_one_includes_of_another_counts_as_if_it_had_been_added() -> None:
+    means, part, all_at_once = MetricMeans(), MetricMeans(), MetricMeans()
+    for index, value in enumerate((0.1, 0.7, 0.4)):
+        one = output({"loss": value, "x/max": value}, {"loss": 1.0 + index})
+        (means if index == 0 else part).add(one)
+        all_at_once.add(one)
+    means.include(part)
+    assert means.result(Ranks()) == all_at_once.result(Ranks())
+
+
 class OneOfMany(Ranks):
     """Remembers what this rank gives, and gets what all have given."""
 

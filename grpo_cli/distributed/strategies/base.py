@@ -104,7 +104,7 @@ class Strategy(ABC):
         """Sum the gradient over ranks, clip it, update the policy; return the norm before clipping.
 
         Raises:
-            GradientNotFinite: it has no finite norm; the policy is as it was, unless the class says otherwise.
+            GradientNotFinite: it has no finite norm, on all ranks alike; policy and optimizer are as they were.
         """
 
     @abstractmethod

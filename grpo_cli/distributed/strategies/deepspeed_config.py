@@ -42,6 +42,12 @@ def deepspeed_config(recipe: Recipe, stage: int) -> dict[str, Any]:
         raise UserError(
             f"distributed.deepspeed_config: bf16.enabled contradicts model.dtype ({recipe.model.dtype}); remove it"
         )
+    for section, key in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if not config.get(section, {}).get(key, True):
+            raise UserError(
+                f"distributed.deepspeed_config: without {section}.{key} a gradient that is not finite would reach "
+                "the weights; remove it"
+            )
     if not config.get("fp16", {}).get("enabled", False):
         config.pop("fp16", None)
     for key, setting in RECIPE_DECIDES.items():

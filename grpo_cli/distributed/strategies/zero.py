@@ -149,7 +149,7 @@ class Zero(Strategy):
         self._engine.backward(loss * self._ranks.world_size)  # DeepSpeed takes the mean over ranks
 
     def step(self) -> float:
-        """See `Strategy.step`. If it raises, the policy is not what it was: only a checkpoint is."""
+        # Where the norm is not finite, DeepSpeed lets go of the gradient, steps nothing, and says that it is inf.
         self._engine.step()
         return checked_norm(self._engine.get_global_grad_norm())
 

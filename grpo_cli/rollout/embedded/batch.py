@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
 import torch
 
+from grpo_cli.errors import RunError
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.rollout.embedded.memory import filled_holes, on_device
 from grpo_cli.rollout.embedded.sampling import logits_processors, sample_tokens
@@ -18,6 +20,12 @@ LOOK_EVERY = {"cpu": 1}
 
 LOOK_EVERY_ELSEWHERE = 8
 """Fewer looks, as the host waits for the GPU at each. What a row has drawn after its end is dropped."""
+
+NO_DISTRIBUTION = (
+    "generation: for token {place} of a completion the model's output is NaN or infinite. Its weights are "
+    "damaged, were trained with too high a learning rate, or overflow in the precision that they are computed in: "
+    "look at model.name and model.compute_dtype, or raise a generation.temperature close to 0"
+)
 
 
 class Batch:
@@ -115,10 +123,16 @@ class Batch:
         return tokens, logprobs
 
     def _take(self, rows: Sequence[int], tokens: torch.Tensor, logprobs: torch.Tensor) -> None:
-        """Add the (r, k) tokens that r rows have drawn to their completions, each up to its end."""
+        """Add the (r, k) tokens that r rows have drawn to their completions, each up to its end.
+
+        Raises:
+            RunError: a token was drawn from numbers that are no distribution.
+        """
         for row, drawn, their_logprobs in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
             own = self.tokens[row]
             for token, logprob in zip(drawn, their_logprobs, strict=True):
+                if not math.isfinite(logprob):
+                    raise RunError(NO_DISTRIBUTION.format(place=len(own) + 1))
                 own.append(token)
                 self.logprobs[row].append(logprob)
                 if self.ends(own):

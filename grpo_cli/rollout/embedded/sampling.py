@@ -31,7 +31,8 @@ def sample_tokens(
         history: (R, L) tokens so far, for the penalty.
 
     Returns:
-        (R,) tokens and (R,) their log-probabilities under softmax(logits / temperature), before processing.
+        (R,) tokens and (R,) their log-probabilities under softmax(logits / temperature), before processing; not
+        finite where a row of logits is no distribution: one of them is NaN or inf, or all are -inf.
     """
     scaled = logits.float() / temperature  # (R, V)
     processed = processors(history, scaled) if processors else scaled

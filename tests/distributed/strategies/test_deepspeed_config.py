@@ -62,6 +62,11 @@ def test_a_file_may_repeat_the_recipe(tiny_recipe: dict[str, Any], tmp_path: Pat
         ({"bf16": {"enabled": True}}, r"bf16.enabled contradicts model.dtype \(float32\)"),
         ({"fp16": {"enabled": True}}, "fp16 is the recipe's model.dtype"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is the recipe's optim"),
+        (
+            {"bf16": {"check_grad_overflow": False}},
+            "without bf16.check_grad_overflow a gradient that is not finite",
+        ),
+        ({"zero_optimization": {"compute_grad_norm": False}}, "without zero_optimization.compute_grad_norm"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is the recipe's optim.scheduler"),
     ],
 )

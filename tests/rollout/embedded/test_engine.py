@@ -443,6 +443,20 @@ def test_tokens_are_drawn_as_often_as_their_probability_says() -> None:
     assert np.abs(evenly - probabilities.numpy() * 1000).max() <= 1
 
 
+@pytest.mark.parametrize("broken", [[0.0, math.nan, 1.0], [0.0, math.inf, 1.0], [-math.inf] * 3], ids=str)
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}], ids=str)
+def test_what_is_no_distribution_has_no_finite_log_probability(
+    broken: list[float], options: dict[str, Any]
+) -> None:
+    logits = torch.tensor([broken, [0.0, 1.0, -math.inf]])
+    uniforms, history = torch.tensor([0.5, 0.999], dtype=torch.float64), torch.zeros(2, 1, dtype=torch.long)
+    processors = logits_processors(GenerationConfig(**options))
+    tokens, logprobs = sample_tokens(logits, uniforms, 1.0, processors, history)
+    assert logprobs.isfinite().tolist() == [False, True]
+    assert 0 <= tokens[0] < 3
+    assert tokens[1] == 1
+
+
 def test_temperature_sharpens_what_is_drawn() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0])
     evenly = ((np.arange(3000) + 0.5) / 3000).tolist()
