@@ -66,7 +66,6 @@ class Learner:
     """Called as `policy_loss`."""
     _means: MetricMeans = field(default_factory=MetricMeans)
     _means_of_part: MetricMeans = field(default_factory=MetricMeans)
-    _data: StepData | None = None
     _forwarded: tuple[torch.Tensor, torch.Tensor] | None = None
     """Samples and log-probabilities of the pack whose backward pass comes next."""
     _passes: list[BackwardPass] = field(default_factory=list)
@@ -76,7 +75,6 @@ class Learner:
     def parts(self, data: StepData) -> list[Part]:
         """The parts of one pass over a step's groups: an optimizer step each."""
         loss, generation = self.recipe.loss, self.recipe.generation
-        self._data = data
         groups = data.rollout.groups()
         parts = []
         for places in plan_minibatches(len(data.kept), self.recipe.train.optimizer_steps_per_rollout):
@@ -196,14 +194,14 @@ class Learner:
         self._passes.append(BackwardPass(samples, to_host(output.loss), to_host(finite_rows)))
         self._means_of_part.add(output)
 
-    def step(self, step: int) -> None:
+    def step(self, data: StepData) -> None:
         """Clip the gradient, update the policy, and note loss, gradient norm and learning rate.
 
         Where the gradient is not finite, policy and optimizer stay as they are and the step is counted. The
         learning rate goes on, so that it depends on the number of the optimizer step alone.
 
         Args:
-            step: counted from 0, for a message.
+            data: of the step, for a message.
 
         Raises:
             RunError: more than `train.max_skipped_steps` optimizer steps in a row were skipped.
@@ -213,7 +211,7 @@ class Learner:
         try:
             norm = self.strategy.step()
         except GradientNotFinite as error:
-            self._skip(step, error)
+            self._skip(data, error)
         else:
             self._skipped_in_a_row = 0
             self._means.include(self._means_of_part)
@@ -224,7 +222,7 @@ class Learner:
         self._means.add_value("learning_rate", self.scheduler.get_last_lr()[0])
         self.scheduler.step()
 
-    def _skip(self, step: int, error: GradientNotFinite) -> None:
+    def _skip(self, data: StepData, error: GradientNotFinite) -> None:
         """Count an optimizer step that was not made.
 
         Raises:
@@ -237,12 +235,11 @@ class Learner:
             # A schedule that goes on before the optimizer's first step is taken for a mistake.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             return
-        assert self._data is not None
-        found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, self._data.advantages)))
+        found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, data.advantages)))
         raise RunError(
-            f"step {step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, one "
+            f"step {data.step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, one "
             f"more than train.max_skipped_steps ({most}) allows; the weights are those from before. "
-            f"Not finite in the last one: {found.described(self._data.rollout, error)}"
+            f"Not finite in the last one: {found.described(data.rollout, error)}"
         ) from error
 
     def take_metrics(self) -> Metrics:

@@ -70,6 +70,6 @@ def train_loop(recipe: Recipe, rollouts: Rollouts, learner: Learner, recorder: R
                         entropy_threshold=entropy_threshold,
                     )
                     learner.backward(output)  # += ∇_θ L of this pack
-                learner.step(step)  # θ ← AdamW(θ, ∇_θ L clipped to max_grad_norm)
+                learner.step(data)  # θ ← AdamW(θ, ∇_θ L clipped to max_grad_norm)
 
         recorder.finish(data, learner)  # log, evaluate, checkpoint, stop if asked to

@@ -118,7 +118,17 @@ class Rollouts:
         metrics |= reward_metrics(rewards, self.scorer.names, self.scorer.weights, self.group_size)
         epoch = self.sampler.epoch(step + 1)
         return StepData(
-            rollout, kept, rewards, advantages, mask, sampling_logprobs, ref_logprobs, forwarded, epoch, metrics
+            step,
+            rollout,
+            kept,
+            rewards,
+            advantages,
+            mask,
+            sampling_logprobs,
+            ref_logprobs,
+            forwarded,
+            epoch,
+            metrics,
         )
 
     def _sample(self, step: int) -> SampledGroups:

@@ -18,6 +18,8 @@ from grpo_cli.train.metrics import Metrics
 class StepData:
     """N completions of P prompts, at most T tokens each; tensors lie on the CPU."""
 
+    step: int
+    """Counted from 0."""
     rollout: Rollout
     """Every group that was generated, the dropped ones too."""
     kept: list[int]
