@@ -279,7 +279,6 @@ def _read_csv(path: Path) -> pa.Table:
             convert = arrow_csv.ConvertOptions(column_types=text)
             table = arrow_csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
     except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter from the name of a column
-        _check_utf8(path)
         _check_csv_fields(path)
         raise UserError(f"{path}: cannot be read as CSV: {one_line(error)}") from error
     if any(pa.types.is_binary(field.type) for field in table.schema):
@@ -324,7 +323,8 @@ def _check_utf8(path: Path) -> None:
 
 
 def _check_csv_fields(path: Path) -> None:
-    """Raise for the first row whose number of fields differs from the header's, or whose quotes are wrong."""
+    """Raise for the first line that is not UTF-8, or the first row with wrong quotes or too many or few fields."""
+    _check_utf8(path)
     limit = csv.field_size_limit(sys.maxsize)
     start = 1
     try:

@@ -24,10 +24,10 @@ class RecipeError(UserError):
     """A recipe that cannot be used; the message has a line for each problem."""
 
 
-MAX_BYTES = 256 * 1024
-"""Size of a recipe. The longest chat templates have 20 KiB; PyYAML reads a file of this size in about a second."""
+MAX_BYTES = 512 * 1024
+"""Size of a recipe. The longest chat templates have 20 KiB; PyYAML reads a file of this size within a second."""
 
-MAX_VALUES = 10_000
+MAX_VALUES = 20_000
 """Values in a recipe: keys, lists and mappings count, and an alias (`*`) as all that it stands for."""
 
 MAX_LEVELS = 50

@@ -71,6 +71,7 @@ def look(path: Path, **settings: Any) -> None:
         ("a.jsonl", '{"prompt": "a", "x": "\\udc00"}\n', "a.jsonl: column 'x' cannot take the value in row 1"),
         ("a.jsonl", '{"prompt": "a", "x": ' + "9" * 400 + "}\n", "a.jsonl: column 'x' cannot take the value in"),
         ("a.csv", b"q\xff,a\nx,1\n", "a.csv:1: not UTF-8"),
+        ("a.csv", b'q,a\n"say ""\xc3"\xa9""",2.5\n', "a.csv:2: not UTF-8"),
         ("a.csv", b"\0\0\0\0", "a.csv"),
         ("a.jsonl", "\0" * 10, "a.jsonl:1: not JSON"),
         ("a.jsonl", b"\x1f\x8b\x08\x00\x00\x00", "a.jsonl:1: not UTF-8"),

@@ -29,16 +29,16 @@ MERGES = "m0: &m0 {a: 1, b: 2}\n" + "".join(
 CHAIN = "c0: &c0 [x]\n" + "".join(f"c{level}: &c{level} [*c{level - 1}]\n" for level in range(1, 100))
 
 TOO_MUCH = {
-    "nested anchors": (LAUGHS, "recipe.yaml:4: not valid YAML: more than 10000 values (an alias counts as what"),
-    "one long word, many times": (LONG_WORD, "recipe.yaml:2: not valid YAML: more than 262144 characters"),
-    "merges of merges": (MERGES, "recipe.yaml:5: not valid YAML: more than 10000 values"),
+    "nested anchors": (LAUGHS, "recipe.yaml:5: not valid YAML: more than 20000 values (an alias counts as what"),
+    "one long word, many times": (LONG_WORD, "recipe.yaml:2: not valid YAML: more than 524288 characters"),
+    "merges of merges": (MERGES, "recipe.yaml:5: not valid YAML: more than 20000 values"),
     "a chain of anchors": (CHAIN, "recipe.yaml:49: not valid YAML: more than 50 lists and mappings inside"),
     "open brackets": ("a: " + "[" * 100_000, "recipe.yaml:1: not valid YAML: more than 50 lists and mappings"),
     "open braces": ("a: " + "{x: " * 50_000, "recipe.yaml:1: not valid YAML: more than 50 lists and mappings"),
     "indentation": ("".join(f"{' ' * n}a:\n" for n in range(600)), "recipe.yaml:50: not valid YAML: more than 50"),
     "keys that are keys": ("? " * 100_000, "recipe.yaml:1: not valid YAML: more than 50 lists and mappings"),
-    "a list of everything": ("a: [" + "x," * 100_000, "recipe.yaml:1: not valid YAML: more than 10000 values"),
-    "a large file": ("# " + "x" * MAX_BYTES, "recipe.yaml: cannot read the recipe: it has more than 256 KiB"),
+    "a list of everything": ("a: [" + "x," * 100_000, "recipe.yaml:1: not valid YAML: more than 20000 values"),
+    "a large file": ("# " + "x" * MAX_BYTES, "recipe.yaml: cannot read the recipe: it has more than 512 KiB"),
     "ten thousand wrong keys": (
         PLAIN + "".join(f"lerning_rat{n}: 1\n" for n in range(4500)),
         "recipe.yaml:10: lerning_rat0 is not a setting; did you mean optim.learning_rate?",
