@@ -222,6 +222,8 @@ def _may_be_rounded(column: pa.ChunkedArray | pa.Array) -> bool:
     import pyarrow.compute as pc
 
     kind = column.type
+    if "double" not in str(kind):
+        return False
     if pa.types.is_floating(kind):
         most = pc.max(pc.abs(column)).as_py()
         return most is not None and most >= 2**63
