@@ -13,17 +13,24 @@ import difflib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 from grpo_cli.recipe.schema import DATA_FILE_SUFFIXES
 
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 """Words that, at the start of a file's name, say which split the file holds."""
+
+MAX_LEVELS = 100
+"""Lists and objects inside one another in JSON."""
+
+MAX_LISTED = 30
+"""Columns that a message names."""
 
 _NOT_DATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _MAX_BLOCK = 2**31 - 1
@@ -66,10 +73,16 @@ def read_file(path: Path) -> pa.Table:
         table = readers[path.suffix.lower()](path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    for name in table.column_names:
-        if table.column_names.count(name) > 1:
+    for name, count in Counter(table.column_names).items():
+        if count > 1:
             raise UserError(f"{path}: two columns are named {name!r}; give one of them another name")
     return table
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for a message, no more than fit into one."""
+    shown = ", ".join(f"{name:.100}" for name in names[:MAX_LISTED])
+    return shown + (f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else "")
 
 
 def read_folder(folder: Path, *, split: str, config: str | None, setting: str) -> pa.Table:
@@ -104,7 +117,7 @@ def read_folder(folder: Path, *, split: str, config: str | None, setting: str) -
         return pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowException as error:
         names = ", ".join(file.name for file in files)
-        raise UserError(f"{folder}: the columns of {names} do not fit together: {error}") from error
+        raise UserError(f"{folder}: the columns of {names} do not fit together: {one_line(error)}") from error
 
 
 def table_from_rows(rows: list[Any], where: str) -> pa.Table:
@@ -117,6 +130,11 @@ def table_from_rows(rows: list[Any], where: str) -> pa.Table:
         if not isinstance(row, dict):
             raise UserError(f"{where}: row {number} is {_kind(row)}, not an object with a value per column")
     names = {str(name): name for row in rows for name in row}
+    for name in names:
+        if not name.isascii() and re.search("[\ud800-\udfff]", name):
+            raise UserError(
+                f"{where}: {name!r:.100} has half of a surrogate pair in it; no column has such a name"
+            )
     columns = {name: _column([row.get(key) for row in rows], name, where) for name, key in names.items()}
     return pa.table(columns)
 
@@ -151,7 +169,8 @@ def _column(values: list[Any], name: str, where: str) -> pa.Array:
     if before is not None and type(values[before]) is not type(values[good]):
         kinds = f"{_kind(values[before])} in row {before + 1} and {_kind(values[good])} in row {bad}"
         raise UserError(f"{where}: column {name!r} is {kinds}; a column holds one type") from error
-    raise UserError(f"{where}: column {name!r} cannot take the value in row {bad}: {failure(bad)}") from error
+    reason = one_line(failure(bad) or error)
+    raise UserError(f"{where}: column {name!r} cannot take the value in row {bad}: {reason}") from error
 
 
 def _kind(value: Any) -> str:
@@ -164,16 +183,22 @@ def _read_json(path: Path) -> pa.Table:
     if not start.startswith(b"["):
         return _read_json_lines(path)
     _check_utf8(path)
+    _check_levels(path, path.read_bytes(), 1)
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    except ValueError as error:  # Python reads no number of more than 4300 digits
+        raise UserError(f"{path}: holds a number of thousands of digits") from error
     return table_from_rows(rows, str(path))
 
 
 def _read_json_lines(path: Path) -> pa.Table:
     import pyarrow.json as arrow_json
 
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            _check_levels(path, line, number)
     read = arrow_json.ReadOptions(block_size=_block_size(path))
     try:
         table = arrow_json.read_json(path, read_options=read)
@@ -182,10 +207,31 @@ def _read_json_lines(path: Path) -> pa.Table:
             parse = arrow_json.ParseOptions(explicit_schema=written)
             table = arrow_json.read_json(path, read_options=read, parse_options=parse)
         table.validate(full=True)
+        exact = not any(_may_be_rounded(column) for column in table.columns)
     except pa.ArrowException:
-        # Arrow does not say where; Python does, and reads what only Arrow refuses (a key given twice).
+        exact = False
+    if not exact:
+        # Arrow does not say where it failed; Python does, and reads what only Arrow refuses (a key given twice).
+        # Of a whole number of more than 64 bits Arrow makes the nearest fraction.
         return table_from_rows(list(_json_objects(path)), str(path))
     return table
+
+
+def _may_be_rounded(column: pa.ChunkedArray | pa.Array) -> bool:
+    """Whether the column holds a fraction as large as whole numbers that need more than 64 bits."""
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if "double" not in str(kind):
+        return False
+    if pa.types.is_floating(kind):
+        most = pc.max(pc.abs(column)).as_py()
+        return most is not None and most >= 2**63
+    if pa.types.is_list(kind):
+        return _may_be_rounded(pc.list_flatten(column))
+    if pa.types.is_struct(kind):
+        return any(_may_be_rounded(pc.struct_field(column, index)) for index in range(kind.num_fields))
+    return False
 
 
 def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
@@ -202,9 +248,24 @@ def _json_objects(path: Path) -> Iterator[dict[str, Any]]:
                 if number == 1 and path.suffix.lower() == ".json":
                     hint = "; a .json file holds an array of objects, or one object per line"
                 raise UserError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}{hint}") from error
+            except ValueError as error:
+                raise UserError(f"{path}:{number}: holds a number of thousands of digits") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: is {_kind(row)}; each line must be an object")
             yield row
+
+
+def _check_levels(path: Path, text: bytes, line: int) -> None:
+    """Raise if JSON is nested deeper than any data are. Arrow's reader crashes on some ten thousand levels."""
+    if text.count(b"[") + text.count(b"{") <= MAX_LEVELS:
+        return
+    outside_strings = b"".join(text.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"')[::2])
+    level = 0
+    for bracket in re.findall(rb"[][{}\n]", outside_strings):
+        line += bracket == b"\n"
+        level += (bracket in b"[{") - (bracket in b"]}")
+        if level > MAX_LEVELS:
+            raise UserError(f"{path}:{line}: more than {MAX_LEVELS} lists and objects inside one another")
 
 
 def _read_csv(path: Path) -> pa.Table:
@@ -214,14 +275,14 @@ def _read_csv(path: Path) -> pa.Table:
     parse = arrow_csv.ParseOptions(newlines_in_values=True)
     try:
         table = arrow_csv.read_csv(path, read_options=read, parse_options=parse)
-        text = {field.name: pa.string() for field in table.schema if _as_written(field.type) != field.type}
+        kinds = zip(table.column_names, table.schema.types, strict=True)
+        text = {name: pa.string() for name, kind in kinds if _as_written(kind) != kind}
         if text:
             convert = arrow_csv.ConvertOptions(column_types=text)
             table = arrow_csv.read_csv(path, read_options=read, parse_options=parse, convert_options=convert)
-    except pa.ArrowException as error:
-        _check_utf8(path)
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # the latter from the name of a column
         _check_csv_fields(path)
-        raise UserError(f"{path}: cannot be read as CSV: {error}") from error
+        raise UserError(f"{path}: cannot be read as CSV: {one_line(error)}") from error
     if any(pa.types.is_binary(field.type) for field in table.schema):
         _check_utf8(path)
     if path.read_bytes().count(b'"') % 2:  # Arrow takes all that follows an open quote for one field
@@ -235,7 +296,7 @@ def _read_parquet(path: Path) -> pa.Table:
     try:
         return parquet.ParquetFile(path, memory_map=True).read()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a Parquet file, or a damaged one: {error}") from error
+        raise UserError(f"{path}: not a Parquet file, or a damaged one: {one_line(error)}") from error
 
 
 def _block_size(path: Path) -> int:
@@ -264,7 +325,8 @@ def _check_utf8(path: Path) -> None:
 
 
 def _check_csv_fields(path: Path) -> None:
-    """Raise for the first row whose number of fields differs from the header's, or whose quotes are wrong."""
+    """Raise for the first line that is not UTF-8, or the first row with wrong quotes or too many or few fields."""
+    _check_utf8(path)
     limit = csv.field_size_limit(sys.maxsize)
     start = 1
     try:
@@ -314,7 +376,7 @@ def _read_saved(folder: Path, split: str, setting: str) -> pa.Table:
 
     try:
         saved = datasets.load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(
             f"{setting}.name: {folder} was written by datasets, which cannot read it: {error}"
         ) from error

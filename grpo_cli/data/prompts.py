@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_cli.data.rows import Messages, PromptRows
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 
 _TOKENIZE_AT_ONCE = 256
 
@@ -128,7 +128,7 @@ class PromptDataset:
                     return [self._encode([row])[0] for row in rows]
                 raise UserError(
                     f"{self.rows.where}: row {rows[0] + 1}: the chat template fails on the prompt: "
-                    f"{type(error).__name__}: {error}"
+                    f"{type(error).__name__}: {one_line(error)}"
                 ) from error
         return [ids or self._no_tokens(row) for row, ids in zip(rows, batch, strict=True)]
 

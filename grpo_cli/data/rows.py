@@ -9,19 +9,28 @@ from __future__ import annotations
 import difflib
 import json
 import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from string import Formatter
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from grpo_cli.data.files import listed
 from grpo_cli.data.sources import load_table, table_from_object
-from grpo_cli.errors import UserError
+from grpo_cli.errors import UserError, one_line
 from grpo_cli.recipe.schema import REWARD_ARGUMENTS, EvalDataConfig
 
 Messages = list[dict[str, Any]]
 
 _USUAL_PROMPT_COLUMNS = ("question", "problem", "instruction", "query", "input", "text", "messages")
+
+MAX_WIDTH = 10_000
+"""Width and precision of a field in a prompt template."""
+
+MAX_PROMPT = 2**24
+"""Characters of a prompt that a template makes: several times the longest context of any model."""
 
 
 class PromptRows:
@@ -50,9 +59,13 @@ class PromptRows:
         self.where = setting if table is not None else f"{setting}: {config.name}"
         table = load_table(config, setting) if table is None else table
         if config.limit is not None:
-            table = table.slice(0, config.limit)
+            table = table.slice(0, min(config.limit, table.num_rows))
         if table.num_rows == 0:
             raise UserError(f"{self.where} has no rows")
+        try:
+            table.validate(full=True)  # text that is not UTF-8 would fail only where it is met
+        except pa.ArrowException as error:
+            raise UserError(f"{self.where} is damaged: {one_line(error)}") from error
         self._table = self._rename(table)
         self._json_columns = {field.name for field in self._table.schema if "arrow.json" in str(field.type)}
         self.columns = [name for name in self._table.column_names if name != config.prompt_column]
@@ -88,8 +101,12 @@ class PromptRows:
 
     def _value(self, name: str, row: int) -> Any:
         column = self._table.column(name)
-        value = column[row].as_py()
-        return _decode_json(value, column.type) if name in self._json_columns else value
+        try:
+            value = column[row].as_py()
+            return _decode_json(value, column.type) if name in self._json_columns else value
+        except (pa.ArrowException, ValueError, OverflowError, LookupError, RecursionError) as error:
+            message = f"has a {name} that Python cannot hold: {one_line(error)}"
+            raise self._error(row, message) from error
 
     def _prompt(self, row: int) -> str | Messages:
         value = self._value(self.config.prompt_column, row)
@@ -98,9 +115,10 @@ class PromptRows:
     def _template(self, row: int) -> str:
         values = {name: self._value(name, row) for name in self._template_columns}
         try:
-            prompt = (self.config.prompt_template or "").format_map(values)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            reason = f"{type(error).__name__}: {error}"
+            prompt = _PromptFormatter().vformat(self.config.prompt_template or "", (), values)
+            prompt.encode()  # {code:c} may make half of a surrogate pair
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
             raise self._error(row, f"does not fit {self.setting}.prompt_template: {reason}") from error
         if not prompt.strip():
             raise self._error(row, f"makes an empty prompt with {self.setting}.prompt_template")
@@ -135,14 +153,14 @@ class PromptRows:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(
                     f"{self.setting}.columns: there is no column {old!r} to rename; "
-                    f"the columns are {', '.join(present)}{hint}"
+                    f"the columns are {listed(present)}{hint}"
                 )
         names = [self.config.columns.get(name, name) for name in present]
-        for name in names:
-            if names.count(name) > 1:
+        for name, count in Counter(names).items():
+            if count > 1:
                 raise UserError(
                     f"{self.setting}.columns: two columns would be named {name!r}; "
-                    f"the columns are {', '.join(present)}: rename the other one as well"
+                    f"the columns are {listed(present)}: rename the other one as well"
                 )
         return table.rename_columns(names)
 
@@ -188,7 +206,7 @@ class PromptRows:
         guess = (near + usual + others)[0]
         return UserError(
             f"{self.setting}.prompt_column: there is no column {name!r}; the columns are "
-            f"{', '.join(others)}. Name the one that holds the prompt with {self.setting}.columns: "
+            f"{listed(others)}. Name the one that holds the prompt with {self.setting}.columns: "
             f"{{{guess}: {name}}}, or build the prompt from columns with {self.setting}.prompt_template: "
             f'"{{{guess}}}"'
         )
@@ -207,12 +225,38 @@ class PromptRows:
                 near = difflib.get_close_matches(column, present, n=1)
                 hint = f"; did you mean {{{near[0]}}}?" if near else ""
                 raise UserError(
-                    f"{key}: there is no column {column!r}; the columns are {', '.join(present)}{hint} "
+                    f"{key}: there is no column {column!r}; the columns are {listed(present)}{hint} "
                     "(write {{ and }} for braces that are meant as such)"
                 )
             self._check_nulls(column)
             used[column] = None
         return list(used)
+
+
+class _PromptFormatter(Formatter):
+    """What `str.format` does, for values that are not to be looked into and prompts that must end.
+
+    `{answer.__class__}` would tell of Python and not of the row; `{answer:>999999999}` takes a gigabyte.
+    """
+
+    def __init__(self) -> None:
+        self._length = 0
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The value of `column` or `column[entry]`."""
+        if "." in re.sub(r"\[[^\]]*\]", "", field_name):
+            raise AttributeError(f"{{{field_name}}} asks for an attribute; write {{column}} or {{column[entry]}}")
+        return super().get_field(field_name, args, kwargs)
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        """The field's text; ValueError if it or the prompt is too long."""
+        if any(int(number) > MAX_WIDTH for number in re.findall(r"\d{1,9}", format_spec)):
+            raise ValueError(f"{format_spec:.50} asks for more than {MAX_WIDTH} characters")
+        text: str = super().format_field(value, format_spec)
+        self._length += len(text)
+        if self._length > MAX_PROMPT:
+            raise ValueError(f"the prompt has more than {MAX_PROMPT} characters")
+        return text
 
 
 def load_rows(config: EvalDataConfig, *, setting: str = "data", data: object | None = None) -> PromptRows:

@@ -32,6 +32,13 @@ _NETWORK_ERRORS = {"TransportError", "OfflineModeIsEnabled", "LocalEntryNotFound
 
 def load_table(config: EvalDataConfig, setting: str) -> pa.Table:
     """Load what `config.name` names; `setting` (`data` or `data.eval`) is where it was written."""
+    try:
+        return _load(config, setting)
+    except OSError as error:  # a folder on the way that may not be looked into
+        raise UserError(f"{setting}.name: {config.name} cannot be read: {error.strerror or error}") from error
+
+
+def _load(config: EvalDataConfig, setting: str) -> pa.Table:
     name = config.name
     path = Path(name).expanduser()
     if path.is_dir():

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from grpo_cli.errors import UserError
+from grpo_cli.recipe.raw import is_pipe_or_device
 
 MODEL_FILES = ("config.json", "adapter_config.json")
 """A folder without any of these and without a GGUF file holds no model."""
@@ -65,7 +66,10 @@ def read_chat_template(template: str) -> str:
     if "{" in template:
         return template
     try:
-        return Path(template).expanduser().read_text(encoding="utf-8")
+        path = Path(template).expanduser()
+        if is_pipe_or_device(path):
+            raise UserError(f"model.chat_template: {template} is a pipe or a device, not a file")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         message = f"there is no file {template}; a template itself would have a {{ in it"
         raise UserError(f"model.chat_template: {message}") from error

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from grpo_cli.recipe.contradictions import contradictions
 from grpo_cli.recipe.messages import describe
 from grpo_cli.recipe.overrides import apply_override
-from grpo_cli.recipe.raw import KeyPath, RawRecipe, RecipeError, YamlDumper, key_path, read_yaml
+from grpo_cli.recipe.raw import KeyPath, RawRecipe, RecipeError, YamlDumper, key_path, read_yaml, readable
 from grpo_cli.recipe.schema import Recipe
 
 PLACEHOLDERS: dict[str, Any] = {
@@ -23,6 +23,9 @@ PLACEHOLDERS: dict[str, Any] = {
     "train": {"output_dir": "?", "max_steps": 1},
 }
 """Stand-ins for required values that are missing, so that the rest of a broken recipe is checked as well."""
+
+MAX_PROBLEMS = 100
+"""Problems that one message names. Looking for the right name of ten thousand wrong keys takes a minute."""
 
 
 def load_recipe(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Recipe:
@@ -65,23 +68,34 @@ def validate(raw: RawRecipe) -> Recipe:
     Raises:
         RecipeError: with one line for each problem.
     """
+    order = {place: index for index, place in enumerate(raw.places.values())}
+
+    def position(key: KeyPath) -> int:
+        return order.get(raw.place(key), len(raw.places))
+
     problems: list[tuple[KeyPath, str]] = []
+    count = 0
     recipe: Recipe | None
     try:
         recipe = Recipe.model_validate(raw.values)
     except ValidationError as error:
-        problems = [describe(detail) for detail in error.errors()]
-        recipe = _salvage(raw.values, [key for key, _ in problems])
+        details = sorted(error.errors(include_url=False), key=lambda detail: position(detail["loc"]))
+        count = len(details)
+        problems = [describe(detail) for detail in details[:MAX_PROBLEMS]]
+        recipe = _salvage(raw.values, [key for key, _ in problems]) if count <= MAX_PROBLEMS else None
     if recipe is not None:
         broken = {key for key, _ in problems}
+        around = {key[:end] for key in broken for end in range(len(key))}
         for name, message in contradictions(recipe):
             key = key_path(name)
-            if not any(key[: len(b)] == b[: len(key)] for b in broken):
+            if key not in around and not any(key[:end] in broken for end in range(len(key) + 1)):
                 problems.append((key, f"{name} {message}"))
     if recipe is None or problems:
-        order = {place: index for index, place in enumerate(raw.places.values())}
-        problems.sort(key=lambda problem: order.get(raw.place(problem[0]), len(raw.places)))
-        lines = dict.fromkeys(f"{raw.place(key)}: {message}" for key, message in problems)
+        problems.sort(key=lambda problem: position(problem[0]))
+        lines = list(dict.fromkeys(readable(f"{raw.place(key)}: {message}") for key, message in problems))
+        more = max(count, len(lines)) - MAX_PROBLEMS
+        if more > 0:
+            lines[MAX_PROBLEMS:] = [f"{raw.source}: {more} further problems"]
         raise RecipeError("\n".join(lines))
     return recipe
 

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from grpo_cli.recipe.raw import KeyPath, dotted
+from grpo_cli.recipe.raw import KeyPath, dotted, readable
 from grpo_cli.recipe.schema import Recipe
 
 TYPES = {
@@ -22,6 +22,9 @@ TYPES = {
     "tuple_type": "a list",
 }
 """What pydantic's errors about types ask for."""
+
+MAX_SHOWN = 200
+"""Characters of a wrong value that a message repeats."""
 
 
 def describe(detail: Any) -> tuple[KeyPath, str]:
@@ -43,7 +46,7 @@ def describe(detail: Any) -> tuple[KeyPath, str]:
             return key, f"{name} is missing"
         case "literal_error":
             choices = context["expected"].replace("False", "false").replace("True", "true")  # as YAML writes them
-            return key, f"{name} is {given!r}; it must be one of {choices}"
+            return key, f"{name} is {_shown(given)}; it must be one of {choices}"
         case "model_type":
             return key, f"{name} must be a section with keys of its own, not {_kind(given)}"
         case kind if kind.endswith("_type"):
@@ -55,7 +58,7 @@ def describe(detail: Any) -> tuple[KeyPath, str]:
         case "too_long":
             return key, f"{name} has more than {context['max_length']} entries"
     message = re.sub(r"^(Input|String|List|Value error,)( should)?", "", detail["msg"]).strip()
-    return key, f"{name} is {given!r}; it should {message}"
+    return key, f"{name} is {_shown(given)}; it should {message}"
 
 
 def _choices(key: KeyPath) -> str:
@@ -76,8 +79,18 @@ def _kind(value: Any) -> str:
         case list():
             return "a list"
         case str():
-            return f"the string {value!r}"
-    return repr(value)
+            return f"the string {_shown(value)}"
+    return _shown(value)
+
+
+def _shown(value: Any) -> str:
+    """The value as Python writes it, cut."""
+    if isinstance(value, (str, bytes)):
+        value = value[: MAX_SHOWN + 1]
+    try:
+        return readable(repr(value), MAX_SHOWN)
+    except ValueError:  # Python does not write out a number of more than 4300 digits
+        return "a number of thousands of digits"
 
 
 def _nearest_key(key: KeyPath) -> str | None:

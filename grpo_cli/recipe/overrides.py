@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from grpo_cli.recipe.raw import KeyPath, RawRecipe, RecipeError, YamlLoader, dotted, key_path
+from grpo_cli.recipe.raw import MAX_LEVELS, KeyPath, RawRecipe, RecipeError, dotted, explain, key_path, parse
 
 
 def server_overrides(servers: Sequence[str]) -> list[str]:
@@ -29,10 +29,13 @@ def apply_override(raw: RawRecipe, override: str) -> None:
     key = key_path(name.strip())
     if not separator or "" in key:
         raise RecipeError(f"--set {override}: write --set key.path=value")
+    if len(key) > MAX_LEVELS:
+        raise RecipeError(f"--set {override}: {len(key)} keys inside one another; no setting has that many")
     try:
-        value = yaml.load(text, YamlLoader)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"--set {override}: the value is not valid YAML") from error
+        value, _ = parse(text, lambda line: f"--set {override}")
+    except yaml.YAMLError as error:
+        _, problem = explain(error, text)
+        raise RecipeError(f"--set {override}: the value is not valid YAML: {problem}") from error
     target: Any = raw.values
     created: list[KeyPath] = []
     for position, part in enumerate(key):

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from grpo_cli.recipe.addresses import server_url
 from grpo_cli.recipe.loss_types import LOSS_TYPES, LossType, known_type
+from grpo_cli.recipe.raw import is_pipe_or_device
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.recipe.section import Section
 from grpo_cli.recipe.strategies import StrategyName
@@ -26,6 +27,12 @@ REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
+
+LONGEST_WAIT_S = 1e9
+"""Thirty years. Python's clocks overflow soon after."""
+
+MOST_EPOCHS = 1e9
+"""So many times the rows of any data set is a number of steps that can be counted."""
 
 LONGEST_FILE_NAME = 255
 """Bytes, on the file systems of Linux and macOS."""
@@ -44,9 +51,11 @@ def possible_path(text: str | None) -> str | None:
     if any(len(part.encode(errors="surrogateescape")) > LONGEST_FILE_NAME for part in text.split("/")):
         raise ValueError(f"have at most {LONGEST_FILE_NAME} bytes between two slashes")
     try:
-        Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as error:
         raise ValueError("begin with the home folder of a user of this machine, or have no ~") from error
+    if is_pipe_or_device(path):
+        raise ValueError("name a file or a folder, not a pipe or a device")
     return text
 
 
@@ -139,7 +148,7 @@ class RewardConfig(Section):
     """Factor in the weighted sum."""
     params: dict[str, Any] = {}
     """Keyword arguments: of `__init__` for a class, otherwise bound to the function."""
-    timeout_s: float | None = Field(default=None, gt=0)
+    timeout_s: float | None = Field(default=None, gt=0, le=LONGEST_WAIT_S)
     """Longest time for one call, in seconds; no limit if empty."""
     on_error: Literal["raise", "none"] = "raise"
     """When a call fails: `raise` ends the run, `none` counts its completions as not scored."""
@@ -171,7 +180,7 @@ class ServerConfig(Section):
     """GPUs of the spawned server."""
     api_key_file: str | None = None
     """File with the key of the servers in `urls`, the same as their `--api-key-file`."""
-    timeout_s: float = Field(default=600, gt=0)
+    timeout_s: float = Field(default=600, gt=0, le=LONGEST_WAIT_S)
     """Longest time that a server may be silent or away; then the run ends with a checkpoint."""
 
 
@@ -302,7 +311,7 @@ class TrainConfig(Section):
     """Folder of the run: metrics, completions, checkpoints, final model."""
     max_steps: int | None = Field(default=None, ge=1)
     """Number of steps; a step is one rollout and its optimizer steps. Needed unless `epochs` is set."""
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=MOST_EPOCHS)
     """Passes over the prompts, instead of `max_steps`."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Distinct prompts in one rollout, over all processes."""

@@ -172,6 +172,27 @@ def test_a_chat_needs_a_tokenizer_with_a_chat_template() -> None:
         dataset_of([CHAT], plain)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{% for n in range(10000000) %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_reaches_nothing_but_the_messages(template: str) -> None:
+    with pytest.raises(UserError, match="data: row 1: the chat template fails on the prompt: "):
+        dataset_of([CHAT], make_tokenizer(template))
+
+
+def test_a_template_in_a_message_is_text() -> None:
+    tokenizer = make_tokenizer("{{ messages[0]['content'] }}")
+    rows = dataset_of([{"prompt": [user("{{ 7 * 7 }} {% raise %}")]}], tokenizer)
+    rendered = tokenizer.apply_chat_template(rows.rows.content(0), tokenize=False)
+    assert rendered == "{{ 7 * 7 }} {% raise %}"
+
+
 @pytest.mark.parametrize("limit", [None, 50])
 def test_a_chat_template_that_fails_names_the_row(limit: int | None) -> None:
     refusing = TEMPLATE + "{% if messages[0]['content'] == 'What' %}{{ raise_exception('no What') }}{% endif %}"

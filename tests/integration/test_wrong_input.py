@@ -256,8 +256,12 @@ CASES = [
     whole("tab", RECIPE.replace("  name: tiny", "\tname: tiny"), "recipe.yaml:2: not valid YAML", "'\\t'"),
     whole("colon in a value", RECIPE.replace("tiny", "tiny: x"), "recipe.yaml:2: not valid YAML: mapping values"),
     whole("null character", RECIPE + "loss: \0\n", "recipe.yaml:16: not valid YAML: the character '\\x00'"),
-    whole("YAML within itself", RECIPE + "loss: &a {b: *a}\n", "recipe.yaml: nested too deeply, or an anchor"),
-    whole("YAML nested deeply", RECIPE + f"loss: {'[' * 2000}\n", "recipe.yaml: nested too deeply"),
+    whole("YAML within itself", RECIPE + "loss: &a {b: *a}\n", "recipe.yaml:16: not valid YAML: the anchor &a"),
+    whole(
+        "YAML nested deeply",
+        RECIPE + f"loss: {'[' * 2000}\n",
+        "recipe.yaml:16: not valid YAML: more than 50 lists",
+    ),
     whole(
         "value that its tag does not fit",
         RECIPE + "loss: {beta: !!float x}\n",
