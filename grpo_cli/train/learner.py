@@ -237,8 +237,8 @@ class Learner:
             return
         found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, data.advantages)))
         raise RunError(
-            f"step {data.step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, one "
-            f"more than train.max_skipped_steps ({most}) allows; the weights are those from before. "
+            f"step {data.step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, "
+            f"one more than train.max_skipped_steps ({most}) allows; the weights are those from before. "
             f"Not finite in the last one: {found.described(data.rollout, error)}"
         ) from error
 
