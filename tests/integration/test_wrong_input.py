@@ -839,13 +839,13 @@ CASES = [
         files={"run/recipe.yaml": ""},
     ),
     command(
-        "--resume of a damaged checkpoint",
+        "--resume of damaged checkpoints",
         f"{TRAIN} --resume --set train.save_every=1",
-        "--resume: run/checkpoint-000002 is damaged",
-        "remove it to go on from the checkpoint before it",
+        "--resume: run/checkpoint-000002 is damaged: optimizer.pt has 7 bytes, ",
+        "run/checkpoint-000001 is damaged: model.safetensors is missing. No checkpoint is left to go on from",
         code=1,
         before=f"{TRAIN} --set train.save_every=1",
-        files={"run/checkpoint-000002/optimizer.pt": b"garbage"},
+        files={"run/checkpoint-000002/optimizer.pt": b"garbage", "run/checkpoint-000001/model.safetensors": None},
     ),
     command(
         "unknown tracker",
