@@ -1,4 +1,4 @@
-"""What the manifest of a checkpoint costs: saves with and without its checksums in turns, and the check on a resume.
+"""What a checkpoint's manifest costs: saves with and without checksums in turns, and the check on a resume.
 
     python -m benchmarks.checkpoint [--folder DIR] [--model MODEL] [--repeats 5]
 
@@ -46,9 +46,7 @@ def learner_of(model_name: str) -> Any:
     optimizer.step()
     optimizer.zero_grad()
     scheduler, tokenizer = build_scheduler(optimizer, optim, 10), load_tokenizer(config)
-    return SimpleNamespace(
-        ranks=Ranks(), strategy=strategy, model=model, tokenizer=tokenizer, scheduler=scheduler
-    )
+    return SimpleNamespace(ranks=Ranks(), strategy=strategy, model=model, tokenizer=tokenizer, scheduler=scheduler)
 
 
 def without_checksum(path: Path) -> FileSum:
@@ -63,7 +61,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="on the disk that is meant; the system's temporary one if not given")
+    parser.add_argument(
+        "--folder", type=Path, help="on the disk that is meant; the system's temporary one if not given"
+    )
     parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
@@ -83,7 +83,9 @@ def main() -> None:
         size = sum(file.stat().st_size for file in path.iterdir())
     middle = {kind: statistics.median(values) for kind, values in times.items()}
     print(f"{size / 1e9:.2f} GB; " + ", ".join(f"{kind} {value:.2f} s" for kind, value in middle.items()))
-    print(*(f"{kind}: " + " ".join(f"{value:.2f}" for value in values) for kind, values in times.items()), sep="\n")
+    print(
+        *(f"{kind}: " + " ".join(f"{value:.2f}" for value in values) for kind, values in times.items()), sep="\n"
+    )
     print(Bar("share of a save", middle["with"] / middle["without"] - 1, LARGEST_SHARE, at_most=True))
 
 

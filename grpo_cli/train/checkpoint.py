@@ -79,7 +79,7 @@ def save_checkpoint(
             with writing(partial / "scheduler.pt"):
                 torch.save(learner.scheduler.state_dict(), partial / "scheduler.pt")
             (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
-        # By who has written it: rank 0 could not flush it to a shared disk, and would have to fetch it to add it up.
+        # By who has written it: rank 0 could not flush it to a shared disk, and would have to fetch it first.
         return seal(partial, [part])
 
     final = checkpoint_path(folder, position)

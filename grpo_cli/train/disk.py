@@ -1,4 +1,4 @@
-"""What it means when a disk refuses: each library that writes says it in its own words, or not at all. No torch."""
+"""What it means when a disk refuses: each library says it in its own words, or not at all. No torch."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def sum_of(path: Path) -> FileSum:
     It is read, not mapped into memory, where a disk that fails would end the process with SIGBUS.
     """
     with path.open("rb", buffering=0) as file:
-        digest = hashlib.file_digest(file, xxhash.xxh3_128)  # type: ignore[arg-type]  # hashlib's interface
+        digest = hashlib.file_digest(file, xxhash.xxh3_128)
         return FileSum(file.tell(), digest.hexdigest())
 
 
@@ -90,4 +90,4 @@ def _read_manifest(folder: Path) -> dict[str, FileSum]:
 
 
 def _own_sum(files: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())

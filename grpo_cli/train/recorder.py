@@ -184,7 +184,7 @@ class Recorder:
         self.notify("on_checkpoint")
 
     def _sync_record(self) -> None:
-        """Flush what the steps up to here have left: once their checkpoint is on the disk, they are not run again."""
+        """Flush what the steps up to here have left: after their checkpoint they are not run again."""
         files = [self.folder / "metrics.jsonl"]
         for step in range(self._synced_steps + 1, self.position.step + 1):
             files.append(completions_file(self.folder, step))

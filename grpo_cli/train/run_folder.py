@@ -44,8 +44,8 @@ def folder_of(recipe: Recipe) -> Path:
 def check_run_folder(recipe: Recipe, *, resume: bool, note: Callable[[str], None] = print) -> None:
     """See, before anything is loaded, that the run may have its folder. Nothing is written.
 
-    A run that left neither a checkpoint nor a final model has nothing to continue, and may be started over. `note` is
-    told if another run has to be waited for.
+    A run that left neither a checkpoint nor a final model has nothing to continue, and may be started over.
+    `note` is told if another run has to be waited for.
 
     Raises:
         UserError: the folder is in use, or holds a run and `resume` is not set, or its recipe is another one.
@@ -135,9 +135,10 @@ def whole_checkpoint(folder: Path, ranks: Ranks, note: Callable[[str], None]) ->
                 note(f"{other} is broken ({why}); going on from {path.name}, and {_set_aside(other)}")
         return path
     if broken:
+        damaged = "; ".join(f"{path} is damaged: {why}" for path, why in broken.items())
         raise RunError(
-            f"--resume: {'; '.join(f'{path} is damaged: {why}' for path, why in broken.items())}. No checkpoint is "
-            "left to go on from: put these files back from a copy, or start anew in another train.output_dir"
+            f"--resume: {damaged}. No checkpoint is left to go on from: put these files back from a copy, or start "
+            "anew in another train.output_dir"
         )
     return None
 

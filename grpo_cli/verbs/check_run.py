@@ -33,9 +33,11 @@ def check_run(folder: Path, console: Console) -> None:
         if not path.exists():
             continue  # the run that is going on has newer ones
         broken += [f"{path}: {fault}" for fault in found]
-        table.add_row(f"[bold]{path.name}", f"[red]broken[/]: {escape('; '.join(found))}" if found else _state(path))
+        table.add_row(
+            f"[bold]{path.name}", f"[red]broken[/]: {escape('; '.join(found))}" if found else _state(path)
+        )
     for path in sorted(folder.glob("broken-*")):
-        table.add_row(f"[bold]{path.name}", "set aside by an earlier --resume; remove it if nothing in it is of use")
+        table.add_row(f"[bold]{path.name}", "set aside by an earlier --resume; remove it if it is of no use")
     if not written:
         table.add_row("[bold]checkpoints", "none yet")
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,13 +58,13 @@ def test_a_full_disk_is_known_whoever_writes(small_disk: Path, write: Callable[[
     path = small_disk / "file"
     with pytest.raises(RunError) as caught, explained(small_disk), writing(path):
         write(path)
-    assert str(caught.value).startswith(f"{path}: no space is left on the disk (0.0 MB are free); make room")
+    assert re.match(rf"{path}: no space is left on the disk \(0\.\d MB are free\); make room", str(caught.value))
 
 
 @pytest.mark.parametrize("write", WRITERS)
 def test_a_limit_of_a_file_s_size_is_known_whoever_writes(tmp_path: Path, write: Callable[[Path], None]) -> None:
     path = tmp_path / "file"
-    with pytest.raises(OSError, match="File too large") as caught, writing(path), full_disk(100_000):
+    with pytest.raises(OSError, match="File too large") as caught, full_disk(100_000), writing(path):
         write(path)
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(path)
@@ -71,7 +72,9 @@ def test_a_limit_of_a_file_s_size_is_known_whoever_writes(tmp_path: Path, write:
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_file(small_disk: Path) -> None:
-    with pytest.raises(RunError, match=r"optimizer\.pt: no space is left on the disk \(0\.0 MB are free\); make room"):
+    with pytest.raises(
+        RunError, match=r"optimizer\.pt: no space is left on the disk \(0\.0 MB are free\); make room"
+    ):
         Parts(steps=1).save(small_disk, 1)
     assert names(small_disk) == []
 
@@ -79,8 +82,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_file(small_disk: Path) -> None
 def test_a_row_of_metrics_that_does_not_fit_names_the_file(small_disk: Path) -> None:
     metrics = MetricsFile(small_disk / "metrics.jsonl", 0)
     with pytest.raises(RunError, match=r"metrics\.jsonl: no space is left"), explained(small_disk):
-        for step in range(100):
-            metrics.append({"step": step, "x" * 10_000: 1.0})
+        metrics.append({"step": 1, "x" * 400_000: 1.0})
 
 
 def test_what_torch_does_not_explain_is_a_disk_that_failed_or_was_full(tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_each_reason_is_told_in_plain_words(tmp_path: Path, number: int, expecte
 
 def test_what_is_not_of_the_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), explained(tmp_path / "run"):
-        open(tmp_path / "data.json")
+        (tmp_path / "data.json").read_text()
     with pytest.raises(RunError, match="no space is left"), explained(tmp_path / "run"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/file")
 

@@ -135,7 +135,9 @@ def test_what_had_the_name_before_comes_back_if_the_rename_fails(
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(RunError, match=r"checkpoint-000001 failed.*\.checkpoint-000001\.partial: permission denied"):
+    with pytest.raises(
+        RunError, match=r"checkpoint-000001 failed.*\.checkpoint-000001\.partial: permission denied"
+    ):
         write_whole(folder, write_files, Ranks())
     assert faults(folder) == []
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -33,7 +33,9 @@ def chosen(folder: Path) -> tuple[Path | None, list[str]]:
     return whole_checkpoint(folder, Ranks(), notes.append), notes
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "position.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "position.json", "config.json"]
+)
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "missing"])
 def test_the_one_before_a_broken_checkpoint_is_used(tmp_path: Path, name: str, damage: str) -> None:
     _, second, third = three_checkpoints(tmp_path)
@@ -109,7 +111,9 @@ def test_a_folder_that_was_being_replaced_gets_its_name_back(tiny_recipe: dict[s
     assert contents(folder / "final") == {"config.json": b"{}"}
 
 
-def test_a_run_with_a_broken_checkpoint_ends_with_the_same_bytes(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_with_a_broken_checkpoint_ends_with_the_same_bytes(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
     tiny_recipe["train"] |= {"max_steps": 4, "save_every": 1, "output_dir": str(tmp_path / "whole")}
     whole = grpo_cli.train(tiny_recipe, console=Console(file=io.StringIO())).output_dir
     shutil.copytree(whole, tmp_path / "damaged")

@@ -38,6 +38,7 @@ except Exception as error:
 else:
     if sys.argv[2:] == ["and fork"] and os.fork() == 0:
         print(os.getpid(), flush=True)
+        os.close(1)
     else:
         print("held", flush=True)
     time.sleep(100)
@@ -176,7 +177,7 @@ def test_a_file_system_without_locks_is_noted(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.slow
-def test_a_run_that_is_going_on_is_not_resumed_by_a_second_one(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_that_is_going_on_is_not_resumed(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
     tiny_recipe["train"] |= {"max_steps": 5000, "save_every": 2}
     path, run = tmp_path / "recipe.yaml", tmp_path / "run"
     path.write_text(yaml.safe_dump(tiny_recipe))

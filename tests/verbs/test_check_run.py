@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,8 @@ def run(tmp_path: Path) -> Path:
 def rows_of(run: Path, *, broken: str = "") -> dict[str, str]:
     """What is printed, by its first word; `broken` is looked for in the error, if there is to be one."""
     console = Console(width=300, record=True)
-    try:
+    with pytest.raises(UserError, match=re.escape(broken)) if broken else nullcontext():
         check_run(run, console)
-    except UserError as error:
-        assert broken
-        assert broken in str(error)
-    else:
-        assert not broken
     lines = [line.split(maxsplit=1) for line in console.export_text().splitlines()]
     return {line[0]: line[1].strip() for line in lines}
 
