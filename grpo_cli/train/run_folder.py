@@ -137,8 +137,8 @@ def whole_checkpoint(folder: Path, ranks: Ranks, note: Callable[[str], None]) ->
     if broken:
         damaged = "; ".join(f"{path} is damaged: {why}" for path, why in broken.items())
         raise RunError(
-            f"--resume: {damaged}. No checkpoint is left to go on from: put these files back from a copy, or start "
-            "anew in another train.output_dir"
+            f"--resume: {damaged}. No checkpoint is left to go on from: put these files back from a copy, or "
+            "start anew in another train.output_dir"
         )
     return None
 

@@ -1,9 +1,9 @@
 """The lock on a run's folder: one run at a time writes there. No torch.
 
-It is a POSIX record lock. The kernel releases it however the process ends; children do not inherit it, so none of
-them keeps it after the run has died; and NFS takes it to the server, where it holds between machines. Its weakness is
-that closing any descriptor of the file gives it up, which a callback that copies the folder would do: so it is taken
-again before each checkpoint.
+It is a POSIX record lock. The kernel releases it however the process ends. Children do not inherit it, so none of
+them keeps it after the run has died. NFS takes it to the server, where it holds between machines. Its weakness is
+that closing any descriptor of the file gives it up, which a callback that copies the folder would do: so the lock is
+taken again before each checkpoint.
 """
 
 from __future__ import annotations
