@@ -2,8 +2,8 @@
 
 It is a POSIX record lock. The kernel releases it however the process ends. Children do not inherit it, so none of
 them keeps it after the run has died. NFS takes it to the server, where it holds between machines. Its weakness is
-that closing any descriptor of the file gives it up, which a callback that copies the folder would do: so the lock is
-taken again before each checkpoint.
+that closing any descriptor of the file gives it up, which a callback that copies the folder would do: so the lock
+is taken again before each checkpoint.
 """
 
 from __future__ import annotations

@@ -18,8 +18,15 @@ def check_run(folder: Path, console: Console) -> None:
     """Read every file that a manifest lists, and print a row for each checkpoint and for `final/`.
 
     Raises:
-        UserError: it is not a run's folder, or one of them is broken.
+        UserError: it is not a run's folder, it cannot be read, or one of them is broken.
     """
+    try:
+        _check_run(folder, console)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read: {error.strerror}") from error
+
+
+def _check_run(folder: Path, console: Console) -> None:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is not the folder of a run: there is no recipe.yaml in it")
     table = Table(show_header=False, box=None)

@@ -8,6 +8,7 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +16,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import grpo_cli
 from grpo_cli.errors import RunError
 from grpo_cli.train.disk import explained, sentence, writing
+from grpo_cli.train.manifest import faults
 from grpo_cli.train.metrics import MetricsFile
 from grpo_cli.train.whole_files import write_text
-from tests.train.test_checkpoint import Parts, full_disk, names
+from tests.train.test_checkpoint import Parts, contents, full_disk, names
+from tests.train.test_loop import numbers
 
 
 def write_torch(path: Path) -> None:
@@ -69,6 +73,26 @@ def test_a_limit_of_a_file_s_size_is_known_whoever_writes(tmp_path: Path, write:
     assert caught.value.errno == errno.EFBIG
     assert caught.value.filename == str(path)
     assert not list(tmp_path.glob(".probe*"))
+
+
+def test_a_run_that_filled_its_disk_goes_on_once_there_is_room(
+    tiny_recipe: dict[str, Any], small_disk: Path, tmp_path: Path
+) -> None:
+    tiny_recipe["train"] |= {"max_steps": 3, "save_every": 1, "output_dir": str(tmp_path / "whole")}
+    tiny_recipe["logging"] = {"trackers": ["tensorboard"]}
+    whole = grpo_cli.train(tiny_recipe).output_dir
+    run = small_disk / "run"
+    tiny_recipe["train"]["output_dir"] = str(run)
+    for size in ("100k", "900k"):
+        subprocess.run(["mount", "-o", f"remount,size={size}", small_disk], check=True)
+        with pytest.raises(RunError, match=rf"{run}/.*: no space is left on the disk .*; make room"):
+            grpo_cli.train(tiny_recipe, resume=True)
+    assert faults(run / "checkpoint-000001") == []
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    grpo_cli.train(tiny_recipe, resume=True)
+    for name in ("checkpoint-000003", "final"):
+        assert contents(run / name) == contents(whole / name)
+    assert numbers(run / "metrics.jsonl") == numbers(whole / "metrics.jsonl")
 
 
 def test_a_checkpoint_that_does_not_fit_names_the_file(small_disk: Path) -> None:
