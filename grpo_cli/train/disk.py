@@ -57,11 +57,10 @@ def explained(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = _place(error, folder)
-        is_ours = place.absolute().is_relative_to(folder.absolute())
+        is_ours = _place(error, Path(os.sep)).absolute().is_relative_to(folder.absolute())
         if not (error.errno in WORDS and is_ours) and error.errno not in FULL:
             raise
-        raise RunError(f"{sentence(error, place)}, then --resume") from error
+        raise RunError(f"{sentence(error, folder)}, then --resume") from error
 
 
 def sentence(error: BaseException, place: Path) -> str:

@@ -46,6 +46,8 @@ class RunLock:
 
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         self.folder = folder
+        started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        self._who = f"host {socket.gethostname()}, process {os.getpid()}, since {started}\n"
         self._descriptor = self._open()
         deadline = time.monotonic() + LAST_BREATH_S
         try:
@@ -53,8 +55,7 @@ class RunLock:
                 if time.monotonic() > deadline:
                     raise in_use(folder)
                 time.sleep(0.1)
-            started = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            self._write(f"host {socket.gethostname()}, process {os.getpid()}, since {started}\n")
+            self._write(self._who)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -76,6 +77,8 @@ class RunLock:
             self._descriptor = opened
         if not self._lock(lambda _: None):
             raise RunError(f"{in_use(self.folder)} This run ends, so that the two do not mix")
+        if not is_same:
+            self._write(self._who)
 
     def close(self) -> None:
         """Give the folder up; the lock file stays, since removing it would race with the next run."""

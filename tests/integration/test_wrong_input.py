@@ -281,7 +281,12 @@ CASES = [
         "train recipes.yaml",
         "recipes.yaml: cannot read the recipe: No such file or directory",
     ),
-    command("recipe that is a folder", "check tiny", "tiny: cannot read the recipe: Is a directory"),
+    command("recipe that is a folder", "train tiny", "tiny: cannot read the recipe: Is a directory"),
+    command(
+        "folder that is no run's",
+        "check tiny",
+        "tiny is not the folder of a run: there is no recipe.yaml in it",
+    ),
     # --set
     command(
         "--set without a value",

@@ -144,6 +144,8 @@ def test_each_reason_is_told_in_plain_words(tmp_path: Path, number: int, expecte
 def test_what_is_not_of_the_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), explained(tmp_path / "run"):
         (tmp_path / "data.json").read_text()
+    with pytest.raises(PermissionError), explained(tmp_path / "run"):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))  # as of a process that may not be stopped
     with pytest.raises(RunError, match="no space is left"), explained(tmp_path / "run"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/elsewhere/file")
 
