@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_a_run_that_is_going_on_is_not_resumed(tiny_recipe: dict[str, Any], tmp_
     first = Command("train", path)
     try:
         while first.poll() is None and not (run / "checkpoint-000002").exists():
-            pass
+            time.sleep(0.05)
         for options in ((), ("--resume",)):
             second = Command("train", path, *options)
             output, _ = second.communicate(timeout=120)
