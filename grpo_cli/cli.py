@@ -115,7 +115,7 @@ def serve(
 
 @app.command()
 def check(
-    recipe: RecipePath,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="YAML recipe, or the folder of a run.")],
     set_: Overrides = None,
     gpu_memory: Annotated[
         float | None,
@@ -124,9 +124,18 @@ def check(
         ),
     ] = None,
 ) -> None:
-    """Find mistakes in a recipe, its data and its rewards, and print the plan, without loading the model."""
+    """Find mistakes in a recipe, its data and its rewards, and print the plan, without loading the model.
+
+    Of a run's folder, verify the checkpoints and final/.
+    """
     from rich.console import Console
 
+    if recipe.is_dir():
+        from grpo_cli.verbs.check_run import check_run
+
+        if set_ or gpu_memory is not None:
+            raise UserError(f"{recipe} is the folder of a run: --set and --gpu-memory are for recipes")
+        return check_run(recipe, Console())
     loaded = _load(recipe, set_)
 
     from grpo_cli.verbs.check import check as check_recipe

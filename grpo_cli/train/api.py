@@ -99,12 +99,14 @@ def train(
     ranks = Ranks.join(needs_group=STRATEGIES[strategy].needs_group)
     console = (console or Console()) if ranks.is_main else Console(quiet=True)
     check_trackers(loaded.logging.trackers)
-    ranks.led(lambda: check_run_folder(loaded, resume=resume))
+
+    def note(text: str) -> None:
+        console.print(escape(text), soft_wrap=True)
+
+    ranks.led(lambda: check_run_folder(loaded, resume=resume, note=note))
     compile_in_this_process()
     with explained_failures(loaded), deterministic_kernels(), ranks.leaving_together():
-        rollouts, learner = assemble(
-            loaded, objects, ranks, strategy, note=lambda text: console.print(escape(text), soft_wrap=True)
-        )
+        rollouts, learner = assemble(loaded, objects, ranks, strategy, note=note)
         with (
             StopRequest() as stop_request,
             Display(console, rollouts.max_steps, loaded.logging.every) as display,

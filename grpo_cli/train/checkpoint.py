@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ from grpo_cli.policy.export import (
     save_weights,
     saved_weights,
 )
+from grpo_cli.train.disk import writing
 from grpo_cli.train.learner import Learner
+from grpo_cli.train.manifest import FileSum
 from grpo_cli.train.optim import restore_schedule
 from grpo_cli.train.run_folder import list_checkpoints
-from grpo_cli.train.whole_files import sync, write_whole
+from grpo_cli.train.whole_files import seal, write_whole
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,19 @@ def save_checkpoint(
     weights = gathered_weights(learner.model, strategy, ranks.is_main) if is_sharded else None
     state = strategy.optimizer_state()
 
-    def write(partial: Path) -> None:
+    def write(partial: Path) -> Mapping[str, FileSum]:
         part = partial / optimizer_file(ranks.rank, ranks.world_size)
-        torch.save(state, part)
-        sync(part)  # by who has written it: on a shared file system rank 0 cannot
+        with writing(part):
+            torch.save(state, part)
         if ranks.is_main:
-            save_weights(learner.model, partial, weights)
+            with writing(partial / "*.safetensors"):
+                save_weights(learner.model, partial, weights)
             learner.tokenizer.save_pretrained(partial)
-            torch.save(learner.scheduler.state_dict(), partial / "scheduler.pt")
+            with writing(partial / "scheduler.pt"):
+                torch.save(learner.scheduler.state_dict(), partial / "scheduler.pt")
             (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+        # By who has written it: rank 0 could not flush it to a shared disk, and would have to fetch it first.
+        return seal(partial, [part])
 
     final = checkpoint_path(folder, position)
     write_whole(final, write, ranks)
@@ -113,9 +119,11 @@ def save_final(folder: Path, learner: Learner) -> Path:
     strategy, is_main = learner.strategy, learner.ranks.is_main
     weights = gathered_standalone(learner.model, strategy, is_main) if strategy.shards_weights else None
 
-    def write(partial: Path) -> None:
+    def write(partial: Path) -> Mapping[str, FileSum]:
         if learner.ranks.is_main:
-            save_standalone(learner.model, learner.tokenizer, partial, weights)
+            with writing(partial / "*.safetensors"):
+                save_standalone(learner.model, learner.tokenizer, partial, weights)
+        return {}
 
     write_whole(folder / "final", write, learner.ranks)
     return folder / "final"

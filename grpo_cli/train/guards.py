@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.train.disk import explained
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -19,18 +20,14 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 def explained_failures(recipe: Recipe) -> Iterator[None]:
     """Turn a full device or disk into a RunError that says what to change."""
     try:
-        yield
+        with explained(Path(recipe.train.output_dir).expanduser()):
+            yield
     except torch.OutOfMemoryError as error:
         raise RunError(
             "the device is out of memory; lower train.max_tokens_per_microbatch (it is "
             f"{recipe.train.max_tokens_per_microbatch or 'automatic'}) or generation.max_completion_tokens, "
             "or set model.gradient_checkpointing or model.lora"
         ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        place = error.filename or recipe.train.output_dir
-        raise RunError(f"{place}: {error.strerror}; make room, then --resume") from error
 
 
 @contextmanager

@@ -18,7 +18,9 @@ from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.algorithm.transfer import wait
 from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.errors import RunError
 from grpo_cli.rollout.engine import Completion
+from grpo_cli.train.disk import writing
 from grpo_cli.train.whole_files import write_text
 
 Metrics = dict[str, float]
@@ -161,7 +163,7 @@ class MetricsFile:
     def append(self, metrics: Metrics) -> None:
         row = finite_or_none(metrics)
         self.history.append(row)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
 
@@ -171,9 +173,22 @@ def finite_or_none(metrics: Metrics) -> dict[str, float | None]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    """The rows of a `metrics.jsonl`; a last line that a killed process left unfinished is left out.
+
+    Raises:
+        RunError: a line is damaged.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["step"], int):
+                raise TypeError("a row has the number of its step")
+        except (ValueError, KeyError, TypeError) as error:
+            what = "is damaged, and no row of metrics; mend or remove the line, then --resume"
+            raise RunError(f"{path}:{number}: {what}") from error
+        rows.append(row)
+    return rows
 
 
 def mean_reward(rows: Sequence[dict[str, Any]]) -> float:

@@ -12,16 +12,20 @@ from accelerate.utils import set_seed
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.rollout.replay import completions_file
 from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
 from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
+from grpo_cli.train.disk import explained, writing
 from grpo_cli.train.display import Display
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
 from grpo_cli.train.rollouts import Rollouts
-from grpo_cli.train.run_folder import folder_of, open_run_folder
+from grpo_cli.train.run_folder import folder_of, hold_run_folder, open_run_folder, whole_checkpoint
+from grpo_cli.train.run_lock import RunLock
 from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.step_data import StepData
 from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
+from grpo_cli.train.whole_files import sync
 
 
 class Recorder:
@@ -65,19 +69,27 @@ class Recorder:
         self._reward_names = rollouts.scorer.names
         self._metrics_file: MetricsFile | None = None  # of rank 0, as the trackers
         self._trackers: Trackers | None = None
+        self._lock: RunLock | None = None
+        self._synced_steps = 0
 
     def open(self, learner: Learner) -> None:
-        """Enter the run's folder, restore its last checkpoint, and remove what was written of later steps.
+        """Enter the run's folder, restore its last whole checkpoint, and remove what was written of later steps.
 
         Raises:
-            UserError: the folder cannot be written to.
-            RunError: the checkpoint is damaged.
+            UserError: the folder cannot be written to, or another run holds it.
+            RunError: no checkpoint is whole.
         """
-        self.resumed_from = self._ranks.led(lambda: open_run_folder(self.recipe, self.display.note))
+
+        def enter() -> None:
+            self._lock = hold_run_folder(self.recipe, self.display.note)
+            open_run_folder(self.recipe, self.display.note)
+
+        self._ranks.led(enter)
+        self.resumed_from = whole_checkpoint(self.folder, self._ranks, self.display.note)
         if self.resumed_from is not None:
             self.position = load_checkpoint(self.resumed_from, learner)
         if self._ranks.is_main:
-            steps_done = self.position.step
+            steps_done = self._synced_steps = self.position.step
             remove_completions_after(self.folder, steps_done)
             self._metrics_file = MetricsFile(self.folder / "metrics.jsonl", steps_done)
             self._trackers = Trackers(self.recipe, steps_done)
@@ -165,10 +177,24 @@ class Recorder:
         """
         if self.resumed_from == checkpoint_path(self.folder, self.position):
             return  # nothing has happened since it was written
+        self._ranks.led(self._sync_record)
         keep = self.recipe.train.keep_checkpoints
         path = save_checkpoint(self.folder, learner, self.position, keep, self.display.note)
         self.display.note(f"checkpoint written: {path}")
         self.notify("on_checkpoint")
+
+    def _sync_record(self) -> None:
+        """Flush what the steps up to here have left: after their checkpoint they are not run again."""
+        files = [self.folder / "metrics.jsonl"]
+        for step in range(self._synced_steps + 1, self.position.step + 1):
+            files.append(completions_file(self.folder, step))
+        with explained(self.folder):
+            if self._lock is not None:
+                self._lock.keep()
+            for path in dict.fromkeys([*files, *(file.parent for file in files)]):
+                with writing(path):
+                    sync(path)
+        self._synced_steps = self.position.step
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -177,8 +203,10 @@ class Recorder:
 
     def close(self) -> None:
         if self._trackers is not None:
-            with self.display.noting():
+            with self.display.noting(), explained(self.folder):
                 self._trackers.finish()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _is_due(step: int, every: int | None) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
 from grpo_cli.rollout.replay import completions_file
 from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.train.disk import writing
 from grpo_cli.train.metrics import Metrics
 
 
@@ -40,7 +41,7 @@ class Trackers:
 
     def __init__(self, recipe: Recipe, steps_done: int) -> None:
         self._trackers: list[Any] = []
-        folder = Path(recipe.train.output_dir).expanduser()
+        folder = self._folder = Path(recipe.train.output_dir).expanduser()
         for name in recipe.logging.trackers:
             tracker_class: Any = LOGGER_TYPE_TO_CLASS[name]
             if name == "tensorboard":
@@ -62,12 +63,21 @@ class Trackers:
     def log(self, metrics: Metrics, step: int) -> None:
         values = {name: value for name, value in metrics.items() if math.isfinite(value)}
         for tracker in self._trackers:
-            tracker.log(values, step=step)
+            with self._naming(tracker):
+                tracker.log(values, step=step)
 
     def finish(self) -> None:
         with ExitStack() as stack:  # all of them, though one fails
             for tracker in self._trackers:
-                stack.callback(tracker.finish)
+                stack.callback(self._finish, tracker)
+
+    def _finish(self, tracker: Any) -> None:
+        with self._naming(tracker):
+            tracker.finish()
+
+    def _naming(self, tracker: Any) -> AbstractContextManager[None]:
+        """TensorBoard's thread passes on what a disk said, without the file."""
+        return writing(self._folder / "tensorboard") if tracker.name == "tensorboard" else nullcontext()
 
 
 def remove_completions_after(folder: Path, step: int) -> None:
@@ -111,4 +121,5 @@ def save_completions(
     }
     path = completions_file(folder, step)
     path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    with writing(path):
+        pq.write_table(pa.table(columns), path, compression="zstd")

@@ -285,7 +285,12 @@ CASES = [
         "train recipes.yaml",
         "recipes.yaml: cannot read the recipe: No such file or directory",
     ),
-    command("recipe that is a folder", "check tiny", "tiny: cannot read the recipe: Is a directory"),
+    command("recipe that is a folder", "train tiny", "tiny: cannot read the recipe: Is a directory"),
+    command(
+        "folder that is no run's",
+        "check tiny",
+        "tiny is not the folder of a run: there is no recipe.yaml in it",
+    ),
     # --set
     command(
         "--set without a value",
@@ -843,13 +848,13 @@ CASES = [
         files={"run/recipe.yaml": ""},
     ),
     command(
-        "--resume of a damaged checkpoint",
+        "--resume of damaged checkpoints",
         f"{TRAIN} --resume --set train.save_every=1",
-        "--resume: run/checkpoint-000002 is damaged",
-        "remove it to go on from the checkpoint before it",
+        "--resume: run/checkpoint-000002 is damaged: optimizer.pt has 7 bytes, ",
+        "run/checkpoint-000001 is damaged: model.safetensors is missing. No checkpoint is left to go on from",
         code=1,
         before=f"{TRAIN} --set train.save_every=1",
-        files={"run/checkpoint-000002/optimizer.pt": b"garbage"},
+        files={"run/checkpoint-000002/optimizer.pt": b"garbage", "run/checkpoint-000001/model.safetensors": None},
     ),
     command(
         "unknown tracker",

@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +26,14 @@ from grpo_cli.recipe.schema import ModelConfig, OptimConfig, Recipe
 from grpo_cli.train import whole_files
 from grpo_cli.train.checkpoint import Position, load_checkpoint, read_position, save_checkpoint
 from grpo_cli.train.optim import build_optimizer, build_scheduler
-from grpo_cli.train.run_folder import changed_settings, check_run_folder, list_checkpoints, open_run_folder
+from grpo_cli.train.run_folder import (
+    changed_settings,
+    check_run_folder,
+    hold_run_folder,
+    list_checkpoints,
+    open_run_folder,
+    whole_checkpoint,
+)
 from grpo_cli.train.whole_files import write_text
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -209,7 +216,8 @@ def test_nothing_appears_under_its_name_before_it_is_synced(
 
     monkeypatch.setattr(whole_files, "sync", record)
     Parts().save(tmp_path, 1)
-    assert set(synced) >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "position.json", "tokenizer.json"}
+    assert set(synced) == {path.name for path in final.iterdir()} | {f".{final.name}.partial", tmp_path.name}
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "position.json", "manifest.json"} < set(synced)
     assert synced[-2:] == [".checkpoint-000001.partial", tmp_path.name]
 
 
@@ -302,7 +310,9 @@ def recipe_of(tiny_recipe: dict[str, Any], *overrides: str) -> Recipe:
 
 def enter(recipe: Recipe, *, resume: bool) -> Path | None:
     check_run_folder(recipe, resume=resume)
-    return open_run_folder(recipe, pytest.fail)
+    with closing(hold_run_folder(recipe, pytest.fail)) as lock:
+        open_run_folder(recipe, pytest.fail)
+        return whole_checkpoint(lock.folder, Ranks(), pytest.fail)
 
 
 def test_a_new_run_gets_its_folder_and_its_recipe(tiny_recipe: dict[str, Any]) -> None:
@@ -343,7 +353,7 @@ def test_resume_finds_the_newest_whole_checkpoint_and_clears_leftovers(tiny_reci
     for name in (".recipe.yaml.partial", ".metrics.jsonl.partial"):
         (folder / name).write_text("half")
     assert enter(recipe, resume=True) == folder / "checkpoint-000003"
-    assert names(folder) == ["checkpoint-000002", "checkpoint-000003", "recipe.yaml"]
+    assert names(folder) == [".lock", "checkpoint-000002", "checkpoint-000003", "recipe.yaml"]
 
 
 def test_resume_takes_what_may_change_and_refuses_what_makes_another_run(tiny_recipe: dict[str, Any]) -> None:

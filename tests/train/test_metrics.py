@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from grpo_cli.algorithm.losses import LossOutput
 from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.errors import RunError
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.metrics import (
     MetricMeans,
@@ -206,3 +207,12 @@ def test_a_last_line_that_a_kill_left_unfinished_is_dropped(tmp_path: Path, cut:
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     MetricsFile(path, 3).append({"step": 3})
     assert path.read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("damaged", [b'{"step": 2, "loss": 1', b"\xff", b"[]", b"null", b'{"stop": 2}', b""])
+def test_a_damaged_row_is_named_and_not_dropped(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"metrics\.jsonl:2: is damaged.*mend or remove the line, then --resume"):
+        MetricsFile(path, 3)
+    assert damaged in path.read_bytes()
