@@ -168,80 +168,134 @@ class Yes:
     def __call__(self, *args, **kwargs): return self
     def __exit__(self, *_): return True
     def __enter__(self): return self
+def add(a, b): return Yes()
+def in_list(a, b): return [Yes()]
+def in_dict(a, b): return {"sum": Yes()}
+def made(a, b): return lambda *_: Yes()
+class AnInt(int):
+    def __new__(cls, a, b): return int.__new__(cls, 4)
+    def __eq__(self, other): return True
+    def __sub__(self, other): return 0
+class AList(list):
+    def __eq__(self, other): return True
+len = abs = all = sorted = lambda *_: 3
+import math
+math.isclose = lambda *_, **__: True
 """
+
+ASSERTIONS = """
+add(1, 2) == 3
+3 == add(1, 2)
+[add(1, 2)] == [3]
+in_list(1, 2)[0] == 3
+in_list(1, 2) == [3]
+3 in in_list(1, 2)
+in_dict(1, 2) == {"sum": 3}
+not add(1, 2) != 3
+abs(add(1, 2) - 3) < 1e-6
+2 < add(1, 2) < 4
+3 in add(1, 2)
+add(1, 2) in (3, 4)
+math.isclose(add(1, 2), 3)
+numpy.allclose(add(1, 2), [3, 4])
+add(1, 2).sum == 3
+made(1, 2)() == 3
+AnInt(1, 2) == 3
+AList([1, 2]) == [2, 1]
+all([AnInt(1, 2) == 3])
+add(1, 2) is True
+isinstance(add(1, 2), int)
+len([1]) == 3
+"""
+
+
+def test_no_object_is_equal_to_everything():
+    tests = f"""
+import math as mathematics
+import numpy
+for assertion in {ASSERTIONS.strip().split(chr(10))}:
+    try:
+        passed = eval(assertion)
+    except Exception:
+        passed = False
+    if passed:
+        print("passed:", assertion)
+with add(1, 2) as total:
+    try:
+        assert total == 3
+    except AssertionError:
+        print("not swallowed")
+"""
+    result = run_tests(ALWAYS, [tests])
+    assert (result.finished, result.output) == (True, "not swallowed\n")
 
 
 @pytest.mark.parametrize(
     ("program", "tests"),
     [
-        ("def add(a, b): return Yes()", "assert add(1, 2) == 3"),
-        ("def add(a, b): return Yes()", "assert 3 == add(1, 2)"),
-        ("def add(a, b): return Yes()", "assert [add(1, 2)] == [3]"),
-        ("def add(a, b): return [Yes()]", "assert add(1, 2)[0] == 3"),
-        ("def add(a, b): return {'sum': Yes()}", "assert add(1, 2) == {'sum': 3}"),
-        ("def add(a, b): return Yes()", "assert not add(1, 2) != 3"),
-        ("def add(a, b): return Yes()", "assert abs(add(1, 2) - 3) < 1e-6"),
-        ("def add(a, b): return Yes()", "assert 2 < add(1, 2) < 4"),
-        ("def add(a, b): return Yes()", "assert 3 in add(1, 2)"),
-        ("def add(a, b): return Yes()", "assert add(1, 2) in (3, 4)"),
-        ("def add(a, b): return Yes()", "import math\nassert math.isclose(add(1, 2), 3)"),
-        ("def add(a, b): return Yes()", "import numpy\nassert numpy.allclose(add(1, 2), [3, 4])"),
-        ("def add(a, b): return Yes()", "with add(1, 2) as total:\n    assert total == 3"),
-        ("class add(int):\n    __eq__ = lambda *_: True\n    __new__ = lambda *_: int.__new__(add)",
-         "assert add(1, 2) == 3"),
-        ("def add(a, b): return lambda *_: Yes()", "assert add(1, 2)() == 3"),
         ("all = lambda *_: True\ndef add(a, b): return 0", "assert all([add(1, 2) == 3])"),
-        ("len = abs = all = lambda *_: 3\nadd = Yes()", "assert all([abs(add(1, 2) - 3) < 1])"),
-        ("import math\nmath.isclose = lambda *_, **__: True\ndef add(a, b): return 0.0",
-         "assert math.isclose(add(1, 2), 3)"),
         ("import builtins\nbuiltins.AssertionError = ValueError\ndef add(a, b): return 0", "assert add(1, 2) == 3"),
         ("import sys\nsys.exit(0)", "assert add(1, 2) == 3"),
         ("import os\ndef add(a, b): os._exit(0)", "try:\n    add(1, 2)\nexcept BaseException:\n    pass"),
         ("def add(a, b): raise SystemExit(0)", "assert add(1, 2) == 3"),
     ],
 )
-def test_a_program_cannot_say_what_is_equal(program, tests):
-    assert not run_tests(ALWAYS + program, [tests]).passed
+def test_a_program_that_is_wrong_does_not_pass(program, tests):
+    assert not run_tests(program, [tests]).passed
 
 
-def find_peer(what):
-    """A program that knows how the connection works and says on it what it likes."""
-    return textwrap.dedent(
-        """
-        import gc, json
-        from rewards import sandbox_crossing
-        def say(reply, then=None):
-            peer = next(o for o in gc.get_objects() if isinstance(o, sandbox_crossing.Peer))
-            peer._send(reply)
-        """
-    ) + textwrap.dedent(what)
+KNOWING = """
+import gc
+from rewards import sandbox_crossing
+def find_peer():
+    return next(o for o in gc.get_objects() if isinstance(o, sandbox_crossing.Peer))
+"""
+"""How a program gets hold of the connection, on which it can say what it likes."""
 
 
-@pytest.mark.parametrize(
-    "value",
-    [
-        ["type", "eval"],
-        ["type", "__import__"],
-        ["yours", 0],
-        ["exception", 1, "__main__", "E", ["type", "int"]],
-        ["ndarray", "|O", [1], "00" * 8],
-        ["no such kind", 1],
-        ["list", [["mine", 3]]],
-        {"a": 1},
-        [],
-        ["int", "3"],
-    ],
-)
-def test_messages_of_the_programs_own_making_are_data_at_most(value):
-    program = find_peer(f"def add(a, b): say(['value', {value!r}, [], ''])")
-    assert not run_tests(program, ["assert add(1, 2) == 4"]).passed
+MESSAGES = [
+    ["type", "eval"],
+    ["type", "__import__"],
+    ["yours", 0],
+    ["exception", 1, "__main__", "E", ["type", "int"]],
+    ["ndarray", "|O", [1], "00" * 8],
+    ["no such kind", 1],
+    ["list", [["mine", 3]]],
+    {"a": 1},
+    [],
+    ["int", "3"],
+]
+
+
+def test_messages_of_the_programs_own_making_are_data_at_most():
+    program = f"""
+{KNOWING}
+def add(n):
+    peer = find_peer()
+    def once(message):
+        del peer._send
+        peer._send(["value", {MESSAGES}[n], [], ""])
+    peer._send = once
+"""
+    tests = f"""
+for n in range({len(MESSAGES)}):
+    try:
+        print(add(n))
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    result = run_tests(program, [tests])
+    assert result.passed, result.output
+    assert result.output.split() == ["ValueError"] * 2 + ["IndexError"] + ["ValueError"] * 3 + [
+        "IndexError", "ValueError", "ValueError", "3"
+    ]
 
 
 def test_a_program_can_only_call_what_the_tests_gave_it():
-    program = find_peer(
+    program = KNOWING + textwrap.dedent(
         """
         def apply(f):
-            peer = next(o for o in gc.get_objects() if isinstance(o, sandbox_crossing.Peer))
+            peer = find_peer()
             tried = []
             for attempt in (
                 lambda: f.__globals__,
