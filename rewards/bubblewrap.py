@@ -89,8 +89,8 @@ def _way(executable: str, *, drops_root: bool) -> Bubblewrap:
             command += ["--ro-bind-try", folder, folder]
     # Those that bubblewrap makes on the way are for root alone.
     above = {folder for path in [*_SYSTEM_FILES, *_python_folders(), SCRIPTS] for folder in Path(path).parents}
-    for folder in sorted({*above, Path(SCRIPTS)} - {Path("/")}):
-        command += ["--perms", "0755", "--dir", str(folder)]
+    for passed in sorted({*above, Path(SCRIPTS)} - {Path("/")}):
+        command += ["--perms", "0755", "--dir", str(passed)]
     for path in [*_SYSTEM_FILES, *_python_folders()]:
         command += ["--ro-bind-try", path, path]
     here = Path(__file__).resolve().parent

@@ -125,9 +125,9 @@ class Peer:
         if id(value) in self._stand_ins:
             return ["yours", self._stand_ins[id(value)]]
         numpy: Any = sys.modules.get("numpy")
-        if isinstance(value, getattr(numpy, "generic", ())):
+        if numpy is not None and isinstance(value, numpy.generic):
             return self.encode(value.item())
-        if kind is getattr(numpy, "ndarray", None) and value.dtype.kind in "biufcSU":
+        if numpy is not None and kind is numpy.ndarray and value.dtype.kind in "biufcSU":
             return ["ndarray", value.dtype.str, list(value.shape), value.tobytes().hex()]
         return (self._encode_type(value) if isinstance(value, type) else None) or self._encode_lent(value)
 

@@ -18,13 +18,41 @@ class Connection(Protocol):
     def ask(self, name: str, /, *args: Any, **keywords: Any) -> Any: ...
 
 
-_PLAIN_KINDS = (int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, deque, Decimal)
+_PLAIN_KINDS: tuple[Any, ...] = (
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    bytearray,
+    list,
+    tuple,
+    dict,
+    set,
+    frozenset,
+    deque,
+    Decimal,
+)
 
 _SHOWN = ("__name__", "__qualname__", "__doc__", "__enter__", "__exit__")
 
-_BINARY = "add sub mul truediv floordiv mod pow matmul and_ or_ xor lshift rshift".split()
-_UNARY = "neg pos abs invert".split()
-_ORDER = "lt le gt ge".split()
+_BINARY = [
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and_",
+    "or_",
+    "xor",
+    "lshift",
+    "rshift",
+]
+_UNARY = ["neg", "pos", "abs", "invert"]
+_ORDER = ["lt", "le", "gt", "ge"]
 
 
 def plain(value: Any) -> Any:
@@ -51,7 +79,10 @@ PROGRAM_OPERATIONS: dict[str, Callable[..., Any]] = {
     "call": call,
     "plain": plain,
     "run": _run,
-    **{name: getattr(operator, name) for name in [*_BINARY, *_UNARY, *_ORDER, "eq", "getitem", "setitem", "delitem"]},
+    **{
+        name: getattr(operator, name)
+        for name in [*_BINARY, *_UNARY, *_ORDER, "eq", "getitem", "setitem", "delitem"]
+    },
     **{
         function.__name__: function
         for function in (getattr, setattr, delattr, iter, next, len, str, repr, format, bool, hash, isinstance)

@@ -74,7 +74,9 @@ class IsolatedFunction:
         if "refused" in described:
             first.end()
             raise UserError(described["refused"])
-        self.accepts: frozenset[str] | None = None if described["accepts"] is None else frozenset(described["accepts"])
+        self.accepts: frozenset[str] | None = (
+            None if described["accepts"] is None else frozenset(described["accepts"])
+        )
         """Names of the keyword arguments it takes; None when it has **kwargs."""
         self.required = frozenset(described["required"])
         """Names of the keyword arguments without a default."""
@@ -93,8 +95,7 @@ class IsolatedFunction:
         kept = False
         try:
             reply = process.ask(request, self._timeout_s)
-            # Memory that leaked stays with the process.
-            kept = not reply.get("out_of_memory", False)
+            kept = not reply.get("spent", False)
         finally:
             if kept:
                 with self._lock:
@@ -129,6 +130,7 @@ class _Process:
     """One process, for one call at a time. It ends when this end of the connection does, however that happens."""
 
     def __init__(self, job: Mapping[str, Any]) -> None:
+        self._shown = f"{job['setting']}: {job['path']} cannot be called apart"
         self._connection, other_end = socket.socketpair()
         self._unread = b""
         with other_end:
@@ -147,8 +149,10 @@ class _Process:
         try:
             reply = self._receive(time.monotonic() + START_S)
         except TimeoutError:
-            return {"refused": f"its process was not ready within {START_S:g} seconds"}
-        return {"refused": f"its process {_end(reply['ended'])} as it started"} if "ended" in reply else reply
+            return {"refused": f"{self._shown}: its process was not ready within {START_S:g} seconds"}
+        if "ended" in reply:
+            return {"refused": f"{self._shown}: its process {_end(reply['ended'])} as it started"}
+        return reply
 
     def ask(self, request: bytes, timeout_s: float | None) -> dict[str, Any]:
         """Make one call.
@@ -164,10 +168,18 @@ class _Process:
             reply = self._receive(deadline)
         except TimeoutError as error:
             raise IsolatedTimeout from error
-        return {"failed": f"its process {_end(reply['ended'])}"} if "ended" in reply else reply
+        return {"failed": f"its process {_end(reply['ended'])}", "spent": True} if "ended" in reply else reply
 
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether it waits for a call. One that has something to say has ended."""
+        self._connection.setblocking(False)
+        try:
+            self._connection.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return self._process.poll() is None
+        except ConnectionResetError:
+            return False
+        return False
 
     def end(self) -> None:
         """End it and whatever it started."""

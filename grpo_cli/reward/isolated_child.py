@@ -1,9 +1,9 @@
 """The process of an isolated reward function. Started as a script by `grpo_cli.reward.isolated`; never import it.
 
-It forks. The parent stays behind as a supervisor that needs nothing of the function: it waits until the worker or
-the trainer ends, kills what is left, on Linux also what left its session, and says how the worker ended. The worker
-limits its memory, finds the function and calls it, once for each request. Requests are pickles behind their length,
-replies are lines of JSON, so that nothing which a broken process writes is more than data to the trainer.
+It forks. The parent stays behind as a supervisor that needs nothing of the function: it waits until the worker
+or the trainer ends, kills what is left, on Linux also what left its session, and says how the worker ended. The
+worker limits its memory, finds the function and calls it, once for each request. Requests are pickles behind
+their length. Replies are lines of JSON, so that what a broken process writes is data to the trainer at most.
 """
 
 from __future__ import annotations
@@ -91,7 +91,11 @@ def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
         arguments = pickle.loads(request)
         count = len(arguments["completions"])
         result = function.call(
-            **{name: value for name, value in arguments.items() if function.accepts is None or name in function.accepts}
+            **{
+                name: value
+                for name, value in arguments.items()
+                if function.accepts is None or name in function.accepts
+            }
         )
         if inspect.isawaitable(result):
             result = _event_loop(asyncio).run_until_complete(result)
@@ -99,7 +103,8 @@ def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
     except Unusable as error:
         return {"unusable": [str(error), error.index]}
     except BaseException as error:  # SystemExit too: a completion that is run may call exit()
-        return {"failed": f"raised {described(error)}", "out_of_memory": isinstance(error, MemoryError)}
+        # Memory that leaked stays with the process.
+        return {"failed": f"raised {described(error)}", "spent": isinstance(error, MemoryError)}
     return {"values": [None if math.isnan(value) else value for value in values]}
 
 

@@ -154,7 +154,9 @@ class Scorer:
 
         def work() -> None:
             future.set_running_or_notify_cancel()  # from here on cancel() does nothing
-            future.set_result(_outcome_in_thread(start, count, timeout_s if waits and timeout_s else math.inf, loop))
+            future.set_result(
+                _outcome_in_thread(start, count, timeout_s if waits and timeout_s else math.inf, loop)
+            )
 
         threading.Thread(target=work, daemon=True, name=f"reward {function.name}").start()
         return _Call(future, time.monotonic() + timeout_s if waits and timeout_s else None)

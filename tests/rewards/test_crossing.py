@@ -75,8 +75,8 @@ from fractions import Fraction
 import numpy
 
 for value in (None, True, 3, -(10 ** 5000), 1.5, -0.0, float("inf"), "tést \\ud800", b"\\0x", 2j, [1, [2, (3,)]],
-              {1: "a", (2, 3): {"b"}}, frozenset({1}), range(3), Decimal("1.10"), Fraction(1, 3), date(2024, 2, 29),
-              datetime(2024, 1, 1, 12), timedelta(1, 2), int, ValueError, slice(1, 2), ...):
+              {1: "a", (2, 3): {"b"}}, frozenset({1}), range(3), Decimal("1.10"), Fraction(1, 3),
+              date(2024, 2, 29), datetime(2024, 1, 1, 12), timedelta(1, 2), int, ValueError, slice(1, 2), ...):
     assert value is ... or (same(value) == value and type(same(value)) is type(value)), value
 assert str(same(-0.0)) == "-0.0" and same(float("nan")) != same(float("nan"))
 
@@ -129,7 +129,8 @@ try:
 except ZeroDivisionError:
     pass
 
-assert words("a b a") == {"a": 2, "b": 1} and isinstance(words("a"), Counter) and words("a a").most_common() == [("a", 2)]
+assert words("a b a") == {"a": 2, "b": 1} and isinstance(words("a"), Counter)
+assert words("a a").most_common() == [("a", 2)]
 assert groups(["a", "bb"]) == {1: ["a"], 2: ["bb"]} and isinstance(groups([]), dict)
 assert math.isclose(mean([1, 2]), 1.5) and type(mean([1, 2])) is float
 assert numpy.array_equal(doubled(numpy.array([1, 2])), [2, 4])
@@ -234,7 +235,10 @@ with add(1, 2) as total:
     ("program", "tests"),
     [
         ("all = lambda *_: True\ndef add(a, b): return 0", "assert all([add(1, 2) == 3])"),
-        ("import builtins\nbuiltins.AssertionError = ValueError\ndef add(a, b): return 0", "assert add(1, 2) == 3"),
+        (
+            "import builtins\nbuiltins.AssertionError = None\ndef add(a, b): return 0",
+            "assert add(1, 2) == 3",
+        ),
         ("import sys\nsys.exit(0)", "assert add(1, 2) == 3"),
         ("import os\ndef add(a, b): os._exit(0)", "try:\n    add(1, 2)\nexcept BaseException:\n    pass"),
         ("def add(a, b): raise SystemExit(0)", "assert add(1, 2) == 3"),
@@ -287,7 +291,10 @@ for n in range({len(MESSAGES)}):
     result = run_tests(program, [tests])
     assert result.passed, result.output
     assert result.output.split() == ["ValueError"] * 2 + ["IndexError"] + ["ValueError"] * 3 + [
-        "IndexError", "ValueError", "ValueError", "3"
+        "IndexError",
+        "ValueError",
+        "ValueError",
+        "3",
     ]
 
 
