@@ -209,7 +209,7 @@ def _started(job: dict[str, Any], output: IO[bytes]) -> Iterator[_ChildProcess]:
     isolation = bubblewrap()
     wrapped = None if isinstance(isolation, str) else isolation
     workdir = WORKDIR if wrapped else tempfile.mkdtemp(prefix="grpo-sandbox-")
-    job = {**job, "token": token, "uid": wrapped.uid() if wrapped else None}
+    job = {**job, "token": token, "wrapped": bool(wrapped), "uid": wrapped.uid() if wrapped else None}
     try:
         with _pipe() as (reports, report_writer):
             with report_writer:

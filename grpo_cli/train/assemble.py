@@ -18,7 +18,6 @@ from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import make_strategy
-from grpo_cli.errors import UserError
 from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.reference import Reference, reference_model
@@ -135,12 +134,6 @@ def _scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | None])
         UserError: a function cannot be found or made, or needs a column that the data lacks.
     """
     if objects.rewards is not None:
-        for index, config in enumerate(recipe.rewards):
-            if config.isolate:
-                raise UserError(
-                    f"rewards.{index}.isolate: a Python object cannot be called in another process; "
-                    f"remove isolate, or name the function in the recipe as module:function"
-                )
         functions = [
             replace(
                 reward_from_callable(function, name=config.metric_name, weight=config.weight),

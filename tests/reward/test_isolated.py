@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import grpo_cli
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import RewardConfig
 from grpo_cli.reward import registry
@@ -158,6 +159,16 @@ def test_what_is_wrong_is_said_before_the_run(folder, name, params, message):
         )
     with pytest.raises(UserError, match=message):
         reward(name, params=params)
+
+
+def test_a_python_object_is_refused(folder):
+    recipe = {
+        "model": {"name": "m"},
+        "rewards": [{"isolate": True}],
+        "train": {"output_dir": "run", "max_steps": 1},
+    }
+    with pytest.raises(UserError, match=r"rewards\.0\.isolate: a function that came as an object"):
+        grpo_cli.train(recipe, rewards=[len], train_data=[{"prompt": "a"}])
 
 
 def test_it_imports_no_torch(folder):

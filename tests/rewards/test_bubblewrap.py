@@ -209,6 +209,27 @@ if os.fork() == 0:
     assert eventually(lambda: not anyone_in(result.output.strip()))
 
 
+@pytest.mark.skipif(os.uname().machine not in ("x86_64", "aarch64"), reason="calls are filtered on these only")
+def test_the_program_becomes_root_in_no_namespace_of_its_own():
+    source = """
+import ctypes, os, signal
+libc = ctypes.CDLL(None, use_errno=True)
+new_user, clone = 0x10000000, {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+for call in (
+    lambda: libc.unshare(new_user),
+    lambda: libc.syscall(clone, new_user | signal.SIGCHLD, 0, 0, 0, 0),
+    lambda: libc.mount(b"none", b"/tmp", b"tmpfs", 0, None),
+):
+    if call() == 0:
+        os._exit(5)
+    print(ctypes.get_errno(), end=" ")
+    ctypes.set_errno(0)
+"""
+    result = run_python(source)
+    assert result.passed
+    assert result.output == "1 1 1 "
+
+
 def test_the_disk_cannot_be_filled():
     source = """
 total = 0
