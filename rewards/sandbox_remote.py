@@ -96,41 +96,48 @@ TEST_OPERATIONS: dict[str, Callable[..., Any]] = {"call": call}
 
 
 class Remote:
-    """What the other side has. Operators, calls and attributes are the other side's."""
+    """What the other side has. Operators, calls and attributes are the other side's.
 
-    __slots__ = ("__weakref__", "_number", "_peer")
+    What comes of arithmetic with the tests' data is `mixed`: in `abs(f(2) - 1.5) < 1e-9` the program hears 1.5,
+    and must not answer with 0. Of such an object the tests can have its attributes that are data, and whether
+    it is equal to another of the program's objects.
+    """
+
+    __slots__ = ("__weakref__", "_mixed", "_number", "_peer")
 
     def __init__(self, peer: Connection, number: int) -> None:
         object.__setattr__(self, "_peer", peer)
         object.__setattr__(self, "_number", number)
+        object.__setattr__(self, "_mixed", False)
 
     def __call__(self, /, *args: Any, **keywords: Any) -> Any:
-        return self._peer.ask("call", self, *args, **keywords)
+        return self._ask("call", self, *args, **keywords)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") and name not in _SHOWN:
             # Libraries look for such names in order to be told what an object is: numpy for its memory's address.
             raise AttributeError(f"the {name} of what the program made cannot be had")
-        return self._peer.ask("getattr", self, name)
+        value = self._peer.ask("getattr", self, name)
+        return _marked(value) if self._mixed and isinstance(value, Remote) else value
 
     def __setattr__(self, name: str, value: object) -> None:
-        self._peer.ask("setattr", self, name, value)
+        self._ask("setattr", self, name, value)
 
     def __delattr__(self, name: str) -> None:
-        self._peer.ask("delattr", self, name)
+        self._ask("delattr", self, name)
 
     def __getitem__(self, key: object) -> Any:
-        return self._peer.ask("getitem", self, key)
+        return self._ask("getitem", self, key)
 
     def __setitem__(self, key: object, value: object) -> None:
-        self._peer.ask("setitem", self, key, value)
+        self._ask("setitem", self, key, value)
 
     def __delitem__(self, key: object) -> None:
-        self._peer.ask("delitem", self, key)
+        self._ask("delitem", self, key)
 
     # There is no __contains__: `x in` what the program made compares here, with what iterating over it gives.
     def __iter__(self) -> Iterator[Any]:
-        iterator = self._peer.ask("iter", self)
+        iterator = self._ask("iter", self)
         while True:
             try:
                 value = self._peer.ask("next", iterator)
@@ -139,7 +146,7 @@ class Remote:
             yield value
 
     def __next__(self) -> Any:
-        return self._peer.ask("next", self)
+        return self._ask("next", self)
 
     def __enter__(self) -> Any:
         return self.__getattr__("__enter__")()
@@ -149,34 +156,34 @@ class Remote:
         self.__getattr__("__exit__")(None, None, None)
 
     def __len__(self) -> int:
-        return self._peer.ask("len", self)
+        return self._ask("len", self)
 
     def __bool__(self) -> bool:
-        return self._peer.ask("bool", self)
+        return self._ask("bool", self)
 
     def __hash__(self) -> int:
-        return self._peer.ask("hash", self)
+        return self._ask("hash", self)
 
     def __str__(self) -> str:
-        return self._peer.ask("str", self)
+        return self._ask("str", self)
 
     def __repr__(self) -> str:
-        return self._peer.ask("repr", self)
+        return self._ask("repr", self)
 
     def __format__(self, how: str) -> str:
-        return self._peer.ask("format", self, how)
+        return self._ask("format", self, how)
 
     def __int__(self) -> int:
-        return self._peer.ask("int", self)
+        return self._ask("int", self)
 
     def __float__(self) -> float:
-        return self._peer.ask("float", self)
+        return self._ask("float", self)
 
     def __complex__(self) -> complex:
-        return self._peer.ask("complex", self)
+        return self._ask("complex", self)
 
     def __instancecheck__(self, instance: object) -> bool:
-        return isinstance(instance, Remote) and self._peer.ask("isinstance", instance, self)
+        return isinstance(instance, Remote) and self._ask("isinstance", instance, self)
 
     def __eq__(self, other: object) -> Any:
         if isinstance(other, Remote):
@@ -185,8 +192,15 @@ class Remote:
         data = self._data()
         return NotImplemented if data is None else data == other
 
+    def _ask(self, name: str, /, *args: Any, **keywords: Any) -> Any:
+        if self._mixed:
+            raise TypeError("what comes of arithmetic between the program's object and data can only be compared")
+        return self._peer.ask(name, *args, **keywords)
+
     def _data(self) -> Any:
         """The plain value of an instance of a subclass of a kind of data, else None."""
+        if self._mixed:
+            return None
         try:
             data = self._peer.ask("plain", self)
         except Exception:
@@ -194,16 +208,38 @@ class Remote:
         return None if isinstance(data, Remote) else data
 
 
+def _marked(value: Any) -> Remote:
+    if not isinstance(value, Remote):
+        raise TypeError("arithmetic between the program's object and data must give an object of the program")
+    object.__setattr__(value, "_mixed", True)
+    return value
+
+
+def _arithmetic(name: str, remote: Remote, left: object, right: object) -> Any:
+    if isinstance(left, Remote) and isinstance(right, Remote):
+        result = remote._peer.ask(name, left, right)
+        return _marked(result) if left._mixed or right._mixed else result
+    data = remote._data()
+    if data is None:
+        return _marked(remote._peer.ask(name, left, right))
+    operate = getattr(operator, name)
+    return operate(data, right) if left is remote else operate(left, data)
+
+
 def _binary(name: str) -> Callable[[Remote, object], Any]:
-    return lambda self, other: self._peer.ask(name, self, other)
+    return lambda self, other: _arithmetic(name, self, self, other)
 
 
 def _reflected(name: str) -> Callable[[Remote, object], Any]:
-    return lambda self, other: self._peer.ask(name, other, self)
+    return lambda self, other: _arithmetic(name, self, other, self)
 
 
 def _unary(name: str) -> Callable[[Remote], Any]:
-    return lambda self: self._peer.ask(name, self)
+    def operate(self: Remote) -> Any:
+        result = self._peer.ask(name, self)
+        return _marked(result) if self._mixed else result
+
+    return operate
 
 
 def _order(name: str) -> Callable[[Remote, object], Any]:
