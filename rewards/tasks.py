@@ -80,7 +80,7 @@ def coding_reward(
     object that says to be equal to everything is equal to nothing, and a program that ends early, prints what
     a passing run prints or redefines `all` does not pass. The other side of it: tests must not subclass,
     inspect or patch what the program defines, nor give it anything but data and functions, and `==` and `in`
-    do not ask the program, unless both sides of `==` are its objects.
+    do not ask the program, unless both sides of `==` are its objects (`rewards.sandbox_remote`).
 
     Args:
         completions: what the model wrote.

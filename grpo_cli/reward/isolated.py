@@ -219,8 +219,10 @@ class _Process:
 
 
 def memory_for(workers: int) -> int:
-    """Bytes that each process of a function with that many workers may have."""
-    return max(LEAST_MEMORY_BYTES, int(MEMORY_SHARE * _usable_memory() / max(1, workers)))
+    """Bytes for each process of a function with that many workers on each of the machine's ranks."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    processes = max(1, workers) * (int(ranks) if ranks.isdecimal() and int(ranks) else 1)
+    return max(LEAST_MEMORY_BYTES, int(MEMORY_SHARE * _usable_memory() / processes))
 
 
 def _usable_memory() -> int:

@@ -9,6 +9,7 @@ their length. Replies are lines of JSON, so that what a broken process writes is
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import pickle
@@ -23,6 +24,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import asyncio
+
     from grpo_cli.reward.registry import RewardFunction
 
 _LINUX = sys.platform == "linux"
@@ -80,7 +83,6 @@ def _work(connection: socket.socket) -> None:
 
 def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
     """Make one call and return what is to be told about it."""
-    import asyncio
     import inspect
     import math
 
@@ -98,7 +100,7 @@ def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
             }
         )
         if inspect.isawaitable(result):
-            result = _event_loop(asyncio).run_until_complete(result)
+            result = _event_loop().run_until_complete(result)
         values = checked_values(result, count)
     except Unusable as error:
         return {"unusable": [str(error), error.index]}
@@ -108,11 +110,12 @@ def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
     return {"values": [None if math.isnan(value) else value for value in values]}
 
 
-def _event_loop(asyncio: Any, kept: list[Any] = []) -> Any:  # noqa: B006
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
     """The one event loop, to which a client that the function keeps belongs."""
-    if not kept:
-        kept.append(asyncio.new_event_loop())
-    return kept[0]
+    import asyncio  # not at the top: the supervisor stays small
+
+    return asyncio.new_event_loop()
 
 
 def _request(connection: socket.socket) -> bytes:

@@ -15,7 +15,7 @@ import pytest
 import grpo_cli
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import RewardConfig
-from grpo_cli.reward import registry
+from grpo_cli.reward import isolated, registry
 from grpo_cli.reward.registry import resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 
@@ -213,6 +213,15 @@ def test_failures_are_named_and_the_next_call_works(folder, how, message):
     assert score(function, "fine") == [0.5]
 
 
+def test_a_process_that_cannot_start_again_is_named(folder):
+    function = bad(folder)
+    with pytest.raises(RewardError):
+        score(function, "exits")
+    (folder / "apart.py").write_text("import missing_module")
+    with pytest.raises(RewardError, match=r"could not start again: rewards\.0: apart needs missing_module"):
+        score(function, "fine")
+
+
 def test_on_error_none_leaves_a_crash_without_score(folder, caplog):
     np.testing.assert_equal(score(bad(folder, on_error="none"), "exits", "b"), [np.nan, np.nan])
     assert "its process ended with exit code 3" in caplog.text
@@ -233,6 +242,14 @@ def test_memory_is_bounded_and_a_leak_ends_with_its_process(folder, monkeypatch)
     first, second = (folder / "pids").read_text().split()
     assert first != second
     assert not runs(first)
+
+
+def test_processes_share_what_a_function_may_have(monkeypatch):
+    monkeypatch.setattr(isolated, "_usable_memory", lambda: 64 << 30)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert [isolated.memory_for(workers) >> 30 for workers in (0, 1, 4, 1000)] == [16, 16, 4, 1]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert isolated.memory_for(4) >> 30 == 2
 
 
 def test_printing_much_changes_nothing(folder, capfd):
