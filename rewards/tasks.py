@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from rewards.boxed import truth_answer
 from rewards.math_judge import shared_judge, usable_cores
-from rewards.sandbox import run_python
+from rewards.sandbox import check_sandbox, run_tests
 from rewards.text import Completion, completion_text
 
 T = TypeVar("T")
@@ -62,40 +62,56 @@ def coding_reward(
     completions: Sequence[Completion],
     task: Sequence[object],
     tests: Sequence[str | Sequence[str] | None] | None = None,
+    sandbox: str = "auto",
     **_: object,
 ) -> list[float | None]:
     """Reward programs where the task is "code": +1.0 if all tests pass, -1.0 if not; None for other tasks.
 
     The program is the last fenced code block marked as Python; without one the last unmarked block; without
-    any block the whole completion. It runs first, then the tests, in one namespace. Passing means that the
-    last line of the tests was reached and the interpreter then ended without an error.
+    any block the whole completion. It runs first, then the tests, which use its names as if they stood in the
+    same file. Passing means that the last line of the tests was reached and their interpreter then ended
+    without an error.
 
     Needs the dataset columns `task` and, for the rows of this task, `tests`: Python with assert statements,
     one string or a list of them.
 
-    Everything runs in a child process with limits (`rewards.sandbox`: 6 s, 512 MiB; a few rows at a time).
-    That the end was reached is told over a separate pipe with a random token that stands neither in the
-    program's files nor in its environment. So `sys.exit(0)`, `os._exit(0)`, printing what a passing run
-    prints, and unclosed quotes that would swallow the tests are all -1.0. But program and tests share a
-    process: code that searches the frames of its callers for the token, or returns objects that are equal
-    to everything, can still pass. It is a guard against what a policy stumbles on, not a boundary against
-    code that sets out to cheat.
+    Program and tests run in two child processes with limits (`rewards.sandbox`: 6 s, 512 MiB each; a few rows
+    at a time), each in a world of its own where bubblewrap works. Values cross between them as data, so an
+    object that says to be equal to everything is equal to nothing, and a program that ends early, prints what
+    a passing run prints or redefines `all` does not pass. The other side of it: tests must not subclass,
+    inspect or patch what the program defines, nor give it anything but data and functions, and `==` and `in`
+    do not ask the program, unless both sides of `==` are its objects (`rewards.sandbox_remote`).
+
+    Args:
+        completions: what the model wrote.
+        task: the rows' tasks.
+        tests: the rows' tests.
+        sandbox: `required` refuses to start where bubblewrap does not work; `auto` then warns, and code runs as
+            your user with limits only.
 
     Raises:
-        ValueError: a row of this task has no tests, or a column has another length than `completions`.
+        ValueError: a row of this task has no tests, a column has another length than `completions`, or
+            `sandbox` is `required` and bubblewrap does not work.
         TypeError: a completion is neither a string nor a list of messages.
         RuntimeError: a child process could not start.
     """
     rows = _rows_of("code", task, completions)
     its_tests = _values("tests", tests, "code", rows, len(completions))
-    programs = [
-        [python_block(completion_text(completions[row])), *_test_parts(row, row_tests)]
-        for row, row_tests in zip(rows, its_tests, strict=True)
-    ]
+    programs = [python_block(completion_text(completions[row])) for row in rows]
+    parts = [_test_parts(row, row_tests) for row, row_tests in zip(rows, its_tests, strict=True)]
+    if rows:
+        check_sandbox(sandbox)
     # Not one per core of a large node: the children compete with the trainer for it.
     with ThreadPoolExecutor(max_workers=min(8, max(2, usable_cores()))) as pool:
-        passed = list(pool.map(lambda parts: run_python(parts).passed, programs))
-    return _spread(rows, passed, len(completions))
+        results = list(pool.map(run_tests, programs, parts))
+    return _spread(rows, [result.passed for result in results], len(completions))
+
+
+def _check_coding_params(sandbox: str = "auto", **_: object) -> None:
+    check_sandbox(sandbox)
+
+
+coding_reward.check_params = _check_coding_params  # type: ignore[attr-defined]
 
 
 def python_block(text: str) -> str:

@@ -84,8 +84,12 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
                 "or their metrics would be mixed",
             )
         names.setdefault(name, index)
-        if reward.model is not None and reward.workers:
-            yield f"{key}.workers", "is for functions: a reward model needs the device that generates; remove it"
+        for setting in ("workers", "isolate"):
+            if reward.model is not None and getattr(reward, setting):
+                yield (
+                    f"{key}.{setting}",
+                    "is for functions: a reward model needs the device that generates; remove it",
+                )
     if all(reward.weight == 0 for reward in recipe.rewards):
         yield "rewards", "every weight is 0, so nothing would be learned; set a weight"
 

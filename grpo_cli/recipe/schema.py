@@ -154,6 +154,8 @@ class RewardConfig(Section):
     """When a call fails: `raise` ends the run, `none` counts its completions as not scored."""
     workers: int = Field(default=0, ge=0)
     """Threads that score each group while others still generate; 0 is one call with all, on the main thread."""
+    isolate: bool = False
+    """Call the function in a process of its own, one per worker, that `timeout_s` ends and that may crash."""
 
     @property
     def metric_name(self) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object
 from grpo_cli.recipe.schema import REWARD_ARGUMENTS, RewardConfig
+from grpo_cli.reward.isolated import IsolatedFunction, memory_for
 from grpo_cli.reward.reward_model import RewardModel
 
 ENTRY_POINT_GROUP = "grpo_cli.rewards"
@@ -77,19 +78,27 @@ def resolve_rewards(configs: Sequence[RewardConfig], *, load_models: bool = True
         config, setting = configs[index], f"rewards.{index}"
         try:
             if config.model is None:
-                target = _find(config.path or "", setting)
-                call = _with_params(target, config.params, f"{setting}: {config.path}")
+                resolved[index] = _isolated(config, setting) if config.isolate else resolve_reward(config, setting)
             else:
                 _refuse_unknown_params(config.params, _model_params(), f"{setting}: {config.model}")
                 if problems or not load_models:
                     continue
-                call = _load_model(config.model, config.params, setting)
-            resolved[index] = _described(call, config, setting)
+                resolved[index] = _described(_load_model(config.model, config.params, setting), config, setting)
         except UserError as error:
             problems.append(error)
     if problems:
         raise UserError("\n".join(map(str, problems))) from problems[0]
     return [resolved[index] for index in sorted(resolved)]
+
+
+def resolve_reward(config: RewardConfig, setting: str) -> RewardFunction:
+    """Find one reward function that is no model, to be called in this process.
+
+    Raises:
+        UserError: its path or short name does not exist, cannot be called, or does not take its `params`.
+    """
+    target = _find(config.path or "", setting)
+    return _described(_with_params(target, config.params, f"{setting}: {config.path}"), config, setting)
 
 
 def reward_from_callable(
@@ -164,7 +173,10 @@ def _find(path: str, setting: str) -> Any:
 
 
 def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable[..., Any]:
-    """What to call: the instance of a class, or the function with its `params`. Errors begin with `where`."""
+    """What to call: the instance of a class, or the function with its `params`. Errors begin with `where`.
+
+    A function may have an attribute `check_params`, which is called with the `params` and raises ValueError.
+    """
     if inspect.isclass(target):
         _refuse_unknown_params(params, _keywords(target), where)
         try:
@@ -176,8 +188,18 @@ def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable
         return target
     if not callable(target):
         raise UserError(f"{where} is of type {type(target).__name__}, not something to call")
-    if not params:
-        return target
+    checked = target if not params else _bound(target, params, where)
+    check_params = getattr(target, "check_params", None)
+    if callable(check_params):
+        try:
+            check_params(**params)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: {error}") from error
+    return checked
+
+
+def _bound(target: Callable[..., Any], params: Mapping[str, Any], where: str) -> BoundFunction:
+    """A function with its `params`. Errors begin with `where`."""
     if not (inspect.isroutine(target) or isinstance(target, functools.partial) or hasattr(target, "__wrapped__")):
         raise UserError(
             f"{where} is an object that exists already, so params cannot reach it; "
@@ -188,6 +210,27 @@ def _with_params(target: Any, params: Mapping[str, Any], where: str) -> Callable
         raise UserError(f"{where}: {', '.join(reserved)} cannot be in params: every call is given its own")
     _refuse_unknown_params(params, _keywords(target), where)
     return BoundFunction(target, **params)
+
+
+def _isolated(config: RewardConfig, setting: str) -> RewardFunction:
+    """A reward function that is found, made and called in a process of its own."""
+    call = IsolatedFunction(
+        config.path or "",
+        config.params,
+        timeout_s=config.timeout_s,
+        memory_bytes=memory_for(config.workers),
+        setting=setting,
+    )
+    return RewardFunction(
+        config.metric_name,
+        config.weight,
+        call,
+        config.timeout_s,
+        config.on_error,
+        config.workers,
+        call.accepts,
+        call.required,
+    )
 
 
 def _load_model(model: str, params: Mapping[str, Any], setting: str) -> RewardModel:

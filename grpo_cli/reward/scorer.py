@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.reward.isolated import IsolatedFailure, IsolatedFunction, IsolatedTimeout
 from grpo_cli.reward.registry import RewardFunction, is_async
 from grpo_cli.reward.values import Unusable, checked_values, shortened
 
@@ -68,7 +69,8 @@ class Scorer:
 
     Plain functions run in order on the calling thread. At the same time those with a timeout run on threads of
     their own, and `async` ones on an event loop. The loop is kept, so that a client made in one step works in the
-    next. A plain function that overruns its timeout is left running: Python cannot end a thread.
+    next. A plain function that overruns its timeout is left running, since Python cannot end a thread; that of an
+    isolated one is ended with its process.
     """
 
     def __init__(self, functions: Sequence[RewardFunction]) -> None:
@@ -147,13 +149,17 @@ class Scorer:
             return _Call(self._loop.submit(coroutine), deadline, on_loop=True)
         future: Future[_Outcome] = Future()
         loop = self._loop
+        # It keeps its own time, which begins when its process is there.
+        waits = not isinstance(function.call, IsolatedFunction)
 
         def work() -> None:
             future.set_running_or_notify_cancel()  # from here on cancel() does nothing
-            future.set_result(_outcome_in_thread(start, count, timeout_s or math.inf, loop))
+            future.set_result(
+                _outcome_in_thread(start, count, timeout_s if waits and timeout_s else math.inf, loop)
+            )
 
         threading.Thread(target=work, daemon=True, name=f"reward {function.name}").start()
-        return _Call(future, None if timeout_s is None else time.monotonic() + timeout_s)
+        return _Call(future, time.monotonic() + timeout_s if waits and timeout_s else None)
 
     def _call_here(self, function: RewardFunction, batch: ScoringBatch) -> _Outcome | _Call:
         """Call a function on this thread; if it returns an awaitable, that goes to the event loop."""
@@ -265,7 +271,7 @@ def _outcome_in_thread(start: Callable[[], Any], count: int, timeout_s: float, l
             return loop.submit(_await_outcome(lambda: result, count, left_s)).result()
         values = checked_values(result, count)
     except BaseException as error:
-        return _Outcome(error=error)
+        return _Outcome(error=error, timed_out=isinstance(error, IsolatedTimeout))
     return _Outcome(values, timed_out=time.monotonic() - began > timeout_s)
 
 
@@ -306,8 +312,10 @@ def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, st
         what = f"took longer than {function.timeout_s:g} seconds (timeout_s)"
     elif isinstance(error, Unusable):
         what, index = str(error), error.index
+    elif isinstance(error, IsolatedFailure):
+        what = str(error)
     else:
-        what = f"raised {_described(error)}"
+        what = f"raised {described(error)}"
     message = (
         f"reward {function.name}, step {step}: {what}\n"
         f"  prompt {index}: {shortened(batch.prompts[index])}\n"
@@ -319,7 +327,7 @@ def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, st
     return [math.nan] * len(batch.completions)
 
 
-def _described(error: BaseException | None) -> str:
+def described(error: BaseException | None) -> str:
     """`Type: message at file:line`, where the line is the last one outside this package."""
     text = f"{type(error).__name__}: {error}".removesuffix(": ")
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []

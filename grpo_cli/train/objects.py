@@ -69,6 +69,12 @@ def recipe_with_objects(
     if objects.rewards is not None:
         listed = values.get("rewards") or []
         settings = listed if len(listed) == len(objects.rewards) else [{}] * len(objects.rewards)
+        for index, entry in enumerate(settings):
+            if isinstance(entry, dict) and entry.get("isolate"):
+                raise UserError(
+                    f"rewards.{index}.isolate: a function that came as an object cannot be called in another "
+                    "process; remove isolate, or name it in the recipe as module:function"
+                )
         values["rewards"] = [
             {**(entry if isinstance(entry, dict) else {}), "path": path_of(function), "params": {}, "model": None}
             for entry, function in zip(settings, objects.rewards, strict=True)

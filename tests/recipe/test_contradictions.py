@@ -71,6 +71,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
         "rewards.0.workers",
         "needs the device that generates; remove it",
     ),
+    (
+        {"rewards": [{"model": "m", "isolate": True}]},
+        "rewards.0.isolate",
+        "needs the device that generates; remove it",
+    ),
     ({"rewards": [{"path": "a:b", "weight": 0}]}, "rewards", "every weight is 0"),
     ({"loss": {"type": "sapo", "epsilon": 0.1}}, "loss.epsilon", "is not used by type sapo; remove it"),
     ({"loss": {"type": "cispo", "epsilon": 0.1}}, "loss.epsilon", "is not used by type cispo; remove it"),

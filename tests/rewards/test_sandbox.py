@@ -15,6 +15,12 @@ from rewards.sandbox import run_python
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux can find processes that hide")
 
 
+@pytest.fixture(autouse=True)
+def with_limits_only(monkeypatch):
+    """What is promised where bubblewrap does not work; `test_bubblewrap.py` has the rest."""
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: "not here")
+
+
 def eventually(condition, seconds=3.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
@@ -230,6 +236,13 @@ def test_the_working_directory_is_removed(source, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert run_python(source).passed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_removing_the_working_directory_follows_no_link(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    source = f"import os\nos.symlink({str(tmp_path)!r}, 'link')\nos.mkdir('d')\nopen('d/f', 'w')\nos.chmod('d', 0)"
+    assert run_python(source).passed
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 def test_no_descriptor_is_left_open():

@@ -3,6 +3,10 @@ import time
 
 import pytest
 
+from grpo_cli.errors import UserError
+from grpo_cli.recipe.schema import RewardConfig
+from grpo_cli.reward.registry import resolve_rewards
+from rewards import sandbox
 from rewards.tasks import coding_reward, math_reward, python_block
 
 ADD = "def add(a, b):\n    return a + b\n"
@@ -145,6 +149,33 @@ def test_rows_run_side_by_side_and_keep_their_order():
     )
     assert rewards == [1.0, -1.0, None, 1.0]
     assert time.monotonic() - start < 2.4
+
+
+def test_a_sandbox_that_is_required_and_missing_is_an_error_before_the_run(monkeypatch):
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: "bubblewrap is not installed")
+    config = RewardConfig(path="rewards.tasks:coding_reward", params={"sandbox": "required"})
+    with pytest.raises(UserError, match=r"rewards\.0: .*sandbox: required, but bubblewrap is not installed"):
+        resolve_rewards([config])
+    with pytest.raises(UserError, match="sandbox can be auto or required, not 'on'"):
+        resolve_rewards([RewardConfig(path="coding", params={"sandbox": "on"})])
+
+
+def test_without_a_sandbox_there_is_one_warning(monkeypatch, caplog):
+    monkeypatch.setattr(sandbox, "bubblewrap", lambda: "bubblewrap is not installed")
+    sandbox._warn.cache_clear()
+    resolve_rewards([RewardConfig(path="coding")])
+    assert score_code(fenced(ADD)) == score_code(ADD) == 1.0
+    (warning,) = caplog.messages
+    assert "runs as your user" in warning
+    assert "Bubblewrap is not installed" in warning
+
+
+def test_with_a_sandbox_there_is_no_warning(caplog):
+    if isinstance(sandbox.bubblewrap(), str):
+        pytest.skip(sandbox.bubblewrap())
+    (function,) = resolve_rewards([RewardConfig(path="coding", params={"sandbox": "required"})])
+    assert function.call(completions=[ADD], task=["code"], tests=[TESTS]) == [1.0]
+    assert caplog.messages == []
 
 
 def test_code_rows_without_the_column_are_an_error_that_names_it():
