@@ -1,0 +1,184 @@
+"""A disk that forgets what was not synced, for what a power loss leaves of a run's folder.
+
+While a run is on, what it syncs is noted: a file's contents at its last fsync, and the entries that a folder had
+at its last fsync. After a kill the folder is made what a disk might hold then:
+
+- a folder has the entries of its last fsync, or of any moment since then: its entries change in the order in which
+  they were changed (creations, renames and removals of one folder are a journal), those of two folders independently;
+- a file has the contents of its last fsync (none, if it never was synced), or the newest ones, or a part of those,
+  which ends there or goes on with zeros.
+
+Which of these it is, is drawn for each file and folder. What this leaves out: the run's folder itself is there; what
+the process found when it began counts as synced; a change of entries between two calls of Python's `os` functions,
+which only files appearing are, is seen at the next one; rows of one sector are never mixed up; and a disk that says
+it has synced has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Entries = dict[str, tuple[bool, int]]
+"""Name to whether it is a folder, and the inode."""
+
+ENTRY_CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir")
+
+
+class Watch:
+    """Notes in a process what its run makes durable.
+
+    Files are held by further links, and folders by open descriptors, so that no inode is given to another file.
+    """
+
+    def __init__(self, run: Path, notes: Path) -> None:
+        self.run = run
+        self.held = notes / "held"
+        self.synced = notes / "synced"
+        self._seen: dict[int, Entries] = {}
+        self._descriptors: dict[int, int] = {}
+        self._log = os.open(notes / "log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._rename = os.rename
+
+    def begin(self) -> None:
+        """Note changes from now on."""
+        self.look()
+        fsync = os.fsync
+
+        def noted_fsync(descriptor: int) -> None:
+            fsync(descriptor)
+            self.note_synced(descriptor)
+
+        os.fsync = noted_fsync
+        for name in ENTRY_CHANGES:
+            setattr(os, name, self._looking_after(getattr(os, name)))
+
+    def _looking_after(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*arguments: Any, **options: Any) -> Any:
+            self.look()
+            result = function(*arguments, **options)
+            self.look()
+            return result
+
+        return change
+
+    def note_synced(self, descriptor: int) -> None:
+        self.look()
+        state = os.fstat(descriptor)
+        if stat.S_ISDIR(state.st_mode):
+            self._say("folder synced", state.st_ino)
+        elif (self.held / str(state.st_ino)).exists():
+            self.keep_contents(state.st_ino)
+
+    def keep_contents(self, inode: int) -> None:
+        """Remember what a file holds now; the process may be killed in here, too."""
+        partial = self.synced / f"{inode}-{os.getpid()}-{threading.get_ident()}"
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.write(descriptor, (self.held / str(inode)).read_bytes())
+        os.close(descriptor)
+        self._rename(partial, self.synced / str(inode))
+
+    def look(self) -> None:
+        """Note the folders whose entries have changed."""
+        for inode, entries in entries_below(self.run, self._hold_folder):
+            if self._seen.get(inode) == entries:
+                continue
+            for name, (is_folder, file) in entries.items():
+                if not is_folder:
+                    self._hold_file(inode, name, file)
+            self._seen[inode] = entries
+            self._say("entries", inode, entries)
+
+    def _hold_folder(self, inode: int, path: str) -> None:
+        if inode not in self._descriptors:
+            self._descriptors[inode] = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def _hold_file(self, folder: int, name: str, inode: int) -> None:
+        try:
+            os.link(name, self.held / str(inode), src_dir_fd=self._descriptors[folder])
+        except (FileExistsError, FileNotFoundError):  # held already, or gone again
+            pass
+
+    def close(self) -> None:
+        for descriptor in [self._log, *self._descriptors.values()]:
+            os.close(descriptor)
+
+    def _say(self, *words: Any) -> None:
+        os.write(self._log, (json.dumps(words) + "\n").encode())
+
+
+def entries_below(folder: Path, found: Callable[[int, str], None]) -> list[tuple[int, Entries]]:
+    """The inode and the entries of a folder and of those in it; `found` is told the path of each."""
+    below: list[tuple[int, Entries]] = []
+    waiting = [str(folder)]
+    while waiting:
+        path = waiting.pop()
+        try:
+            inode = os.stat(path).st_ino
+            found(inode, path)
+            with os.scandir(path) as listing:
+                entries = {entry.name: (entry.is_dir(), entry.inode()) for entry in listing}
+        except FileNotFoundError:  # removed meanwhile
+            continue
+        below.append((inode, entries))
+        waiting += [f"{path}/{name}" for name, (is_folder, _) in entries.items() if is_folder]
+    return below
+
+
+def start_watching(run: Path, notes: Path) -> None:
+    """Take what a run's folder holds as synced, before the processes of the run begin to watch."""
+    for name in ("held", "synced"):
+        (notes / name).mkdir(parents=True)
+    watch = Watch(run, notes)
+    watch.look()
+    for inode in watch._seen:
+        watch._say("folder synced", inode)
+    for file in watch.held.iterdir():
+        watch.keep_contents(int(file.name))
+    watch.close()
+
+
+def lose_power(run: Path, notes: Path, rng: random.Random) -> None:
+    """Make a run's folder what the disk may hold of it, after its processes were killed."""
+    last = Watch(run, notes)
+    last.look()  # what came after the last change that was noted
+    last.close()
+    log = [json.loads(line) for line in (notes / "log").read_text().splitlines()]
+    candidates: dict[int, list[Entries]] = {}
+    for what, inode, *rest in log:
+        if what == "entries":
+            candidates.setdefault(inode, [{}]).append(rest[0])
+        else:
+            candidates[inode] = candidates.get(inode, [{}])[-1:]
+    forgets_all = rng.random() < 0.5
+    root = run.stat().st_ino
+    remembered = run.with_name(f"{run.name}-remembered")
+
+    def build(inode: int, path: Path) -> None:
+        path.mkdir()
+        entries = candidates.get(inode, [{}])
+        for name, (is_folder, child) in sorted((entries[0] if forgets_all else rng.choice(entries)).items()):
+            if is_folder:
+                build(child, path / name)
+            else:
+                (path / name).write_bytes(_contents(child))
+
+    def _contents(inode: int) -> bytes:
+        synced, held = last.synced / str(inode), last.held / str(inode)
+        old = synced.read_bytes() if synced.exists() else b""
+        new = held.read_bytes() if held.exists() else old
+        if forgets_all or old == new:
+            return old
+        kept = new[: rng.randint(len(os.path.commonprefix([old, new])), len(new))]
+        return rng.choice([old, new, kept, kept + bytes(len(new) - len(kept))])
+
+    build(root, remembered)
+    shutil.rmtree(run)
+    remembered.rename(run)
