@@ -3,15 +3,15 @@
 While a run is on, what it syncs is noted: a file's contents at its last fsync, and the entries that a folder had
 at its last fsync. After a kill the folder is made what a disk might hold then:
 
-- a folder has the entries of its last fsync, or of any moment since then: its entries change in the order in which
-  they were changed (creations, renames and removals of one folder are a journal), those of two folders independently;
-- a file has the contents of its last fsync (none, if it never was synced), or the newest ones, or a part of those,
-  which ends there or goes on with zeros.
+- A folder has the entries of its last fsync or of any moment since then. Entries of one folder change in the order
+  in which the run changed them; those of two folders do not wait for each other.
+- A file has the contents of its last fsync (none, if it never was synced), or the newest ones, or these up to some
+  byte, after which it ends or holds zeros.
 
-Which of these it is, is drawn for each file and folder. What this leaves out: the run's folder itself is there; what
-the process found when it began counts as synced; a change of entries between two calls of Python's `os` functions,
-which only files appearing are, is seen at the next one; rows of one sector are never mixed up; and a disk that says
-it has synced has.
+Which of these it is, is drawn for each file and folder. The model leaves out some of what may happen. The run's
+folder itself is always there. What a process found when it began counts as synced. Files that appear between two of
+the calls that are noted appear at the same time. An older part of a file is never mixed with a newer one. A disk
+that says it has synced has done so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import shutil
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,8 @@ class Watch:
             self._descriptors[inode] = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
 
     def _hold_file(self, folder: int, name: str, inode: int) -> None:
-        try:
+        with suppress(FileExistsError, FileNotFoundError):  # held already, or gone again
             os.link(name, self.held / str(inode), src_dir_fd=self._descriptors[folder])
-        except (FileExistsError, FileNotFoundError):  # held already, or gone again
-            pass
 
     def close(self) -> None:
         for descriptor in [self._log, *self._descriptors.values()]:
@@ -176,7 +175,8 @@ def lose_power(run: Path, notes: Path, rng: random.Random) -> None:
         new = held.read_bytes() if held.exists() else old
         if forgets_all or old == new:
             return old
-        kept = new[: rng.randint(len(os.path.commonprefix([old, new])), len(new))]
+        alike = next((i for i, (one, other) in enumerate(zip(old, new, strict=False)) if one != other), len(old))
+        kept = new[: rng.randint(min(alike, len(new)), len(new))]
         return rng.choice([old, new, kept, kept + bytes(len(new) - len(kept))])
 
     build(root, remembered)

@@ -47,7 +47,7 @@ SYSTEMS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def recipe_for(model: Path, folder: Path) -> Path:
-    """Write a recipe of four short steps that uses what a run can use, with a checkpoint after every second one."""
+    """Write a recipe of four short steps that uses much of what there is, with two checkpoints."""
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(f'{{"prompt": "{"question " * (1 + i % 3)}{i}:"}}\n' for i in range(7)))
     recipe = {

@@ -1,7 +1,7 @@
 """A run that is killed at any moment, by anything, and resumed ends with the bytes of the undisturbed one.
 
 `make faults` does the same a thousand times. A run on vLLM servers is killed and resumed in
-tests/integration/test_vllm_training.py; it is not hit at seeded points, since each start of a server takes half a minute.
+tests/integration/test_vllm_training.py. It is not hit at seeded points: a server takes half a minute to start.
 """
 
 from __future__ import annotations
