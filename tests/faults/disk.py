@@ -9,8 +9,8 @@ at its last fsync. After a kill the folder is made what a disk might hold then:
   byte, after which it ends or holds zeros.
 
 Which of these it is, is drawn for each file and folder. The model leaves out some of what may happen. The run's
-folder itself is always there. What a process found when it began counts as synced. Files that appear between two of
-the calls that are noted appear at the same time. An older part of a file is never mixed with a newer one. A disk
+folder itself is always there. What a process found when it began counts as synced. Files that appear between two
+of the calls that are noted appear at the same time. An older part of a file is never mixed with a newer one. A disk
 that says it has synced has done so.
 """
 
@@ -146,6 +146,14 @@ def start_watching(run: Path, notes: Path) -> None:
 
 def lose_power(run: Path, notes: Path, rng: random.Random) -> None:
     """Make a run's folder what the disk may hold of it, after its processes were killed."""
+    remembered = run.with_name(f"{run.name}-remembered")
+    write_remembered(run, notes, rng, remembered)
+    shutil.rmtree(run)
+    remembered.rename(run)
+
+
+def write_remembered(run: Path, notes: Path, rng: random.Random, target: Path) -> None:
+    """Write what the disk may hold of a run's folder to another one."""
     last = Watch(run, notes)
     last.look()  # what came after the last change that was noted
     last.close()
@@ -157,8 +165,6 @@ def lose_power(run: Path, notes: Path, rng: random.Random) -> None:
         else:
             candidates[inode] = candidates.get(inode, [{}])[-1:]
     forgets_all = rng.random() < 0.5
-    root = run.stat().st_ino
-    remembered = run.with_name(f"{run.name}-remembered")
 
     def build(inode: int, path: Path) -> None:
         path.mkdir()
@@ -167,9 +173,9 @@ def lose_power(run: Path, notes: Path, rng: random.Random) -> None:
             if is_folder:
                 build(child, path / name)
             else:
-                (path / name).write_bytes(_contents(child))
+                (path / name).write_bytes(contents(child))
 
-    def _contents(inode: int) -> bytes:
+    def contents(inode: int) -> bytes:
         synced, held = last.synced / str(inode), last.held / str(inode)
         old = synced.read_bytes() if synced.exists() else b""
         new = held.read_bytes() if held.exists() else old
@@ -179,6 +185,4 @@ def lose_power(run: Path, notes: Path, rng: random.Random) -> None:
         kept = new[: rng.randint(min(alike, len(new)), len(new))]
         return rng.choice([old, new, kept, kept + bytes(len(new) - len(kept))])
 
-    build(root, remembered)
-    shutil.rmtree(run)
-    remembered.rename(run)
+    build(run.stat().st_ino, target)
