@@ -8,10 +8,10 @@ at its last fsync. After a kill the folder is made what a disk might hold then:
 - A file has the contents of its last fsync (none, if it never was synced), or the newest ones, or these up to some
   byte, after which it ends or holds zeros.
 
-Which of these it is, is drawn for each file and folder. The model leaves out some of what may happen. The run's
-folder itself is always there. What a process found when it began counts as synced. Files that appear between two
-of the calls that are noted appear at the same time. An older part of a file is never mixed with a newer one. A disk
-that says it has synced has done so.
+Which of these it is, is drawn for each file and folder. The model leaves out some of what may happen: the run's
+folder itself is always there; what a process found when it began counts as synced; files that appear between two
+of the calls that are noted appear at the same time; an older part of a file is never mixed with a newer one; and
+a disk that says it has synced has done so.
 """
 
 from __future__ import annotations

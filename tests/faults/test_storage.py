@@ -59,7 +59,7 @@ def test_a_full_disk_is_one_message_and_room_goes_on_to_the_same_end(
     left = os.statvfs(small_disk)
     filler.write_bytes(bytes(left.f_bavail * left.f_bsize - (room << 10)))
     session = start(one, run, tmp_path / "full")
-    assert_one_message(session, run, "make room")
+    assert_one_message(session, run, "no space")
     filler.unlink()
     assert_ends_the_same(one, run, tmp_path / "again")
 
