@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class Trackers:
             if name == "tensorboard":
                 # Steps that a killed run logged after its checkpoint are logged again.
                 tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=steps_done + 1)
+                threading.excepthook = _without_writers(threading.excepthook)
             elif tracker_class.requires_logging_directory:
                 tracker = tracker_class(folder.name, logging_dir=folder)
             elif name in RUN_NAMES:
@@ -68,6 +70,16 @@ class Trackers:
         with ExitStack() as stack:  # all of them, though one fails
             for tracker in self._trackers:
                 stack.callback(tracker.finish)
+
+
+def _without_writers(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
+    """`hook` for all threads but TensorBoard's writers: what fails in one is raised again by the next `log`."""
+
+    def told(failure: threading.ExceptHookArgs) -> None:
+        if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+            hook(failure)
+
+    return told
 
 
 def remove_completions_after(folder: Path, step: int) -> None:

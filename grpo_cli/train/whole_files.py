@@ -23,7 +23,7 @@ def write_whole(final: Path, write: Callable[[Path], None], ranks: Ranks) -> Non
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # in a folder that is there: a run's that was deleted under it does not come back in part
 
     def end() -> None:
         for path in [*partial.rglob("*"), partial]:

@@ -6,9 +6,11 @@ Of ten cases, each system with one process has ten, and each with two has one: i
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import byte_tokenizer, tiny_llama
@@ -31,17 +33,16 @@ def main() -> None:
         benches = [
             Bench(system, model, Path(name) / str(index)) for index, system in enumerate(options.system or SYSTEMS)
         ]
-        number = 0 if options.only is None else options.only
-        while sum(len(case.faults) for case in cases) < options.points:
-            for bench in benches:
-                if options.only is None and bench.processes > 1 and number % 10:
-                    continue
-                cases.append(bench.case(options.seed, number))
-                if cases[-1].wrong:
-                    print(f"{cases[-1].name}: {cases[-1].wrong}", file=sys.stderr, flush=True)
-            if options.only is not None:
-                break
-            number += 1
+        with suppress(KeyboardInterrupt):  # the table then has what was done until then
+            for number in itertools.count() if options.only is None else [options.only]:
+                for bench in benches:
+                    if options.only is None and bench.processes > 1 and number % 10:
+                        continue
+                    cases.append(bench.case(options.seed, number))
+                    if cases[-1].wrong:
+                        print(f"{cases[-1].name}: {cases[-1].wrong}", file=sys.stderr, flush=True)
+                if sum(len(case.faults) for case in cases) >= options.points:
+                    break
     print("\n".join(table(cases)))
     print(f"{len(cases)} runs in {time.monotonic() - began:.0f} s")
     sys.exit(any(case.wrong for case in cases))

@@ -113,7 +113,7 @@ def run_with(plan: Plan) -> None:
     def pass_by(point: str, *arguments: Any) -> None:
         moments[point] += 1
         if fault is not None and moments[point] == fault.moment:
-            _strike(fault, plan, [argument for argument in arguments if isinstance(argument, str | Path)])
+            _strike(fault, plan, [argument for argument in arguments if isinstance(argument, str | bytes | Path)])
 
     for point in POINTS if fault is None else [fault.point]:
         if fault is not None or plan.counts:
@@ -126,7 +126,7 @@ def run_with(plan: Plan) -> None:
             (plan.notes / f"moments-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(moments))
 
 
-def _strike(fault: Fault, plan: Plan, files: Sequence[str | Path]) -> None:
+def _strike(fault: Fault, plan: Plan, files: Sequence[str | bytes | Path]) -> None:
     (plan.notes / "struck").touch()
     if fault.by in ("SIGKILL", POWER_LOSS):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -136,7 +136,7 @@ def _strike(fault: Fault, plan: Plan, files: Sequence[str | Path]) -> None:
         shutil.rmtree(plan.run)
     elif fault.by in errno.errorcode.values():
         number = getattr(errno, fault.by)
-        raise OSError(number, os.strerror(number), *map(str, files[:1]))
+        raise OSError(number, os.strerror(number), *map(os.fsdecode, files[:1]))
     else:
         os.kill(os.getpid(), signal.Signals[fault.by])
 
