@@ -6,7 +6,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,15 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+_tell = threading.excepthook
+
+
+def _tell_unless_raised_again(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, unless it is TensorBoard's: the tracker's next `log` raises it again."""
+    if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        _tell(failure)
+
+
 class Trackers:
     """The recipe's `logging.trackers`, checked by `check_trackers` before."""
 
@@ -47,7 +56,7 @@ class Trackers:
             if name == "tensorboard":
                 # Steps that a killed run logged after its checkpoint are logged again.
                 tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=steps_done + 1)
-                threading.excepthook = _without_writers(threading.excepthook)
+                threading.excepthook = _tell_unless_raised_again
             elif tracker_class.requires_logging_directory:
                 tracker = tracker_class(folder.name, logging_dir=folder)
             elif name in RUN_NAMES:
@@ -70,16 +79,6 @@ class Trackers:
         with ExitStack() as stack:  # all of them, though one fails
             for tracker in self._trackers:
                 stack.callback(tracker.finish)
-
-
-def _without_writers(hook: Callable[[threading.ExceptHookArgs], Any]) -> Callable[[threading.ExceptHookArgs], Any]:
-    """`hook` for all threads but TensorBoard's writers: what fails in one is raised again by the next `log`."""
-
-    def told(failure: threading.ExceptHookArgs) -> None:
-        if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
-            hook(failure)
-
-    return told
 
 
 def remove_completions_after(folder: Path, step: int) -> None:
