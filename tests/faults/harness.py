@@ -20,10 +20,11 @@ from typing import Any
 
 import yaml
 
+from grpo_cli.errors import RunError
 from grpo_cli.launch.failures import EXIT_REQUEUE
 from grpo_cli.train.metrics import read_metrics
 from tests.faults.disk import lose_power, start_watching
-from tests.faults.points import KILLS, LARGEST_TEAR, POINTS, POWER_LOSS, TORN_WRITE, Fault, Plan, run_with
+from tests.faults.points import KILLS, POINTS, POWER_LOSS, TORN_WRITE, Fault, Plan, run_with
 from tests.processes import Command, free_port
 
 MOST_FAULTS = 3
@@ -32,9 +33,13 @@ MOST_FAULTS = 3
 ONLY_RESUMED = {"resume": 2}
 """Points that an undisturbed run does not come by, and their moments."""
 
+LARGEST_TEAR_BITS = 20
+"""A megabyte, which is more than any file of the tiny run has."""
+
 TIMES = ("time/", "tokens_per_second")
 
 PATIENCE_S = 120.0
+"""How long one start of a run may take on a busy machine."""
 
 SYSTEMS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -92,6 +97,10 @@ class Case:
     """What differs from the undisturbed run, or went wrong on the way."""
 
 
+class NoEnd(Exception):
+    """A start of a run hangs."""
+
+
 class Bench:
     """Runs of one system, with and without faults, in a folder of their own.
 
@@ -136,12 +145,20 @@ class Bench:
     def case(self, seed: int, number: int) -> Case:
         """Hit a run up to `MOST_FAULTS` times, and see that it ends as the undisturbed one."""
         case = Case(f"--seed {seed} --system '{self.system}' --only {number}")
-        rng = random.Random(f"{seed}/{self.system}/{number}")
         folder = self.folder / f"{seed}-{number}"
+        try:
+            case.wrong = self._run_case(case, random.Random(f"{seed}/{self.system}/{number}"), number, folder)
+        except (NoEnd, OSError, RunError) as error:  # the latter two are of files that are not as they should be
+            case.wrong = f"{type(error).__name__}: {error}"
+        if not case.wrong:
+            shutil.rmtree(folder)
+        return case
+
+    def _run_case(self, case: Case, rng: random.Random, number: int, folder: Path) -> str | None:
+        """What went wrong; the faults that came about are added to the case."""
         run = folder / "run"
         run.mkdir(parents=True)
-        hits = rng.randint(1, MOST_FAULTS)
-        for start in range(hits):
+        for start in range(rng.randint(1, MOST_FAULTS)):
             fault, rank = self._draw(rng, number, start)
             plan = Plan(run, folder / f"notes-{start}", fault, watches_disk=fault.by == POWER_LOSS)
             plan.notes.mkdir()
@@ -150,25 +167,19 @@ class Bench:
             session = self.session(plan, rank)
             if session.was_struck:
                 case.faults.append(fault)
-            case.wrong = self._wrong_end(session, fault)
-            if case.wrong:
-                return case
-            if session.was_struck and fault.by == POWER_LOSS:
-                lose_power(run, plan.notes, random.Random(rng.random()))
-                case.wrong = _what_was_promised(session.output, run)
-                if case.wrong:
-                    return case
+            if wrong := self._wrong_end(session, fault):
+                return wrong
             if not session.was_struck:
                 break
+            if fault.by == POWER_LOSS:
+                lose_power(run, plan.notes, random.Random(rng.random()))
+                if wrong := _what_was_promised(session.output, run):
+                    return wrong
         (folder / "notes").mkdir()
         session = self.session(Plan(run, folder / "notes"))
         if any(session.codes) or "Traceback" in session.output:
-            case.wrong = f"the last start ended with {session.codes}: {session.output[-3000:]}"
-        else:
-            case.wrong = difference(state_of(run), self.wanted)
-        if not case.wrong:
-            shutil.rmtree(folder)
-        return case
+            return f"the last start ended with {session.codes}: {session.output[-3000:]}"
+        return difference(state_of(run), self.wanted)
 
     def _draw(self, rng: random.Random, number: int, start: int) -> tuple[Fault, int]:
         """A fault and the rank that it hits. First faults of successive cases go through all points and kills."""
@@ -180,7 +191,7 @@ class Bench:
         point = rng.choice(points) if start else points[number % len(points)]
         by = rng.choice(KILLS) if start else KILLS[(number + number // len(points)) % len(KILLS)]
         moment = rng.randint(1, max(1, moments[point] // (start + 1)))  # a resumed run has fewer
-        return Fault(point, moment, by, int(2 ** rng.uniform(0, LARGEST_TEAR.bit_length()))), rank
+        return Fault(point, moment, by, int(2 ** rng.uniform(0, LARGEST_TEAR_BITS))), rank
 
     def _wrong_end(self, session: Session, fault: Fault) -> str | None:
         """What is wrong with the end of a start that may have been hit."""
@@ -217,7 +228,7 @@ def _ends(processes: Sequence[Command], plan: Plan) -> list[int]:
     else:
         for process in processes:
             process.kill()
-        raise AssertionError(f"{plan.fault}: no end after {PATIENCE_S} s: {[p.printed()[0] for p in processes]}")
+        raise NoEnd(f"{plan.fault}: no end after {PATIENCE_S} s: {[p.printed()[0] for p in processes]}")
     return [process.wait() for process in processes]
 
 

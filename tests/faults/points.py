@@ -63,9 +63,6 @@ POWER_LOSS = "power loss"
 KILLS = ("SIGKILL", "SIGTERM", POWER_LOSS, "SIGUSR1", TORN_WRITE)
 """What a run is stopped by."""
 
-LARGEST_TEAR = 1 << 19
-"""Bytes; larger than any file of the tiny run."""
-
 
 @dataclass(frozen=True)
 class Fault:
