@@ -7,7 +7,7 @@ VLLM_INSTALLED := $(VENV)/.vllm-installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test fast lint format check docs model vllm gpu
+.PHONY: quickstart test fast faults lint format check docs model vllm gpu
 
 quickstart: model  ## train a small model until its reward has risen (10 minutes on two CPU cores)
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -17,6 +17,11 @@ test: model $(VLLM_INSTALLED)  ## every test, the slow ones too
 
 fast: $(INSTALLED)  ## the tests that take seconds; without vLLM those that need it are skipped
 	$(PYTEST) -m "not slow"
+
+FAULTS ?= 1000
+
+faults: $(INSTALLED)  ## kill and resume a tiny run FAULTS times; `python -m tests.faults --help` repeats one of them
+	$(BIN)/python -m tests.faults --points $(FAULTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ CLUSTER = ("tests/slurm/test_five_nodes.py", "tests/slurm/test_job_script.py")
 
 LONGEST_FIRST = (
     "tests/integration/test_vllm_training.py",
+    "tests/faults/test_kills.py",
     *CLUSTER,
     "tests/integration/test_serve.py",
     "tests/integration/test_processes.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -36,6 +37,15 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
+_tell = threading.excepthook
+
+
+def _tell_unless_raised_again(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, unless it is TensorBoard's: the tracker's next `log` raises it again."""
+    if type(failure.thread).__module__ != "tensorboard.summary.writer.event_file_writer":
+        _tell(failure)
+
+
 class Trackers:
     """The recipe's `logging.trackers`, checked by `check_trackers` before."""
 
@@ -47,6 +57,7 @@ class Trackers:
             if name == "tensorboard":
                 # Steps that a killed run logged after its checkpoint are logged again.
                 tracker = tracker_class("tensorboard", logging_dir=folder, purge_step=steps_done + 1)
+                threading.excepthook = _tell_unless_raised_again
             elif tracker_class.requires_logging_directory:
                 tracker = tracker_class(folder.name, logging_dir=folder)
             elif name in RUN_NAMES:

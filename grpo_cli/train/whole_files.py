@@ -36,7 +36,7 @@ def write_whole(final: Path, write: Callable[[Path], Mapping[str, FileSum]], ran
 
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()  # in a folder that is there: a run's that was deleted under it does not come back in part
 
     def end(sums: dict[str, FileSum]) -> None:
         paths = sorted(partial.rglob("*"))
