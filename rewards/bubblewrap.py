@@ -87,6 +87,7 @@ def _way(executable: str, *, drops_root: bool) -> Bubblewrap:
             command += ["--symlink", os.readlink(folder), folder]
         else:
             command += ["--ro-bind-try", folder, folder]
+    command += _empty(WORKDIR, _WRITABLE_BYTES)  # first, as Python may be in a folder of it
     # Those that bubblewrap makes on the way are for root alone.
     above = {folder for path in [*_SYSTEM_FILES, *_python_folders(), SCRIPTS] for folder in Path(path).parents}
     for passed in sorted({*above, Path(SCRIPTS)} - {Path("/")}):
@@ -96,12 +97,15 @@ def _way(executable: str, *, drops_root: bool) -> Bubblewrap:
     here = Path(__file__).resolve().parent
     for name in ("sandbox_child.py", "sandbox_crossing.py", "sandbox_remote.py"):
         command += ["--ro-bind", str(here / name), f"{SCRIPTS}/{name}"]
-    command += ["--proc", "/proc", "--dev", "/dev"]
-    for folder, size in ((WORKDIR, _WRITABLE_BYTES), ("/dev/shm", _SHARED_MEMORY_BYTES)):
-        command += ["--perms", "1777", "--size", str(size), "--tmpfs", folder]
+    command += ["--proc", "/proc", "--dev", "/dev", *_empty("/dev/shm", _SHARED_MEMORY_BYTES)]
     # What is left of bubblewrap's own file system has no size.
     command += ["--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORKDIR]
     return Bubblewrap(tuple(command), drops_root)
+
+
+def _empty(folder: str, size: int) -> list[str]:
+    """A folder in memory, of so many bytes at most."""
+    return ["--perms", "1777", "--size", str(size), "--tmpfs", folder]
 
 
 def _python_folders() -> list[str]:

@@ -80,7 +80,8 @@ MEETS = """
 import os
 from grpo_cli.distributed.ranks import Ranks
 ranks = Ranks.join(needs_group=False)
-print(ranks.gather(os.environ.get("GLOO_SOCKET_IFNAME")))
+with ranks.leaving_together():
+    print(ranks.gather(os.environ.get("GLOO_SOCKET_IFNAME")))
 """
 
 

@@ -58,6 +58,7 @@ class Parts:
         self.scheduler.step()
 
     def save(self, folder: Path, step: int, keep: int = 2, note: Callable[[str], None] = pytest.fail) -> Path:
+        folder.mkdir(exist_ok=True)
         return save_checkpoint(folder, self.learner(), Position(step, 100 * step), keep, note)
 
     def load(self, path: Path) -> Position:

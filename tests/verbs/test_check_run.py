@@ -26,6 +26,7 @@ from tests.train.test_manifest import flip_bit, write_files
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A folder with the files of a run that matter here; that of its position is empty."""
+    (tmp_path / "run").mkdir()
     for name in ("checkpoint-000001", "checkpoint-000002", "final"):
         write_whole(tmp_path / "run" / name, write_files, Ranks())
     (tmp_path / "run" / "recipe.yaml").write_text("")
