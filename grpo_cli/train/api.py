@@ -164,18 +164,18 @@ def _train(rollouts: Rollouts, learner: Learner, recorder: Recorder) -> TrainRes
                 scorer = rollouts.scorer
                 scores = torch.from_numpy(scorer.score(rollout.scoring_batch(), step=recorder.position.step))
                 display.completions(title, rollout, scorer.names, scores)
-    _say_how_it_went(recorder, final)
-    return TrainResult(recorder.folder, recorder.history, learner.model, learner.tokenizer)
+    history = recorder.history()
+    _say_how_it_went(recorder, history, final)
+    return TrainResult(recorder.folder, history, learner.model, learner.tokenizer)
 
 
-def _say_how_it_went(recorder: Recorder, final: Path) -> None:
+def _say_how_it_went(recorder: Recorder, history: Sequence[dict[str, Any]], final: Path) -> None:
     """Say what was learned and where everything is."""
-    history, folder, note = recorder.history, recorder.folder, recorder.display.note
-    if not history:  # on other ranks than 0
-        return
-    span = min(5, max(1, len(history) // 2))
-    first, last = mean_reward(history[:span]), mean_reward(history[-span:])
-    note(f"mean reward: {first:.4g} over the first {span} steps, {last:.4g} over the last {span}")
+    folder, note = recorder.folder, recorder.display.note
+    if history:
+        span = min(5, max(1, len(history) // 2))
+        first, last = mean_reward(history[:span]), mean_reward(history[-span:])
+        note(f"mean reward: {first:.4g} over the first {span} steps, {last:.4g} over the last {span}")
     note(f"final model:  {final}")
     note(f"metrics:      {folder / 'metrics.jsonl'} (also: tensorboard --logdir {folder})")
     note(f"completions:  {folder / 'completions'}")

@@ -158,11 +158,9 @@ class MetricsFile:
         self.path = path
         kept = [row for row in read_metrics(path) if row["step"] <= steps_done] if path.exists() else []
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.history: list[dict[str, Any]] = kept
 
     def append(self, metrics: Metrics) -> None:
         row = finite_or_none(metrics)
-        self.history.append(row)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

@@ -18,7 +18,7 @@ from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint
 from grpo_cli.train.disk import explained, writing
 from grpo_cli.train.display import Display
 from grpo_cli.train.learner import Learner
-from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock
+from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock, read_metrics
 from grpo_cli.train.rollouts import Rollouts
 from grpo_cli.train.run_folder import folder_of, hold_run_folder, open_run_folder, whole_checkpoint
 from grpo_cli.train.run_lock import RunLock
@@ -196,10 +196,15 @@ class Recorder:
                     sync(path)
         self._synced_steps = self.position.step
 
-    @property
     def history(self) -> list[dict[str, Any]]:
-        """The rows of `metrics.jsonl`; none on other ranks than 0."""
-        return self._metrics_file.history if self._metrics_file is not None else []
+        """The rows of `metrics.jsonl`; none on other ranks than 0, or if it cannot be read any more.
+
+        They are read when asked for: kept, they would take memory with every step.
+        """
+        with self.display.noting():
+            if self._metrics_file is not None:
+                return read_metrics(self._metrics_file.path)
+        return []
 
     def close(self) -> None:
         if self._trackers is not None:

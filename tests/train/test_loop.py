@@ -340,3 +340,18 @@ def test_what_fails_after_the_last_step_is_told_and_the_run_is_done(
     told = [line for line in screen.file.getvalue().splitlines() if line.startswith("at the end of the run: ")]
     for line, what in zip(told, ("no disk", "the judge is gone", "ConnectionError: no network"), strict=True):
         assert what in line
+
+
+class DamagesTheMetrics:
+    def on_train_end(self, state: Any) -> None:
+        with (state.output_dir / "metrics.jsonl").open("a") as file:
+            file.write("{half a row\n")
+
+
+def test_metrics_that_cannot_be_read_at_the_end_are_told_and_the_run_is_done(tiny_recipe: dict[str, Any]) -> None:
+    screen = Console(file=io.StringIO(), width=1000)
+    result = run(tiny_recipe, callbacks=[DamagesTheMetrics()], console=screen)
+    assert (result.output_dir / "final" / "config.json").is_file()
+    assert result.metrics == []
+    assert "metrics.jsonl:4: is damaged" in screen.file.getvalue()
+    assert f"final model:  {result.output_dir / 'final'}" in screen.file.getvalue()
