@@ -1,4 +1,4 @@
-"""`python -m tests.soak --steps 2000` trains a tiny model so long, and prints a table of what grew; exit 1 if any did."""
+"""`python -m tests.soak --steps 2000` trains a tiny model and says in a table what grew; exit 1 if any did."""
 
 from __future__ import annotations
 

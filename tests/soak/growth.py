@@ -1,7 +1,7 @@
 """Tells whether something that was measured at every step of a run grows. Robust against steps that stand out.
 
-The first quarter of a run is its warm-up. Of the rest, the second quarter is compared with the last one, and the slope
-is the median of the slopes between all pairs of steps (Theil-Sen).
+The first quarter of a run is its warm-up. Of the rest, the second quarter is compared with the last one, and the
+slope is the median of the slopes between all pairs of steps (Theil-Sen).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Measure:
     name: str
     unit: str = ""
     per_step: float | None = None
-    """For amounts. Empty for a number of things, of which the last quarter may at no time have one more than the
-    least of the second."""
+    """For amounts. Empty for a number of things: the least of the last quarter may not be above the least of the
+    second one, so that a thread that ends a little late does not count, and one that never ends does."""
     slack: float = 0.0
-    """That the amount may grow by beside it, however long the run."""
+    """What the amount may grow by in addition, however long the run."""
     ratio: float | None = None
     """For times: how many times as long a step may take at the end; infinite if it is only reported."""
 
@@ -61,7 +61,7 @@ def trend(measure: Measure, values: np.ndarray) -> Trend:
 
 
 def theil_sen(values: np.ndarray) -> float:
-    """Median of the slopes between all pairs of (S,) values that are one apart in time."""
+    """Median of the slopes between all pairs of the (S,) values, which are one step apart."""
     earlier, later = np.triu_indices(len(values), 1)
     return float(np.median((values[later] - values[earlier]) / (later - earlier)))
 
@@ -71,10 +71,15 @@ def table(trends: Sequence[Trend], steps: int) -> list[str]:
     rows = ["| measure | second quarter | last quarter | slope by step | allowed |", "|---|---|---|---|---|"]
     for found in trends:
         unit = f" {found.measure.unit}" if found.measure.unit else ""
-        verdict = f"**{allowed(found.measure, steps)}: exceeded**" if found.grows else allowed(found.measure, steps)
-        cells = f"{found.second:,.4g}{unit}", f"{found.last:,.4g}{unit}", f"{found.slope:+.3g}{unit}"
+        limit = allowed(found.measure, steps)
+        verdict = f"**{limit}: exceeded**" if found.grows else limit
+        cells = f"{_short(found.second)}{unit}", f"{_short(found.last)}{unit}", f"{found.slope:+.3g}{unit}"
         rows.append(f"| {found.measure.name} | {' | '.join(cells)} | {verdict} |")
     return rows
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def allowed(measure: Measure, steps: int) -> str:

@@ -1,7 +1,7 @@
-"""Rewards of the soak: whether a completion's checksum is odd, told in each of the ways in which a function may run.
+"""Rewards of the soak: whether a completion's checksum is odd, in each of the ways in which a function may run.
 
-No policy learns to please them, so that a step's work stays the same; and they agree, so that some groups are flat and
-have to be sampled again.
+No policy learns to please them, so the work of a step stays the same. They agree, so some groups are flat and have
+to be sampled again.
 """
 
 from __future__ import annotations
