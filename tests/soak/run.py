@@ -27,9 +27,9 @@ KEPT = 2
 """Checkpoints."""
 
 MEASURES = (
-    Measure("resident memory", "KiB", per_step=8, slack=8 * 1024),
+    Measure("resident memory", "KiB", per_step=2, slack=8 * 1024),
     Measure("memory of child processes", "KiB", per_step=2, slack=4 * 1024),
-    Measure("Python's small objects", per_step=40, slack=10_000),
+    Measure("Python's small objects", per_step=20, slack=10_000),
     Measure("open files"),
     Measure("threads"),
     Measure("child processes"),
