@@ -388,7 +388,9 @@ def test_a_run_goes_on_after_each_way_to_lose_its_server(
         log = (tmp_path / f"{name}.faults").read_text()
         kills = re.findall("^killed (.*)$", log, re.MULTILINE)
         assert kills == ["in a generation", "in a transfer", "between steps"]
-        assert "/v1/grpo/generate of version 1: ServerAway" in log, "there was something to lose"
+        first, *_ = log.partition("killed in a transfer")
+        # On a busy machine the last completion may have come just before the kill: then it is missed a call later.
+        assert re.search("/v1/grpo/(generate of version 1|info of version None): ServerAway", first), log
         assert "/weights/commit of version 2: ServerAway" in log
         assert_same_run(tmp_path / name, tmp_path / "undisturbed")
         assert_weights_move_and_the_sampler_agrees(tmp_path / name, 0)
