@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.distributed.outcome import outcome_of, result_of
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError
@@ -40,7 +41,7 @@ class SplitEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -116,7 +117,7 @@ class LedEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 
@@ -66,7 +67,7 @@ class ReplayEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -79,7 +80,7 @@ class ReplayEngine:
         """
         groups = []
         for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-            groups.append(self._group(prompt, key[STEP_PLACE] + 1, key[PROMPT_PLACE], num_generations))
+            groups.append(self._group(prompt.token_ids, key[STEP_PLACE] + 1, key[PROMPT_PLACE], num_generations))
             if on_group is not None:
                 on_group(index, groups[index])
         return groups

@@ -87,7 +87,7 @@ def generate_rollout(
         on_group(index, Rollout([prompts[index]], list(completions), num_generations))
 
     groups = engine.generate(
-        [prompt.token_ids for prompt in prompts],
+        prompts,
         [(*key, first + index) for index in range(len(prompts))],
         num_generations,
         on_group=None if on_group is None else finished,

@@ -18,6 +18,7 @@ from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import make_strategy
+from grpo_cli.episode.driver import Driver
 from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.reference import Reference, reference_model
@@ -27,7 +28,7 @@ from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.build import EngineParts, build_engine
-from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.engine import RolloutEngine, TurnEngine
 from grpo_cli.rollout.over_ranks import SplitEngine
 from grpo_cli.train.guards import autocast_for
 from grpo_cli.train.learner import Learner
@@ -77,9 +78,16 @@ def assemble(
 def _engine(recipe: Recipe, given: Engine | None, learner: Learner, note: Callable[[str], None]) -> RolloutEngine:
     """The recipe's engine, or a caller's own: with several processes each rank's generates what the rank owns."""
     ranks = learner.ranks
-    if isinstance(given, RolloutEngine):
-        return given if ranks.world_size == 1 else SplitEngine(given, ranks, nullcontext)
-    parts = EngineParts(recipe, learner.policy, learner.tokenizer, learner.autocast, note, ranks, learner.strategy)
+
+    def drive(engine: TurnEngine) -> RolloutEngine:
+        return Driver(engine, recipe.generation.max_completion_tokens)
+
+    if isinstance(given, (RolloutEngine, TurnEngine)):
+        own = given if isinstance(given, RolloutEngine) else drive(given)
+        return own if ranks.world_size == 1 else SplitEngine(own, ranks, nullcontext)
+    parts = EngineParts(
+        recipe, learner.policy, learner.tokenizer, learner.autocast, note, ranks, learner.strategy, drive
+    )
     engine = build_engine(parts)
     return engine if given is None else given(engine)
 

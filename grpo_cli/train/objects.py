@@ -11,14 +11,14 @@ from grpo_cli.errors import UserError
 from grpo_cli.recipe.load import read_recipe, validate
 from grpo_cli.recipe.overrides import apply_override
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.engine import RolloutEngine, TurnEngine
 
 IN_MEMORY = "in-memory"
 """Stands in the written recipe for a model or data that came as an object."""
 
 
-Engine = RolloutEngine | Callable[[RolloutEngine], RolloutEngine]
-"""A rollout engine, or a function that makes it of the recipe's."""
+Engine = RolloutEngine | TurnEngine | Callable[[RolloutEngine], RolloutEngine]
+"""What generates whole completions or turns, or a function that makes it of the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +84,12 @@ def recipe_with_objects(
 
 def _check_engine(engine: Engine, values: Mapping[str, Any]) -> None:
     """Raise UserError for an object that is no engine, or one beside an engine that the recipe names."""
-    if not isinstance(engine, RolloutEngine):
+    if not isinstance(engine, (RolloutEngine, TurnEngine)):
         if callable(engine):
             return
         raise UserError(
-            f"engine: {type(engine).__name__} lacks one of the methods of an engine: update_weights, generate, "
-            "release_memory, close"
+            f"engine: {type(engine).__name__} lacks one of the methods of an engine: update_weights, generate or "
+            "stream, release_memory, close"
         )
     named = [key for key in ("engine", "server", "vllm", "replay") if (values.get("generation") or {}).get(key)]
     if named:
