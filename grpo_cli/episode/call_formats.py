@@ -125,7 +125,7 @@ def _says_parameters(text: str) -> bool:
 
 
 def mistral_calls(text: str) -> list[WrittenCall]:
-    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, or `[TOOL_CALLS]name[ARGS]{...}` of newer Mistrals."""
+    """`[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`, or `[TOOL_CALLS]name[ARGS]{...}` of a newer one."""
     calls: list[WrittenCall] = []
     for found in re.finditer(r"\[TOOL_CALLS\]\s*", text):
         start, body = found.span()
@@ -165,14 +165,14 @@ FORMATS = (
     CallFormat(
         "llama",
         llama_calls,
-        lambda template: '"parameters": ' in template and '{"name": ' in template,
+        lambda template: "ipython" in template and '"parameters": ' in template,  # the role of results
         '{"name": "...", "parameters": {...}}',
     ),
 )
 
 
 def read_json(text: str, start: int) -> tuple[Any, int, str | None]:
-    """The JSON value at `start`, where it ends, and what is wrong if there is none; then it ends where it began."""
+    """The JSON value at `start`, where it ends, and what is wrong if there is none; then it ends as it began."""
     blank = _BLANK.match(text, start)
     start = blank.end() if blank else start
     try:

@@ -17,7 +17,7 @@ NO_NAME = "unknown"
 """Name of a call in which none can be read, as TRL has it."""
 
 _PREFIX_TOKENS = 512
-"""Of what comes before a turn, as many tokens tell how the template began it; no episode is decoded again whole."""
+"""Of what comes before a turn, as many tokens tell how the template began it; no episode is decoded whole."""
 
 _MARKS = {
     *("<|python_tag|>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),

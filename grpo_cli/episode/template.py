@@ -99,10 +99,10 @@ class EpisodeTemplate:
 
         If not, ask `keeps` about a turn, and where that says no take the next prompt from `prompt_ids`.
         """
-        possible = {"tool": self._why_no_results() is None, "user": self.why_no_replies() is None}
-        return all(
-            self._keeps(role, thoughts, True) for role in possible if possible[role] for thoughts in (False, True)
-        )
+        roles = [role for role, why in (("tool", self._why_no_results), ("user", self.why_no_replies)) if not why()]
+        begun = self._render([_USER], (), go_on=True).rstrip()
+        kinds = (False,) if begun.endswith("</think>") else (True,) if begun.endswith("<think>") else (False, True)
+        return all(self._keeps(role, thoughts, True) for role in roles for thoughts in kinds)
 
     def keeps(self, turn: Message, answers: Sequence[Message], tools: Sequence[Tool] = ()) -> bool:
         """Whether the template leaves a turn and all before it as they are when these answers follow.
@@ -165,8 +165,6 @@ class EpisodeTemplate:
             turn = _with_thoughts(turn, "reasoning_content" in template)
         shown = [_PROBE_TOOL] if tools else []
         prompt = self._render([_USER], shown, go_on=True)
-        if prompt.rstrip().endswith("<think>") and not thoughts:
-            return True  # no turn is without
         said = self._render([_USER, turn], shown, go_on=False)
         later = self._render([_USER, turn, *answers], shown, go_on=True)
         if not said.startswith(prompt) or (thoughts and _THOUGHTS not in later):
@@ -194,10 +192,12 @@ class EpisodeTemplate:
 
     @cached_property
     def _ending_of_words(self) -> _Ending:
-        """The first special token after a turn's words is its end token."""
+        """The end-of-sequence token, or else the first special token after a turn's words (Gemma has another)."""
         tail = self._tail({"role": "assistant", "content": _WORDS}, _WORDS)
-        end = self._special.search(tail)
-        return _Ending(_WORDS, end[0], tail[: end.end()]) if end else _Ending(_WORDS, "", "")
+        special = self._special.findall(tail)
+        eos = self._tokenizer.eos_token
+        end = eos if eos in special else special[0] if special else ""
+        return _Ending(_WORDS, end, tail[: tail.index(end) + len(end)])
 
     @cached_property
     def _ending_of_calls(self) -> _Ending:
@@ -217,20 +217,24 @@ class EpisodeTemplate:
 
     def _cut(self, text: str, ending: _Ending) -> int:
         """Where the probe's turn ends in a rendered conversation."""
-        said = text.rfind(ending.said)
-        end = text.find(ending.end, said)
+        said = text.find(ending.said)  # the first: an answer may say anything
+        after = said + len(ending.said)
+        end = text.find(ending.end, after)
         if said < 0 or end < 0:
             raise UserError("the chat template ends a turn otherwise once an answer follows")
-        return max(end, said + len(ending.said)) + len(ending.end)
+        return end + len(ending.end)
 
     def _template(self, tools: bool) -> str:
+        """That for tools, if the tokenizer has one of its own for them."""
         template: str = self._tokenizer.get_chat_template(tools=[] if tools else None)
         return template
 
     def _render(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], *, go_on: bool) -> str:
+        acting = bool(tools) or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
         try:
             text: str = self._tokenizer.apply_chat_template(
                 list(messages),
+                chat_template=self._template(acting),
                 tools=list(tools) or None,  # some write a heading for no tools at all
                 add_generation_prompt=go_on,
                 tokenize=False,
@@ -246,14 +250,14 @@ class EpisodeTemplate:
 
 
 def _calling(results: Sequence[Message]) -> dict[str, Any]:
-    """A turn that made the calls of which these are the results."""
+    """A turn that made the calls of which these are the results; the last of them says the word to look for."""
     calls = [
         {
             "type": "function",
             "id": result.get("tool_call_id") or "callprobe",
-            "function": {"name": result.get("name") or _TOOL, "arguments": {_KEY: _VALUE}},
+            "function": {"name": result.get("name") or _TOOL, "arguments": {_KEY: _VALUE if last else "other"}},
         }
-        for result in results
+        for last, result in zip([False] * (len(results) - 1) + [True], results, strict=True)
     ]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
