@@ -182,13 +182,12 @@ def _split_thoughts(text: str, begun: bool) -> tuple[str | None, int]:
 
 def _besides(text: str, written: Sequence[WrittenCall]) -> str:
     """What a turn says besides the calls that could be read."""
+    faulty = {(call.start, call.end) for call in written if call.fault}
     parts, place = [], 0
-    for call in written:
-        if call.start >= place:  # calls of one list have its place
-            parts.append(text[place : call.start])
-        if call.fault and call.end > place:
-            parts.append(text[max(call.start, place) : call.end])
-        place = max(place, call.end)
+    for start, end in dict.fromkeys((call.start, call.end) for call in written):  # those of one list share a place
+        if (start, end) not in faulty:
+            parts.append(text[place:start])
+            place = end
     return "".join([*parts, text[place:]])
 
 

@@ -99,7 +99,9 @@ class EpisodeTemplate:
 
         If not, ask `keeps` about a turn, and where that says no take the next prompt from `prompt_ids`.
         """
-        roles = [role for role, why in (("tool", self._why_no_results), ("user", self.why_no_replies)) if not why()]
+        roles = [
+            role for role, why in (("tool", self._why_no_results), ("user", self.why_no_replies)) if not why()
+        ]
         begun = self._render([_USER], (), go_on=True).rstrip()
         kinds = (False,) if begun.endswith("</think>") else (True,) if begun.endswith("<think>") else (False, True)
         return all(self._keeps(role, thoughts, True) for role in roles for thoughts in kinds)

@@ -212,7 +212,9 @@ def test_a_template_that_leaves_out_results_or_takes_no_reply_is_found_out() -> 
     tokenizer = chat_tokenizer("qwen2_5")
     tokenizer.chat_template = tokenizer.chat_template.replace("message.role == 'tool'", "false")
     assert "leaves out tool calls and their results" in str(EpisodeTemplate(tokenizer).why_no_tools())
-    tokenizer.chat_template = "{{ raise_exception('one turn') if messages | length > 2 }}" + tokenizer.chat_template
+    tokenizer.chat_template = (
+        "{{ raise_exception('one turn') if messages | length > 2 }}" + tokenizer.chat_template
+    )
     assert "one turn" in str(EpisodeTemplate(tokenizer).why_no_replies())
 
 
@@ -225,7 +227,10 @@ def test_a_template_that_fails_is_the_users_error() -> None:
 
 def test_of_several_templates_that_for_tools_is_taken_with_tools() -> None:
     tokenizer = chat_tokenizer("qwen2_5")
-    tokenizer.chat_template = {"default": chat_tokenizer("gemma").chat_template, "tool_use": tokenizer.chat_template}
+    tokenizer.chat_template = {
+        "default": chat_tokenizer("gemma").chat_template,
+        "tool_use": tokenizer.chat_template,
+    }
     template = EpisodeTemplate(tokenizer)
     assert "add" in tokenizer.decode(template.prompt_ids([USER], [ADD]))
     assert template.why_no_tools() is None

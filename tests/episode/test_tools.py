@@ -30,7 +30,9 @@ def multiply(a: int, b: int = 2) -> int:
     return a * b
 
 
-async def fetch(topics: list[str], how: Literal["fast", "slow"] | None = None, options: dict[str, int] | None = None):  # type: ignore[no-untyped-def]
+async def fetch(
+    topics: list[str], how: Literal["fast", "slow"] | None = None, options: dict[str, int] | None = None
+):  # type: ignore[no-untyped-def]
     """Fetches pages.
 
     Args:
@@ -180,12 +182,18 @@ def odd_result(a: int) -> tuple[str, ...]:
         (no_docstring, "no_docstring: it has no docstring; write what it does, and below `Args:` a line for each"),
         (no_type, "no_type: parameter 'a' has no type; write one, such as a: int"),
         (no_description, "no_description: parameter 'b' has no description; write `b: what it is`"),
-        (typed_docstring, "parameter 'a' has no description; write `a: what it is`, without its type, below `Args:`"),
+        (
+            typed_docstring,
+            "parameter 'a' has no description; write `a: what it is`, without its type, below `Args:`",
+        ),
         (only_arguments, "only_arguments: its docstring does not begin with what the tool does"),
         (stars, "stars: the model cannot give *numbers; write each parameter by its name"),
         (more, "more: the model cannot give **options; write each parameter by its name"),
         (positional, "positional: the model gives 'a' by its name; remove the / from the signature"),
-        (no_schema, "no_schema: the type of parameter 'call', collections.abc.Callable[[int], int], has no JSON schema"),
+        (
+            no_schema,
+            "no_schema: the type of parameter 'call', collections.abc.Callable[[int], int], has no JSON schema",
+        ),
         (undefined, "undefined: its types cannot be read: name 'Missing' is not defined"),
         (odd_result, "odd_result: the type of what it returns, tuple[str, ...], has no JSON schema"),
         (Counter, "<class 'tests.episode.test_tools.Counter'> is not a function"),
@@ -204,7 +212,7 @@ def test_what_a_function_lacks_to_be_a_tool_is_an_error_that_says_what_to_write(
 def test_two_tools_of_one_name_are_an_error() -> None:
     tool = tool_of(multiply, "tools.0")
     assert by_name([tool], "episode.tools") == {"multiply": tool}
-    with pytest.raises(UserError, match="episode.tools: two tools are called multiply; rename one"):
+    with pytest.raises(UserError, match=r"episode\.tools: two tools are called multiply; rename one"):
         by_name([tool, tool], "episode.tools")
 
 
@@ -229,7 +237,11 @@ def test_two_tools_of_one_name_are_an_error() -> None:
         (fetch, {"topics": [], "options": 3}, "fetch: 'options' must be of type object, not int"),
         (anything, {"value": {"a": [1]}, "either": 1}, None),
         (anything, {"value": 1, "either": [1]}, None),
-        (anything, {"value": 1, "either": {}}, "anything: 'either' must be of type integer or array, not an object"),
+        (
+            anything,
+            {"value": 1, "either": {}},
+            "anything: 'either' must be of type integer or array, not an object",
+        ),
         (Counter.wait, {"s": 1}, "wait has no parameter 's'; it takes no parameters"),
     ],
 )
