@@ -117,7 +117,8 @@ class TurnParser:
             return ParsedTurn(message | {"content": self._plain(ids)}, [])
         content = self._special.sub("", _besides(text[rest:], written)).strip()
         if thoughts is not None and self._takes_reasoning:
-            message["reasoning_content"] = self._special.sub("", thoughts).strip()
+            inside = self._special.sub("", thoughts).strip()
+            message |= {"reasoning_content": inside} if inside else {}
         elif thoughts is not None:
             content = f"{text[:rest].strip()}\n\n{content}".rstrip()
         message["content"] = content

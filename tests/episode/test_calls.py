@@ -12,6 +12,7 @@ from grpo_cli.episode.calls import ParsedTurn, ToolCall, TurnParser, result_text
 from grpo_cli.episode.tools import Tool, tool_of
 from tests.conftest import byte_tokenizer
 from tests.episode.chat import chat_tokenizer, template_text
+from tests.episode.record_trl import TURNS_FILE, prompt_ids
 
 QWEN, XML, LLAMA, MISTRAL = "qwen2_5", "qwen3_5", "llama3_1", "mistral"
 
@@ -320,6 +321,14 @@ def test_of_a_template_without_a_known_format_it_is_told_what_to_set() -> None:
 )
 def test_a_result_is_told_as_trl_tells_it(value: Any) -> None:
     assert result_text(value) == str(value)
+
+
+@pytest.mark.parametrize("entry", json.loads(TURNS_FILE.read_text(encoding="utf-8")), ids=lambda e: e["template"])
+def test_a_turn_says_what_trl_reads_in_it_with_its_schema_of_the_model(entry: dict[str, Any]) -> None:
+    tokenizer = chat_tokenizer(entry["template"])
+    ids = tokenizer(entry["turn"], add_special_tokens=False)["input_ids"]
+    turn = TurnParser(tokenizer).parse(ids, TOOLS, prefix=prompt_ids(tokenizer))
+    assert turn.message == entry["message"]
 
 
 def test_a_message_is_json_and_renders_again() -> None:

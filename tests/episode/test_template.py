@@ -13,7 +13,7 @@ from grpo_cli.episode.tools import tool_of
 from grpo_cli.errors import UserError
 from tests.conftest import byte_tokenizer
 from tests.episode.chat import chat_tokenizer
-from tests.episode.record_trl import RECORDED, TEMPLATES
+from tests.episode.record_trl import ANSWERS_FILE, TEMPLATES
 
 WITH_TOOLS = ("qwen2_5", "qwen3", "qwen3_5", "llama3_1", "mistral")
 USER = {"role": "user", "content": "What is 8 + 9?"}
@@ -50,14 +50,16 @@ def template_of(name: str, **kwargs: Any) -> tuple[EpisodeTemplate, Any]:
     return EpisodeTemplate(tokenizer, kwargs), tokenizer
 
 
-@pytest.mark.parametrize("entry", json.loads(RECORDED.read_text(encoding="utf-8")), ids=lambda e: e["template"])
+@pytest.mark.parametrize(
+    "entry", json.loads(ANSWERS_FILE.read_text(encoding="utf-8")), ids=lambda e: e["template"]
+)
 def test_results_of_tools_become_the_tokens_that_trl_makes_of_them(entry: dict[str, Any]) -> None:
     template, tokenizer = template_of(entry["template"])
     assert template.answer_ids(entry["answers"]) == entry["ids"], tokenizer.decode(entry["ids"])
 
 
 def test_there_is_something_recorded_for_every_template() -> None:
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    recorded = json.loads(ANSWERS_FILE.read_text(encoding="utf-8"))
     assert {entry["template"] for entry in recorded} == set(TEMPLATES)
 
 
