@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from grpo_cli.recipe.data_config import DATA_FILE_SUFFIXES
+from grpo_cli.recipe.episode import EpisodeConfig
 from grpo_cli.recipe.loss_types import types_reading
 from grpo_cli.recipe.schema import (
-    DATA_FILE_SUFFIXES,
     GenerationConfig,
     LossConfig,
     OptimConfig,
@@ -36,14 +37,9 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
     yield from _distributed_contradictions(recipe)
-    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
-        if data is not None and data.split != "train" and data.name.endswith(DATA_FILE_SUFFIXES):
-            yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
-    if recipe.train.eval_every is not None and recipe.data.eval is None:
-        yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
-    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
-        if data is not None and data.long_prompts != "drop" and data.max_prompt_tokens is None:
-            yield f"{key}.long_prompts", f"does nothing without {key}.max_prompt_tokens; set it too"
+    yield from _data_contradictions(recipe)
+    if recipe.episode is not None:
+        yield from _episode_contradictions(recipe.episode)
 
 
 def _is_set(section: Section, key: str) -> bool:
@@ -69,7 +65,46 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Finding]:
         yield "model.gguf_file", "names a second GGUF file: model.name is one already; keep one of them"
 
 
+OF_ROWS = ("params", "config", "split", "prompt_column", "columns", "prompt_template", "limit")
+"""Keys of `data` that mean nothing without rows."""
+
+
+def _data_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
+        if data is None:
+            continue
+        if data.split != "train" and data.name.endswith(DATA_FILE_SUFFIXES):
+            yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
+        if data.long_prompts != "drop" and data.max_prompt_tokens is None:
+            yield f"{key}.long_prompts", f"does nothing without {key}.max_prompt_tokens; set it too"
+    if recipe.train.eval_every is not None and recipe.data.eval is None:
+        yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
+    if recipe.data.name:
+        return
+    if not recipe.environments:
+        yield "data.name", "is missing"
+    elif None not in recipe.environments:
+        yield "data.name", "is missing: each row's column environment says which of episode.environment it is for"
+    elif recipe.train.epochs is not None:
+        yield "train.epochs", "are passes over data, and there are none; write train.max_steps instead"
+    for name in OF_ROWS:
+        if recipe.environments and _is_set(recipe.data, name):
+            yield f"data.{name}", "does nothing without data.name; set it too, or remove it"
+
+
+def _episode_contradictions(episode: EpisodeConfig) -> Iterator[Finding]:
+    if episode.environment == {}:
+        yield "episode.environment", "names none; add one, or remove it"
+    elif not episode.tools and episode.environment is None:
+        yield "episode", "has neither tools nor an environment, so a completion is one turn; add one, or remove it"
+    repeated = sorted({tool for tool in episode.tools if episode.tools.count(tool) > 1})
+    if repeated:
+        yield "episode.tools", f"names {', '.join(repeated)} twice; remove one"
+
+
 def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    if not recipe.rewards and not recipe.environments:
+        yield "rewards", "is missing or empty; name a reward function"
     names: dict[str, int] = {}
     for index, reward in enumerate(recipe.rewards):
         key = f"rewards.{index}"
@@ -90,7 +125,7 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
                     f"{key}.{setting}",
                     "is for functions: a reward model needs the device that generates; remove it",
                 )
-    if all(reward.weight == 0 for reward in recipe.rewards):
+    if recipe.rewards and not recipe.environments and all(reward.weight == 0 for reward in recipe.rewards):
         yield "rewards", "every weight is 0, so nothing would be learned; set a weight"
 
 

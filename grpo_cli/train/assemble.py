@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 
 from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.data.prompts import PromptDataset
-from grpo_cli.data.rows import PromptRows, load_rows
+from grpo_cli.data.rows import PromptRows, recipe_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import make_strategy
@@ -61,7 +61,7 @@ def assemble(
         UserError: something that the recipe names cannot be used.
     """
     loss = resolve_loss(recipe.loss)
-    rows, eval_rows = _prompt_rows(recipe, objects)
+    rows, eval_rows = recipe_rows(recipe, objects.train_data, objects.eval_data)
     scorer = _scorer(recipe, objects, [rows, eval_rows])
     tokenizer = load_tokenizer(recipe.model, tokenizer=objects.tokenizer)
     template = recipe.model.chat_template_kwargs
@@ -127,14 +127,6 @@ def _learner(
     )
 
 
-def _prompt_rows(recipe: Recipe, objects: Objects) -> tuple[PromptRows, PromptRows | None]:
-    """The training prompts, and the held-out ones if there are any, before tokenisation."""
-    train_rows = load_rows(recipe.data, setting="data", data=objects.train_data)
-    if recipe.data.eval is None:
-        return train_rows, None
-    return train_rows, load_rows(recipe.data.eval, setting="data.eval", data=objects.eval_data)
-
-
 def _scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | None]) -> Scorer:
     """The reward functions, checked against the columns that they will be given.
 
@@ -155,7 +147,7 @@ def _scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | None])
         functions = resolve_rewards(recipe.rewards)
     for part in rows:
         if part is not None:
-            check_columns(functions, part.columns, part.setting)
+            check_columns(functions, part.columns, part.setting, has_environments=bool(recipe.environments))
     return Scorer(functions)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grpo_cli.data.rows import PromptRows, load_rows
+from grpo_cli.data.rows import PromptRows, recipe_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plan.fit import check_fit, gpu_of, memory_rows
 from grpo_cli.plan.memory import trained_parameters
@@ -43,11 +43,10 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
         UserError: something that the recipe names is missing or does not work, or the run does not fit into the
             memory of GPUs that are given or found here.
     """
-    rows = load_rows(recipe.data)
-    eval_rows = load_rows(recipe.data.eval, setting="data.eval") if recipe.data.eval else None
+    rows, eval_rows = recipe_rows(recipe)
     functions = resolve_rewards(recipe.rewards, load_models=False)
     for part in filter(None, (rows, eval_rows)):
-        check_columns(functions, part.columns, part.setting)
+        check_columns(functions, part.columns, part.setting, has_environments=bool(recipe.environments))
         for row in range(len(part)):
             part.content(row)
     scorer = Scorer(functions)

@@ -19,7 +19,10 @@ from grpo_cli.recipe.raw import KeyPath
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.verbs.check import check
 
-NAMES_CODE = {"data.name", "data.eval.name", "rewards.0.path", "loss.type", "optim.name", "train.callbacks"}
+NAMES_CODE = {
+    "data.name", "data.eval.name", "rewards.0.path", "episode.tools", "episode.environment",
+    "episode.environment.path", "loss.type", "optim.name", "train.callbacks",
+}  # fmt: skip
 """The keys whose pages say that they take `module:name`."""
 
 TEXTS = (
