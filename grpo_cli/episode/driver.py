@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 
 from grpo_cli.data.prompts import Prompt
-from grpo_cli.rollout.engine import Completion, OnGroup, SampledTurn, SampleKey, Turn, TurnEngine
+from grpo_cli.episode.calls import ParsedTurn
+from grpo_cli.episode.episode import Episode, Start
+from grpo_cli.episode.world import Reset, Result, World
+from grpo_cli.errors import RunError, UserError
+from grpo_cli.plugins import origin
+from grpo_cli.rollout.engine import (
+    Completion,
+    FinishReason,
+    OnGroup,
+    SampledTurn,
+    SampleKey,
+    ToolUse,
+    Turn,
+    TurnEngine,
+    TurnStream,
+)
 
-Event = tuple[int, SampledTurn | Exception]
+Event = Callable[[], None]
+"""What is to be done, on the driver's thread, about something that has happened on another."""
 
 
 class Driver:
@@ -17,11 +35,23 @@ class Driver:
     Args:
         engine: generates the turns.
         max_completion_tokens: of a whole completion.
+        world: what completions are played in; without one, each is a single turn.
+        note: told of groups that are left out.
     """
 
-    def __init__(self, engine: TurnEngine, max_completion_tokens: int) -> None:
+    def __init__(
+        self,
+        engine: TurnEngine,
+        max_completion_tokens: int,
+        world: World | None = None,
+        note: Callable[[str], None] = print,
+    ) -> None:
         self.engine = engine
-        self._limit = max_completion_tokens
+        self.world = world
+        self.note = note
+        self.limit = max_completion_tokens
+        self._played: list[Episode] = []
+        """The last rollout's, whose environments are looked at until the next begins."""
 
     def update_weights(self, version: int) -> int:
         """See `RolloutEngine.update_weights`."""
@@ -33,7 +63,16 @@ class Driver:
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
+        self._give_back()
+        if self.world is not None:
+            self.world.close()
         self.engine.close()
+
+    def _give_back(self) -> None:
+        for episode in self._played:
+            assert self.world is not None
+            self.world.give_back(episode.start, hangs=episode.hangs)
+        self._played = []
 
     def generate(
         self,
@@ -43,56 +82,197 @@ class Driver:
         *,
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`.
+        """See `RolloutEngine.generate`. Environments of one call are there until the next.
 
         Raises:
-            UserError: a prompt is longer than the engine can take.
+            UserError: a prompt is longer than the engine can take, or a row asks for an environment that there is
+                not.
+            RunError: a tool failed, and `episode.on_error` is raise.
         """
-        if not prompts:
-            return []
-        completions: list[Completion | None] = [None] * (len(prompts) * num_generations)
-        unfinished = [num_generations] * len(prompts)
-        groups: list[list[Completion]] = [[] for _ in prompts]
+        self._give_back()
         events: SimpleQueue[Event] = SimpleQueue()
-        with self.engine.stream(lambda number, turn: events.put((number, turn))) as stream:
-            stream.ask(
-                [
-                    Turn(
-                        index * num_generations + sample,
-                        index,
-                        prompt.token_ids,
-                        key,
-                        sample,
-                        0,
-                        self._limit,
-                        may_go_on=False,
-                    )
-                    for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True))
-                    for sample in range(num_generations)
-                ]
-            )
-            while any(unfinished):
-                has_computed = stream.advance()
-                for number, turn in _arrived(events, wait=not has_computed):
-                    if isinstance(turn, Exception):
-                        raise turn
-                    completions[number] = Completion(turn.token_ids, turn.logprobs, turn.finish_reason, turn.text)
-                    group = number // num_generations
-                    unfinished[group] -= 1
-                    if not unfinished[group]:
-                        own = completions[group * num_generations : (group + 1) * num_generations]
-                        groups[group] = [completion for completion in own if completion is not None]
-                        if on_group is not None:
-                            on_group(group, groups[group])
-        return groups
+
+        def on_turn(number: int, turn: SampledTurn | Exception) -> None:
+            events.put(lambda: play.sampled(number, turn))
+
+        with self.engine.stream(on_turn) as stream:
+            play = Play(self, stream, prompts, keys, num_generations, on_group, events)
+            try:
+                play.to_the_end()
+            finally:
+                self._played = play.with_environments()
+        return play.groups
 
 
-def _arrived(events: SimpleQueue[Event], *, wait: bool) -> Iterator[Event]:
-    """What has happened since; where nothing has, wait for one thing if asked to."""
-    if wait:
-        yield events.get()
-    while True:
-        try:
-            yield events.get_nowait()
-        except Empty:
+class Play:
+    """The completions of one call."""
+
+    def __init__(
+        self,
+        driver: Driver,
+        stream: TurnStream,
+        prompts: Sequence[Prompt],
+        keys: Sequence[SampleKey],
+        num_generations: int,
+        on_group: OnGroup | None,
+        events: SimpleQueue[Event],
+    ) -> None:
+        self.groups: list[list[Completion]] = [[] for _ in prompts]
+        self._driver = driver
+        self._world = driver.world
+        self._stream = stream
+        self._prompts = prompts
+        self._keys = keys
+        self._size = num_generations
+        self._on_group = on_group
+        self._events = events
+        self._asked: list[Turn] = []
+        self._episodes: dict[int, Episode] = {}
+        self._resets: dict[int, list[Future[Reset]]] = {}
+        self._ended: dict[int, Completion] = {}
+        self._unfinished = len(prompts)
+
+    def to_the_end(self) -> None:
+        """Play all completions."""
+        for index in range(len(self._prompts)):
+            self._open(index)
+        while self._unfinished:
+            if self._asked:
+                asked, self._asked = self._asked, []
+                self._stream.ask(asked)
+            self._take_events(wait=not self._stream.advance())
+
+    def _take_events(self, *, wait: bool) -> None:
+        """Do what is to be done since; where there is nothing, wait for one thing if asked to."""
+        if wait and not self._asked:
+            self._events.get()()
+        while True:
+            try:
+                event = self._events.get_nowait()
+            except Empty:
+                return
+            event()
+
+    def _open(self, index: int) -> None:
+        """Begin a group, whose environments are reset first."""
+        prompt, key = self._prompts[index], self._keys[index]
+        if self._world is None:
+            self._begin(index, [Start(prompt)] * self._size)
             return
+        resets = self._resets[index] = [self._world.reset(prompt, key) for _ in range(self._size)]
+        left = iter(range(self._size - 1, -1, -1))
+
+        def ended(_: Future[Reset]) -> None:
+            if next(left) == 0:  # `next` is one step of the interpreter: each thread gets another number
+                self._events.put(functools.partial(self._were_reset, index))
+
+        for reset in resets:
+            reset.add_done_callback(ended)
+
+    def _were_reset(self, index: int) -> None:
+        assert self._world is not None
+        resets = self._resets[index]
+        errors = [error for reset in resets if (error := reset.exception()) is not None]
+        for error in errors:
+            if isinstance(error, UserError):
+                raise error
+        starts = [
+            self._world.start(self._prompts[index], reset.result()) for reset in resets if not reset.exception()
+        ]
+        if not errors:
+            del self._resets[index]
+            self._begin(index, starts)
+            return
+        self._driver.note(f"a group is left out: its environment could not be reset: {origin(errors[0])}")
+        for sample in range(self._size):
+            self._ended[index * self._size + sample] = Completion([], [], "lost", "", messages=[])
+        self._close(index)
+
+    def _begin(self, index: int, starts: Sequence[Start]) -> None:
+        beginnings: dict[tuple[int, ...], int] = {}
+        for sample, start in enumerate(starts):
+            number = index * self._size + sample
+            episode = Episode(number, self._keys[index], sample, start, self._driver.limit)
+            self._episodes[number] = episode
+            # Environments may have said something else to each member: then they do not begin alike.
+            like = number if self._world and start.kind else index * self._size
+            like = beginnings.setdefault(tuple(episode.prompt_ids), like) if like != index * self._size else like
+            self._ask(episode, like)
+
+    def _ask(self, episode: Episode, like: int) -> None:
+        may_go_on = self._world is not None and len(episode.texts) + 1 < self._world.config.max_turns
+        self._asked.append(episode.turn(like, may_go_on=may_go_on))
+
+    def sampled(self, number: int, turn: SampledTurn | Exception) -> None:
+        """Add a turn to its completion, and have it answered."""
+        if isinstance(turn, Exception):
+            raise turn
+        episode, world = self._episodes[number], self._world
+        if world is None:
+            episode.take(turn)
+            self._end(episode, turn.finish_reason)
+            return
+        parsed = world.parse(episode, turn.token_ids)
+        episode.take(turn, parsed.message)
+        if turn.finish_reason == "length":
+            self._end(episode, "length")
+        elif not world.is_answered(episode, parsed):
+            self._end(episode, "stop")
+        elif len(episode.texts) == world.config.max_turns:
+            self._end(episode, "max_turns")
+        else:
+            world.answer(
+                episode,
+                parsed,
+                lambda results: self._events.put(lambda: self._answered(episode, parsed, results)),
+            )
+
+    def _answered(self, episode: Episode, parsed: ParsedTurn, results: list[Result]) -> None:
+        assert self._world is not None
+        on_error = self._world.config.on_error
+        answer = self._world.told(episode, parsed, results)
+        episode.hangs |= answer.hangs
+        use, so_far = answer.use, episode.tools
+        episode.tools = ToolUse(
+            so_far.calls + use.calls,
+            so_far.failures + use.failures,
+            so_far.unknown_names + use.unknown_names,
+            so_far.seconds + use.seconds,
+        )
+        if answer.failure is not None and on_error == "raise":
+            names = ", ".join(call.name for call in parsed.calls) or "respond"
+            raise RunError(f"episode: a call of {names} failed: {answer.failure}")
+        if answer.failure is not None and on_error == "end":
+            self._end(episode, "tool_failed")
+        elif not answer.messages:
+            self._end(episode, "stop")
+        elif not self._world.go_on(episode, answer):
+            self._end(episode, "length")
+        else:
+            self._ask(episode, episode.number)
+
+    def _end(self, episode: Episode, reason: FinishReason) -> None:
+        index = episode.number // self._size
+        self._stream.forget(episode.number)
+        self._ended[episode.number] = episode.completion(reason, self._prompts[index])
+        self._close(index)
+
+    def _close(self, index: int) -> None:
+        """Hand out a group once all its completions have ended."""
+        numbers = range(index * self._size, (index + 1) * self._size)
+        if all(number in self._ended for number in numbers):
+            self._unfinished -= 1
+            self.groups[index] = [self._ended[number] for number in numbers]
+            if self._on_group is not None:
+                self._on_group(index, self.groups[index])
+
+    def with_environments(self) -> list[Episode]:
+        """The episodes whose environments are to be given back; one that still plays is left alone."""
+        episodes = [episode for episode in self._episodes.values() if episode.start.kind is not None]
+        return [replace_hanging(episode, episode.number not in self._ended) for episode in episodes]
+
+
+def replace_hanging(episode: Episode, plays: bool) -> Episode:
+    """The episode, as one whose environment hangs if it still plays."""
+    episode.hangs |= plays
+    return episode

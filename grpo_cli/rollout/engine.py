@@ -56,7 +56,35 @@ class SampledTurn:
     """Decoded without special tokens, up to the stop string if one ended it."""
 
 
-FinishReason = Literal["stop", "length", "max_turns", "tool_failed"]
+FinishReason = Literal["stop", "length", "max_turns", "tool_failed", "lost"]
+"""Why a completion ended: by itself; at `max_completion_tokens`; at `episode.max_turns`, about to call tools; a call
+failed and `episode.on_error` is end; its environment could not be reset, so there is nothing of it."""
+
+
+@dataclass(frozen=True)
+class SampledRow:
+    """Tokens that were read and said one after the other. A completion has several where its chat template writes
+    the history anew: each begins with what was read then."""
+
+    prompt_ids: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    """NaN on tokens that were not sampled."""
+    sampled: list[bool] | None
+    """Which of `token_ids` the policy sampled; None for all."""
+
+
+@dataclass(frozen=True)
+class ToolUse:
+    """What a completion did with its tools."""
+
+    calls: int = 0
+    failures: int = 0
+    """Calls that were wrong, raised or took too long."""
+    unknown_names: int = 0
+    """Calls of tools that there are not."""
+    seconds: float = 0.0
+    """Of all calls."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +92,38 @@ class Completion:
     """Everything after the prompt: what the policy sampled, and what was answered in between."""
 
     token_ids: list[int]
+    """Of its last row, if it has several."""
     logprobs: list[float]
     """As of `SampledTurn`; NaN on tokens that were not sampled."""
     finish_reason: FinishReason
-    """Which limit it ran into, if it did not end by itself."""
     text: str
     """Of a single turn, as of `SampledTurn`; of several, with what was answered."""
     sampled: list[bool] | None = None
-    """Which tokens the policy sampled; None for all."""
+    """Which of `token_ids` the policy sampled; None for all."""
+    messages: list[dict[str, Any]] | None = None
+    """The conversation after the prompt; None for the text alone."""
+    turns: int = 1
+    prompt: Prompt | None = None
+    """What it follows, if an environment has added to the prompt."""
+    prompt_ids: list[int] | None = None
+    """What its last row was said after, if that is not the prompt."""
+    earlier: tuple[SampledRow, ...] = ()
+    """Its other rows."""
+    tools: ToolUse = ToolUse()
+    environment: Any = None
+    """Its environment as it was left, in the process that played it."""
+
+    def rows(self, prompt: Prompt) -> list[SampledRow]:
+        """Its rows, the last one last."""
+        own = self.prompt or prompt
+        last = SampledRow(self.prompt_ids or own.token_ids, self.token_ids, self.logprobs, self.sampled)
+        return [*self.earlier, last]
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the policy sampled."""
+        last = len(self.token_ids) if self.sampled is None else sum(self.sampled)
+        return last + sum(len(row.token_ids) if row.sampled is None else sum(row.sampled) for row in self.earlier)
 
 
 OnTurn = Callable[[int, SampledTurn | Exception], None]
