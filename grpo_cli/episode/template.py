@@ -74,13 +74,16 @@ class EpisodeTemplate:
         """
         return self._ids(self._render(messages, [tool.schema for tool in tools], go_on=True))
 
-    def answer_ids(self, messages: Sequence[Message], *, ended: bool = True) -> list[int]:
+    def answer_ids(
+        self, messages: Sequence[Message], *, ended: bool = True, last_id: int | None = None
+    ) -> list[int]:
         """Tokens that follow a turn: the answers, all that the template puts around them, and the beginning of the
         next turn.
 
         Args:
             messages: results of the tools that the turn called, or what a user says to it.
             ended: whether the turn ended in its end token. If not (a stop string ended it), that comes first.
+            last_id: the turn's last token, which is not said twice: GLM's turns end in the first of an answer.
 
         Raises:
             UserError: the template fails on them.
@@ -91,7 +94,9 @@ class EpisodeTemplate:
         whole, before = self._ids(text), self._ids(text[:cut])
         # Without an end token, tokens may reach over the cut.
         after = whole[len(before) :] if whole[: len(before)] == before else self._ids(text[cut:])
-        return after if ended else self._ids(self._ending_of_words.closing) + after
+        if not ended:
+            return self._ids(self._ending_of_words.closing) + after
+        return after[1:] if after[:1] == [last_id] else after
 
     @cached_property
     def keeps_history(self) -> bool:
@@ -102,6 +107,8 @@ class EpisodeTemplate:
         roles = [
             role for role, why in (("tool", self._why_no_results), ("user", self.why_no_replies)) if not why()
         ]
+        if not roles:
+            return True
         begun = self._render([_USER], (), go_on=True).rstrip()
         kinds = (False,) if begun.endswith("</think>") else (True,) if begun.endswith("<think>") else (False, True)
         return all(self._keeps(role, thoughts, True) for role in roles for thoughts in kinds)

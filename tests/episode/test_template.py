@@ -96,6 +96,17 @@ def test_a_turn_that_a_stop_string_ended_gets_its_end_token_first() -> None:
             assert template.answer_ids([result()], ended=False)[0] == tokenizer.eos_token_id
 
 
+def test_a_token_that_ends_a_turn_and_begins_the_answer_is_not_said_twice() -> None:
+    tokenizer = chat_tokenizer("qwen2_5")
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role + '\\n' + m.content }}{% endfor %}"
+    template = EpisodeTemplate(tokenizer)
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    after = template.answer_ids([REPLY])
+    assert after[0] == start
+    assert template.answer_ids([REPLY], last_id=start) == after[1:]
+    assert template.answer_ids([REPLY], last_id=tokenizer.eos_token_id) == after
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -208,6 +219,7 @@ def test_what_a_template_lacks_is_told_with_what_to_set() -> None:
     tokenizer.chat_template = None
     assert "has no chat template" in str(EpisodeTemplate(tokenizer).why_no_tools())
     assert "has no chat template" in str(EpisodeTemplate(tokenizer).why_no_replies())
+    assert EpisodeTemplate(tokenizer).keeps_history  # nothing follows
 
 
 def test_a_template_that_leaves_out_results_or_takes_no_reply_is_found_out() -> None:
