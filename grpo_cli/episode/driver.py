@@ -71,7 +71,7 @@ class Driver:
     def _give_back(self) -> None:
         for episode in self._played:
             assert self.world is not None
-            self.world.give_back(episode.start, hangs=episode.hangs)
+            self.world.give_back(episode)
         self._played = []
 
     def generate(
@@ -154,7 +154,7 @@ class Play:
             event()
 
     def _open(self, index: int) -> None:
-        """Begin a group, whose environments are reset first."""
+        """Begin a group once its environments are reset, if it has any."""
         prompt, key = self._prompts[index], self._keys[index]
         if self._world is None:
             self._begin(index, [Start(prompt)] * self._size)
@@ -176,13 +176,13 @@ class Play:
         for error in errors:
             if isinstance(error, UserError):
                 raise error
-        starts = [
-            self._world.start(self._prompts[index], reset.result()) for reset in resets if not reset.exception()
-        ]
+        prompt, world = self._prompts[index], self._world
         if not errors:
-            del self._resets[index]
-            self._begin(index, starts)
+            self._begin(index, [world.start(prompt, reset.result()) for reset in resets])
             return
+        for reset in resets:
+            if reset.exception() is None:
+                world.take_back(reset.result())
         self._driver.note(f"a group is left out: its environment could not be reset: {origin(errors[0])}")
         for sample in range(self._size):
             self._ended[index * self._size + sample] = Completion([], [], "lost", "", messages=[])
@@ -194,9 +194,9 @@ class Play:
             number = index * self._size + sample
             episode = Episode(number, self._keys[index], sample, start, self._driver.limit)
             self._episodes[number] = episode
-            # Environments may have said something else to each member: then they do not begin alike.
-            like = number if self._world and start.kind else index * self._size
-            like = beginnings.setdefault(tuple(episode.prompt_ids), like) if like != index * self._size else like
+            # Environments may say something else to each member; those that are told the same begin alike.
+            is_given = start.prompt is starts[0].prompt
+            like = index * self._size if is_given else beginnings.setdefault(tuple(episode.prompt_ids), number)
             self._ask(episode, like)
 
     def _ask(self, episode: Episode, like: int) -> None:
@@ -269,10 +269,6 @@ class Play:
     def with_environments(self) -> list[Episode]:
         """The episodes whose environments are to be given back; one that still plays is left alone."""
         episodes = [episode for episode in self._episodes.values() if episode.start.kind is not None]
-        return [replace_hanging(episode, episode.number not in self._ended) for episode in episodes]
-
-
-def replace_hanging(episode: Episode, plays: bool) -> Episode:
-    """The episode, as one whose environment hangs if it still plays."""
-    episode.hangs |= plays
-    return episode
+        for episode in episodes:
+            episode.hangs |= episode.number not in self._ended
+        return episodes

@@ -10,7 +10,16 @@ from typing import Any
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.episode.environments import EnvironmentKind
 from grpo_cli.episode.tools import Tool
-from grpo_cli.rollout.engine import Completion, FinishReason, SampledRow, SampledTurn, SampleKey, ToolUse, Turn
+from grpo_cli.rollout.engine import (
+    NO_USE,
+    Completion,
+    FinishReason,
+    SampledRow,
+    SampledTurn,
+    SampleKey,
+    ToolUse,
+    Turn,
+)
 
 Message = dict[str, Any]
 
@@ -54,7 +63,7 @@ class Episode:
     """Of the turns."""
     spent: int = 0
     """Tokens that count towards the limit."""
-    tools: ToolUse = ToolUse()
+    tools: ToolUse = NO_USE
     hangs: bool = False
     """A call that was given up is still at work in its environment."""
 

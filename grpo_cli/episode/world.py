@@ -23,7 +23,7 @@ from grpo_cli.episode.tools import Tool, by_name
 from grpo_cli.episode.workers import Call, CallTimeout, Workers
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.episode import EpisodeConfig
-from grpo_cli.rollout.engine import SampleKey, ToolUse
+from grpo_cli.rollout.engine import NO_USE, SampleKey, ToolUse
 
 CUT = "\n[cut: the rest of {count} tokens is left out]"
 
@@ -59,7 +59,7 @@ class Answer:
 
     messages: list[Message]
     """Without any, the episode is over."""
-    use: ToolUse = ToolUse()
+    use: ToolUse = NO_USE
     failure: str | None = None
     """Of the first call that failed."""
     hangs: bool = False
@@ -255,13 +255,18 @@ class World:
             episode.begin_anew(context, len(answered), answer.messages)
         return episode.room > 0
 
-    def give_back(self, start: Start, *, hangs: bool) -> None:
+    def take_back(self, reset: Reset) -> None:
+        """Let other episodes have an environment that was reset for one that does not begin."""
+        if reset.kind is not None:
+            self.pool.give_back(reset.kind.name, reset.instance)
+
+    def give_back(self, episode: Episode) -> None:
         """Let other episodes have an environment; what scores this one has done so."""
-        if start.kind is not None:
-            if hangs:
-                self.pool.discard(start.kind.name, start.environment, hangs=True)
-            else:
-                self.pool.give_back(start.kind.name, start.environment)
+        kind, environment = episode.start.kind, episode.start.environment
+        if kind is not None and episode.hangs:
+            self.pool.discard(kind.name, environment, hangs=True)
+        elif kind is not None:
+            self.pool.give_back(kind.name, environment)
 
     def close(self) -> None:
         """Close the environments."""

@@ -57,8 +57,8 @@ class SampledTurn:
 
 
 FinishReason = Literal["stop", "length", "max_turns", "tool_failed", "lost"]
-"""Why a completion ended: by itself; at `max_completion_tokens`; at `episode.max_turns`, about to call tools; a call
-failed and `episode.on_error` is end; its environment could not be reset, so there is nothing of it."""
+"""Why a completion ended: by itself; at `max_completion_tokens`; at `episode.max_turns`, about to be answered; a
+call failed, and `episode.on_error` is end; its environment could not be reset, so there is nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,9 @@ class ToolUse:
     """Of all calls."""
 
 
+NO_USE = ToolUse()
+
+
 @dataclass(frozen=True)
 class Completion:
     """Everything after the prompt: what the policy sampled, and what was answered in between."""
@@ -109,7 +112,7 @@ class Completion:
     """What its last row was said after, if that is not the prompt."""
     earlier: tuple[SampledRow, ...] = ()
     """Its other rows."""
-    tools: ToolUse = ToolUse()
+    tools: ToolUse = NO_USE
     environment: Any = None
     """Its environment as it was left, in the process that played it."""
 
