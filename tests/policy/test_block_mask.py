@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_cli.algorithm.packing import Branches, branches_of
+from grpo_cli.algorithm.branches import Branches, branches_of
 from grpo_cli.policy.block_mask import block_mask
 from grpo_cli.recipe.limits import MASK_BLOCK, mask_length
 from tests.policy.test_attention import HEADS, SCALE, dense, inputs
@@ -37,13 +37,9 @@ WINDOWS = [None, 1, 2, 100, 128, 129, 300, 5000]
 def expected_mask(branches: Branches, window: int | None) -> BlockMask:
     """torch's own, from every pair of tokens."""
     length = mask_length(len(branches.positions))
-    padding = (0, length - len(branches.positions))
-    row = Branches(
-        branches.groups,
-        pad(branches.group_ids, padding, value=-1),
-        pad(branches.branch_ids, padding),
-        pad(branches.positions, padding),
-    )
+    tokens = len(branches.positions)
+    ends = torch.cat([branches.ends, torch.arange(tokens, length) + 1])
+    row = Branches(branches.stems, ends, pad(branches.positions, (0, length - tokens)))
     return create_block_mask(lambda b, h, q, k: row.sees(q, k, window), None, None, length, length, device="cpu")
 
 
