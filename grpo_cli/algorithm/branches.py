@@ -130,12 +130,12 @@ class SortedRows:
         tokens = 0
         for place, row, shared in zip(self.order, self.rows, self.shared, strict=True):
             if part and tokens + len(row) - shared > token_budget:
-                yield part
+                yield sorted(part)
                 part, tokens = [], 0
             tokens += len(row) - (shared if part else 0)
             part.append(place)
         if part:
-            yield part
+            yield sorted(part)
 
     def tree(self, start: int) -> Tree:
         """The tree, in a row's places from `start` on. Every stem has two branches or stems behind it, or none."""
