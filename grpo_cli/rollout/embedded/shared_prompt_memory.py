@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from grpo_cli.algorithm.packing import branches_of
+from grpo_cli.algorithm.branches import branches_of
 from grpo_cli.policy.attention import LAYOUT, LayerInputs, RowLayout
 from grpo_cli.recipe import limits
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs, bucketed
@@ -343,8 +343,8 @@ class _PrefillLayout(RowLayout):
         """See `TokenLayout.attend`."""
         buffers = self.owner.layer(inputs.layer, inputs.key).prompts
         for part, buffer in zip((inputs.key, inputs.value), buffers, strict=True):
-            for slot, group in enumerate(self.branches.groups, start=self.first):
-                buffer[slot, :, : group.prompt_length] = part[0, :, group.start : group.end]
+            for slot, stem in enumerate(self.branches.stems, start=self.first):
+                buffer[slot, :, : stem.length] = part[0, :, stem.start : stem.end]
         return super().attend(inputs)
 
 
