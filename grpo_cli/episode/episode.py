@@ -33,6 +33,7 @@ class Start:
     tools: Mapping[str, Tool] = field(default_factory=dict)
     kind: EnvironmentKind | None = None
     environment: Any = None
+    reset_s: float = 0.0
 
 
 @dataclass
@@ -141,4 +142,5 @@ class Episode:
             tuple(self.earlier),
             self.tools,
             None if self.hangs else self.start.environment,
+            self.start.reset_s,
         )

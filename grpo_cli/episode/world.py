@@ -153,7 +153,7 @@ class World:
         kind = reset.kind
         tools = self._tools[kind.name if kind else None]
         if kind is None or (reset.said is None and not kind.tools):
-            return Start(prompt, tools, kind, reset.instance)
+            return Start(prompt, tools, kind, reset.instance, reset.seconds)
         content = prompt.content
         assert not isinstance(content, str)  # episodes need chats
         if reset.said is not None:
@@ -166,7 +166,8 @@ class World:
                 said = [{"type": "text", "text": said}]
             content = [*content[:-1], {**last, "content": last["content"] + said}]
         token_ids = self._template.prompt_ids(content, list(tools.values()))
-        return Start(replace(prompt, content=content, token_ids=token_ids), tools, kind, reset.instance)
+        told = replace(prompt, content=content, token_ids=token_ids)
+        return Start(told, tools, kind, reset.instance, reset.seconds)
 
     def parse(self, episode: Episode, token_ids: Sequence[int]) -> ParsedTurn:
         """What a turn says, before it is added to its episode."""

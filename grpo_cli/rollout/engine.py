@@ -115,6 +115,8 @@ class Completion:
     tools: ToolUse = NO_USE
     environment: Any = None
     """Its environment as it was left, in the process that played it."""
+    reset_s: float = 0.0
+    """Seconds of its environment's reset."""
 
     def rows(self, prompt: Prompt) -> list[SampledRow]:
         """Its rows, the last one last."""

@@ -33,6 +33,8 @@ class Objects:
     callbacks: Sequence[Any] = ()
     optimizer: Any = None
     engine: Engine | None = None
+    tools: Sequence[Callable[..., Any]] | None = None
+    environment: Any = None
 
 
 def recipe_with_objects(
@@ -61,6 +63,7 @@ def recipe_with_objects(
             raise UserError("model: a model object without a name needs its tokenizer too; pass tokenizer=")
     if objects.engine is not None:
         _check_engine(objects.engine, values)
+    _name_episode(objects, values)
     if objects.train_data is not None:
         values["data"] = {"name": IN_MEMORY, **(values.get("data") or {})}
     if objects.eval_data is not None:
@@ -80,6 +83,20 @@ def recipe_with_objects(
             for entry, function in zip(settings, objects.rewards, strict=True)
         ]
     return validate(raw)
+
+
+def _name_episode(objects: Objects, values: dict[str, Any]) -> None:
+    """Name tools and environments that came as objects in the recipe's `episode`."""
+    if objects.tools is None and objects.environment is None:
+        return
+    episode = dict(values.get("episode") or {})
+    if objects.tools is not None:
+        episode["tools"] = [path_of(tool) for tool in objects.tools]
+    if isinstance(objects.environment, Mapping):
+        episode["environment"] = {name: path_of(one) for name, one in objects.environment.items()}
+    elif objects.environment is not None:
+        episode["environment"] = path_of(objects.environment)
+    values["episode"] = episode
 
 
 def _check_engine(engine: Engine, values: Mapping[str, Any]) -> None:
