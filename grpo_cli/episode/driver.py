@@ -195,7 +195,7 @@ class Play:
             episode = Episode(number, self._keys[index], sample, start, self._driver.limit)
             self._episodes[number] = episode
             # Environments may say something else to each member; those that are told the same begin alike.
-            is_given = start.prompt is starts[0].prompt
+            is_given = start.prompt is self._prompts[index]
             like = index * self._size if is_given else beginnings.setdefault(tuple(episode.prompt_ids), number)
             self._ask(episode, like)
 
