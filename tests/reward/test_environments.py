@@ -93,7 +93,7 @@ def test_a_function_in_a_process_of_its_own_cannot_have_them(
     functions = resolve_rewards([RewardConfig(path="apart:points", isolate=True)])
     check_columns(functions, [], "data")
     with pytest.raises(
-        UserError, match="reward points asks for environments, .*; remove isolate, or the argument"
+        UserError, match=r"reward points asks for environments, .*; remove isolate, or the argument"
     ):
         check_columns(functions, [], "data", has_environments=True)
 
