@@ -44,6 +44,8 @@ NAMES = {
         transformers.integrations.sdpa_attention sdpa_attention_forward
         transformers.masking_utils ALL_MASK_ATTENTION_FUNCTIONS sdpa_mask
         transformers.modeling_utils ALL_ATTENTION_FUNCTIONS
+        transformers.utils chat_template_utils
+        transformers.utils.chat_template_utils get_json_schema is_torch_available parse_google_format_docstring
         """,
 }
 """By package, lines of an importable place and what is looked up in it."""

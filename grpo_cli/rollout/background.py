@@ -72,7 +72,7 @@ class RolloutScores:
             RewardError: a reward function failed on an earlier group. With several ranks, `result` tells them all.
         """
         ranks = self._background.ranks
-        if not ranks.owns(index):
+        if not ranks.owns(index) or group.is_lost(0):
             return
         if ranks.world_size == 1:
             self._raise_failures()
@@ -99,20 +99,25 @@ class RolloutScores:
             RewardError: a reward function failed.
         """
         ranks, scorer, size = self._background.ranks, self._background.scorer, rollout.num_generations
-        own = [index for index in range(len(rollout.prompts)) if ranks.owns(index)]
+        there = [index for index in range(len(rollout.prompts)) if not rollout.is_lost(index)]
+        own = [index for index in there if ranks.owns(index)]
         at_once = [k for k, function in enumerate(scorer.functions) if not function.shares_work]
-        scores = np.empty((len(rollout.prompts), size, len(scorer.functions)))
+        scores = np.full((len(rollout.prompts), size, len(scorer.functions)), np.nan)
+        if not there:
+            return scores.reshape(len(rollout.completions), -1)
+        whole = rollout if len(there) == len(rollout.prompts) else Rollout.joined(map(rollout.group, there))
         with self:
             for index in own:
                 if index not in self._added:
                     self.add(index, rollout.group(index))
             if at_once:
-                together = ranks.led(lambda: self._at_once(rollout, at_once))
-                scores[:, :, at_once] = together.reshape(len(rollout.prompts), size, -1)
+                together = ranks.led(lambda: self._at_once(whole, at_once))
+                scores[np.ix_(there, range(size), at_once)] = together.reshape(len(there), size, -1)
             shared = [k for k, function in enumerate(scorer.functions) if function.shares_work]
             parts = ranks.together(lambda: self._own_scores(rollout, own)) if shared else []
             for rank, part in enumerate(parts):
-                scores[rank :: len(parts), :, shared] = part[:, :, shared]
+                of_rank = [index for index in there if index % len(parts) == rank]
+                scores[np.ix_(of_rank, range(size), shared)] = part[:, :, shared]
         return scores.reshape(len(rollout.completions), -1)
 
     def _at_once(self, rollout: Rollout, columns: Sequence[int]) -> np.ndarray:

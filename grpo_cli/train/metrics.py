@@ -135,15 +135,33 @@ def _std_or_nan(values: torch.Tensor) -> float:
 
 
 def completion_metrics(completions: Sequence[Completion]) -> Metrics:
-    """Lengths in tokens, of all completions and of those that ended by themselves."""
-    lengths = [len(completion.token_ids) for completion in completions]
-    terminated = [len(c.token_ids) for c in completions if c.finish_reason == "stop"]
-    metrics = {"completions/clipped_ratio": 1 - len(terminated) / len(completions)}
+    """Lengths in sampled tokens, of all completions and of those that were not cut off at their limit."""
+    played = [completion for completion in completions if completion.finish_reason != "lost"] or completions
+    lengths = [completion.num_sampled for completion in played]
+    terminated = [one.num_sampled for one in played if one.finish_reason != "length"]
+    metrics = {"completions/clipped_ratio": 1 - len(terminated) / len(played)}
     for kind, values in (("", lengths), ("terminated_", terminated or [0])):
         metrics[f"completions/mean_{kind}length"] = statistics.fmean(values)
         metrics[f"completions/min_{kind}length"] = min(values)
         metrics[f"completions/max_{kind}length"] = max(values)
     return metrics
+
+
+def episode_metrics(completions: Sequence[Completion]) -> Metrics:
+    """What episodes did; nothing where completions are single turns. Names beginning with `tools/` are TRL's."""
+    if all(completion.messages is None for completion in completions):
+        return {}
+    played = [completion for completion in completions if completion.finish_reason != "lost"] or completions
+    calls = sum(completion.tools.calls for completion in played)
+    return {
+        "rollout/turns_mean": statistics.fmean(completion.turns for completion in played),
+        "rollout/lost_completions": len([one for one in completions if one.finish_reason == "lost"]),
+        "tools/call_frequency": calls / len(played),
+        "tools/failure_frequency": sum(one.tools.failures for one in played) / max(calls, 1),
+        "tools/latency_s": sum(one.tools.seconds for one in played) / max(calls, 1),
+        "tools/unknown_name_total": sum(one.tools.unknown_names for one in played),
+        "env/reset_s": statistics.fmean(one.reset_s for one in played),
+    }
 
 
 class MetricsFile:
