@@ -23,6 +23,7 @@ from grpo_cli.recipe.schema import Recipe
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer, RolloutScores
 from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.over_ranks import LedEngine
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.evaluate import PASS_REWARD, evaluate
 from grpo_cli.train.metrics import Metrics, StepClock, completion_metrics, episode_metrics, reward_metrics
@@ -74,7 +75,8 @@ class Rollouts:
     clock: StepClock = field(default_factory=StepClock)
 
     def __post_init__(self) -> None:
-        self._background = BackgroundScorer(self.scorer, self.ranks)
+        plays_on_main = isinstance(self.engine, LedEngine)
+        self._background = BackgroundScorer(self.scorer, self.ranks, plays_on_main=plays_on_main)
 
     @property
     def max_steps(self) -> int:
