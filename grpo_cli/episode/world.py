@@ -76,6 +76,7 @@ class World:
         tokenizer: of the policy.
         template_kwargs: passed on to its chat template.
         end_ids: tokens that end a turn.
+        max_prompt_tokens: of a prompt with what an environment says; no limit if None.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class World:
         tokenizer: Any,
         template_kwargs: Mapping[str, Any],
         end_ids: set[int],
+        max_prompt_tokens: int | None = None,
     ) -> None:
         self.config = config
+        self._max_prompt_tokens = max_prompt_tokens
         self.pool = EnvironmentPool(kinds)
         self.workers = Workers(config.workers, config.timeout_s)
         self._template = EpisodeTemplate(tokenizer, template_kwargs)
@@ -168,6 +171,13 @@ class World:
         token_ids = self._template.prompt_ids(content, list(tools.values()))
         told = replace(prompt, content=content, token_ids=token_ids)
         return Start(told, tools, kind, reset.instance, reset.seconds)
+
+    def why_too_long(self, starts: Sequence[Start]) -> str | None:
+        """Which prompt of a group is too long with what its environment says; None if none is."""
+        longest, limit = max(len(start.prompt.token_ids) for start in starts), self._max_prompt_tokens
+        if limit is None or longest <= limit:
+            return None
+        return f"its prompt has {longest} tokens with what the environment says, and data.max_prompt_tokens is {limit}"
 
     def parse(self, episode: Episode, token_ids: Sequence[int]) -> ParsedTurn:
         """What a turn says, before it is added to its episode."""
