@@ -177,7 +177,8 @@ class World:
         longest, limit = max(len(start.prompt.token_ids) for start in starts), self._max_prompt_tokens
         if limit is None or longest <= limit:
             return None
-        return f"its prompt has {longest} tokens with what the environment says, and data.max_prompt_tokens is {limit}"
+        added = "with what the environment says"
+        return f"its prompt has {longest} tokens {added}, and data.max_prompt_tokens is {limit}"
 
     def parse(self, episode: Episode, token_ids: Sequence[int]) -> ParsedTurn:
         """What a turn says, before it is added to its episode."""
