@@ -19,7 +19,6 @@ from grpo_cli.rollout.engine import (
     OnGroup,
     SampledTurn,
     SampleKey,
-    ToolUse,
     Turn,
     TurnEngine,
     TurnStream,
@@ -235,13 +234,7 @@ class Play:
         on_error = self._world.config.on_error
         answer = self._world.told(episode, parsed, results)
         episode.hangs |= answer.hangs
-        use, so_far = answer.use, episode.tools
-        episode.tools = ToolUse(
-            so_far.calls + use.calls,
-            so_far.failures + use.failures,
-            so_far.unknown_names + use.unknown_names,
-            so_far.seconds + use.seconds,
-        )
+        episode.tools += answer.use
         if answer.failure is not None and on_error == "raise":
             names = ", ".join(call.name for call in parsed.calls) or "respond"
             raise RunError(f"episode: a call of {names} failed: {answer.failure}")

@@ -223,9 +223,10 @@ class World:
             (result,) = results
             if result.error is None and result.value is None:
                 return Answer([])
-            text = self._text(result)
-            return Answer([{"role": "user", "content": text}], failure=failure, hangs=hangs)
+            messages: list[Message] = [{"role": "user", "content": self._text(result)}]
+            return Answer(messages, ToolUse(timeouts=int(hangs)), failure, hangs)
         messages, unknown, failed = [], 0, 0
+        timeouts = sum(result.hangs for result in results)
         for call, result in zip(turn.calls, results, strict=True):
             is_wrong = call.error is not None
             shown = Result(error=call.error) if is_wrong else result
@@ -233,7 +234,8 @@ class World:
             failed += shown.error is not None
             entry = {} if call.id is None else {"tool_call_id": call.id}
             messages.append({"role": "tool", "name": call.name, "content": self._text(shown)} | entry)
-        use = ToolUse(len(turn.calls), failed, unknown, sum(result.seconds for result in results))
+        seconds = sum(result.seconds for result in results)
+        use = ToolUse(len(turn.calls), failed, unknown, timeouts, seconds)
         return Answer(messages, use, failure, hangs)
 
     def _text(self, result: Result) -> str:

@@ -18,6 +18,7 @@ from grpo_cli.algorithm.packing import Group
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.episode.environments import EnvironmentReward
 from grpo_cli.errors import RunError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.reward.scorer import Scorer
@@ -119,6 +120,8 @@ class Rollouts:
         metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(packed)
         metrics["sync/bytes"] = sync_bytes
         metrics |= reward_metrics(rewards, self.scorer.names, self.scorer.weights, self.group_size)
+        own = [one.call for one in self.scorer.functions if isinstance(one.call, EnvironmentReward)]
+        metrics |= {"env/reward_s": sum(reward.take_seconds() for reward in own)} if own else {}
         epoch = self.sampler.epoch(step + 1)
         return StepData(
             step,
