@@ -8,9 +8,12 @@ from typing import Any
 
 _NUMBER = re.compile(r"(?<![\d.])\d+(?![\d.]*\d)")
 
+HOW_TO_ANSWER = "Reply with a number only, such as 7."
+"""Of the ways that were tried the one that a model of 135 million parameters follows most: every third time."""
+
 
 class GuessingGame:
-    """Guess a number; the answer to each guess is "higher" or "lower".
+    """Guess a number; the answer to each guess is whether the number is higher or lower.
 
     A guess is the only whole number of a turn. The reward is the mean over all turns that the game may have: 1 for
     the number itself and for every turn after it, less for a guess the further it is away, 0 for a turn without a
@@ -47,10 +50,7 @@ class GuessingGame:
         """
         self.secret = random.Random(seed).randint(self.low, self.high)
         self.closeness = []
-        return (
-            f"I am thinking of a number from {self.low} to {self.high}. Guess it. Answer with one number and "
-            "nothing else. I will say higher or lower."
-        )
+        return f"Guess my number from {self.low} to {self.high}. {HOW_TO_ANSWER}"
 
     def respond(self, text: str) -> str | None:
         """Answer a turn.
@@ -59,16 +59,16 @@ class GuessingGame:
             text: what the policy wrote.
 
         Returns:
-            "higher", "lower" or how to write a guess; None at the end of the game.
+            Whether the number is higher or lower, and how to write a guess; None at the end of the game.
         """
         numbers = _NUMBER.findall(text)
         guess = int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 10 else None
         if guess is None or not self.low <= guess <= self.high:
             self.closeness.append(0.0)
-            answer = f"Write one number from {self.low} to {self.high}."
+            answer = HOW_TO_ANSWER
         else:
             self.closeness.append(1 - abs(guess - self.secret) / (self.high - self.low + 1))
-            answer = "higher" if guess < self.secret else "lower"
+            answer = f"{'Higher' if guess < self.secret else 'Lower'}. {HOW_TO_ANSWER}"
         return None if guess == self.secret or len(self.closeness) >= self.guesses else answer
 
     def get_reward(self) -> float:

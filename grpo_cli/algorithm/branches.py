@@ -31,6 +31,11 @@ class Stem:
     """Of all that goes on from it: behind its branches and the stems that follow them."""
 
     @property
+    def begins(self) -> bool:
+        """Whether its sequences begin with it, so that its tokens see no other stem."""
+        return self.position == 0
+
+    @property
     def stop(self) -> int:
         """Behind its own tokens."""
         return self.start + self.length
@@ -65,7 +70,7 @@ class Branches:
         return cls(
             tuple(stems),
             ends=torch.tensor(ends).repeat_interleave(sizes),
-            positions=offsets.repeat_interleave(sizes) + torch.arange(int(sizes.sum())),
+            positions=offsets.repeat_interleave(sizes) + torch.arange(sum(lengths)),
         )
 
     def sees(self, query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:

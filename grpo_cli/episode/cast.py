@@ -98,4 +98,5 @@ class Cast:
             return None
         kwargs = recipe.model.chat_template_kwargs
         self.check_template(EpisodeTemplate(tokenizer, kwargs))
-        return World(recipe.episode, self.tools, self.kinds, tokenizer, kwargs, end_ids)
+        limit = recipe.data.max_prompt_tokens
+        return World(recipe.episode, self.tools, self.kinds, tokenizer, kwargs, end_ids, limit)

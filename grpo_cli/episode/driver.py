@@ -19,7 +19,6 @@ from grpo_cli.rollout.engine import (
     OnGroup,
     SampledTurn,
     SampleKey,
-    ToolUse,
     Turn,
     TurnEngine,
     TurnStream,
@@ -171,19 +170,22 @@ class Play:
 
     def _were_reset(self, index: int) -> None:
         assert self._world is not None
-        resets = self._resets[index]
+        prompt, world, resets = self._prompts[index], self._world, self._resets.pop(index)
         errors = [error for reset in resets if (error := reset.exception()) is not None]
         for error in errors:
             if isinstance(error, UserError):
                 raise error
-        prompt, world = self._prompts[index], self._world
+        done = [reset.result() for reset in resets if reset.exception() is None]
+        why = f"its environment could not be reset: {origin(errors[0])}" if errors else None
         if not errors:
-            self._begin(index, [world.start(prompt, reset.result()) for reset in resets])
-            return
-        for reset in resets:
-            if reset.exception() is None:
-                world.take_back(reset.result())
-        self._driver.note(f"a group is left out: its environment could not be reset: {origin(errors[0])}")
+            starts = [world.start(prompt, reset) for reset in done]
+            why = world.why_too_long(starts)
+            if why is None:
+                self._begin(index, starts)
+                return
+        for reset in done:
+            world.take_back(reset)
+        self._driver.note(f"a group is left out: {why}")
         for sample in range(self._size):
             self._ended[index * self._size + sample] = Completion([], [], "lost", "", messages=[])
         self._close(index)
@@ -232,13 +234,7 @@ class Play:
         on_error = self._world.config.on_error
         answer = self._world.told(episode, parsed, results)
         episode.hangs |= answer.hangs
-        use, so_far = answer.use, episode.tools
-        episode.tools = ToolUse(
-            so_far.calls + use.calls,
-            so_far.failures + use.failures,
-            so_far.unknown_names + use.unknown_names,
-            so_far.seconds + use.seconds,
-        )
+        episode.tools += answer.use
         if answer.failure is not None and on_error == "raise":
             names = ", ".join(call.name for call in parsed.calls) or "respond"
             raise RunError(f"episode: a call of {names} failed: {answer.failure}")

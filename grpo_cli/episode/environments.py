@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +213,7 @@ def environment_rewards(kinds: Mapping[str | None, EnvironmentKind]) -> list[Rew
     As in TRL, it scores episodes of exactly that class and says None to all others, subclasses too.
     """
     types = dict.fromkeys(kind.cls for kind in kinds.values() if kind.has_reward)
-    return [reward_from_callable(_reward_of(cls), name=cls.__name__) for cls in types]
+    return [reward_from_callable(EnvironmentReward(cls), name=cls.__name__) for cls in types]
 
 
 def check_scored(kinds: Mapping[str | None, EnvironmentKind], functions: Sequence[RewardFunction]) -> None:
@@ -229,22 +230,39 @@ def check_scored(kinds: Mapping[str | None, EnvironmentKind], functions: Sequenc
         )
 
 
-def _reward_of(cls: type[Any]) -> Callable[..., Any]:
-    get_reward: Any = cls.get_reward
-    if inspect.iscoroutinefunction(get_reward):
+class EnvironmentReward:
+    """A reward function that asks environments of one class.
 
-        async def get_rewards_async(environments: Sequence[Any]) -> list[Any]:
-            async def of(environment: Any) -> Any:
-                return await environment.get_reward() if type(environment) is cls else None
+    Args:
+        cls: with `get_reward`, which may be async.
+    """
 
-            return await asyncio.gather(*map(of, environments))
+    def __init__(self, cls: type[Any]) -> None:
+        self._cls = cls
+        self._seconds = 0.0
 
-        return get_rewards_async
+    def __call__(self, environments: Sequence[Any]) -> Any:
+        """What each of them says, None for those of other classes; an awaitable of it if they are async."""
+        began = time.perf_counter()
+        own = [environment if type(environment) is self._cls else None for environment in environments]
+        rewards = [None if one is None else one.get_reward() for one in own]
+        if inspect.iscoroutinefunction(self._cls.get_reward):
+            return self._awaited(rewards, began)
+        self._seconds += time.perf_counter() - began
+        return rewards
 
-    def get_rewards(environments: Sequence[Any]) -> list[Any]:
-        return [environment.get_reward() if type(environment) is cls else None for environment in environments]
+    async def _awaited(self, rewards: Sequence[Any], began: float) -> list[Any]:
+        async def of(reward: Any) -> Any:
+            return None if reward is None else await reward
 
-    return get_rewards
+        values = await asyncio.gather(*map(of, rewards))
+        self._seconds += time.perf_counter() - began
+        return values
+
+    def take_seconds(self) -> float:
+        """Seconds that it has taken since it was asked last."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def close_environment(instance: Any) -> None:

@@ -76,6 +76,7 @@ class World:
         tokenizer: of the policy.
         template_kwargs: passed on to its chat template.
         end_ids: tokens that end a turn.
+        max_prompt_tokens: of a prompt with what an environment says; no limit if None.
     """
 
     def __init__(
@@ -86,8 +87,10 @@ class World:
         tokenizer: Any,
         template_kwargs: Mapping[str, Any],
         end_ids: set[int],
+        max_prompt_tokens: int | None = None,
     ) -> None:
         self.config = config
+        self._max_prompt_tokens = max_prompt_tokens
         self.pool = EnvironmentPool(kinds)
         self.workers = Workers(config.workers, config.timeout_s)
         self._template = EpisodeTemplate(tokenizer, template_kwargs)
@@ -169,6 +172,14 @@ class World:
         told = replace(prompt, content=content, token_ids=token_ids)
         return Start(told, tools, kind, reset.instance, reset.seconds)
 
+    def why_too_long(self, starts: Sequence[Start]) -> str | None:
+        """Which prompt of a group is too long with what its environment says; None if none is."""
+        longest, limit = max(len(start.prompt.token_ids) for start in starts), self._max_prompt_tokens
+        if limit is None or longest <= limit:
+            return None
+        added = "with what the environment says"
+        return f"its prompt has {longest} tokens {added}, and data.max_prompt_tokens is {limit}"
+
     def parse(self, episode: Episode, token_ids: Sequence[int]) -> ParsedTurn:
         """What a turn says, before it is added to its episode."""
         return self._parser.parse(token_ids, episode.start.tools, prefix=episode.context)
@@ -212,9 +223,10 @@ class World:
             (result,) = results
             if result.error is None and result.value is None:
                 return Answer([])
-            text = self._text(result)
-            return Answer([{"role": "user", "content": text}], failure=failure, hangs=hangs)
+            messages: list[Message] = [{"role": "user", "content": self._text(result)}]
+            return Answer(messages, ToolUse(timeouts=int(hangs)), failure, hangs)
         messages, unknown, failed = [], 0, 0
+        timeouts = sum(result.hangs for result in results)
         for call, result in zip(turn.calls, results, strict=True):
             is_wrong = call.error is not None
             shown = Result(error=call.error) if is_wrong else result
@@ -222,7 +234,8 @@ class World:
             failed += shown.error is not None
             entry = {} if call.id is None else {"tool_call_id": call.id}
             messages.append({"role": "tool", "name": call.name, "content": self._text(shown)} | entry)
-        use = ToolUse(len(turn.calls), failed, unknown, sum(result.seconds for result in results))
+        seconds = sum(result.seconds for result in results)
+        use = ToolUse(len(turn.calls), failed, unknown, timeouts, seconds)
         return Answer(messages, use, failure, hangs)
 
     def _text(self, result: Result) -> str:

@@ -196,7 +196,7 @@ class _BranchedAttention(torch.autograd.Function):
             own, after = slice(stem.start, stem.stop), slice(stem.stop, stem.end)
             inputs = [part[:, :, own] for part in (query, key, value)]
             flash = _flash(*inputs, is_causal=True, mask=masks.own, scale=scale)
-            if stem.position == 0:
+            if stem.begins:
                 out[:, :, own], lse[:, :, own] = flash
             else:
                 _merge(above.of(own), flash, into=(out[:, :, own], lse[:, :, own]))
@@ -205,7 +205,7 @@ class _BranchedAttention(torch.autograd.Function):
             inputs = [query[:, :, after], key[:, :, own], value[:, :, own]]
             flash = _flash(*inputs, is_causal=False, mask=masks.after, scale=scale)
             flash[1].masked_fill_(masks.blind, BLIND)
-            if stem.position == 0:
+            if stem.begins:
                 above = _Parts(stem.stop, *flash)
             else:
                 _merge(above.of(after), flash, into=above.of(after))
@@ -236,7 +236,7 @@ class _BranchedAttention(torch.autograd.Function):
             own, after = slice(stem.start, stem.stop), slice(stem.stop, stem.end)
             parts = (part[:, :, own] for part in saved)
             flash = _flash_backward(*parts, is_causal=True, mask=masks.own, scale=scale)
-            if stem.position == 0:
+            if stem.begins:
                 grad_query[:, :, own] = flash[0]
             else:
                 grad_query[:, :, own] += flash[0]
@@ -246,7 +246,7 @@ class _BranchedAttention(torch.autograd.Function):
             grad_out, after_query, _, _, out, lse = (part[:, :, after] for part in saved)
             inputs = [grad_out, after_query, key[:, :, own], value[:, :, own], out, lse]
             flash = _flash_backward(*inputs, is_causal=False, mask=masks.after, scale=scale)
-            if stem.position == 0:
+            if stem.begins:
                 grad_query[:, :, after] = flash[0]
             else:
                 grad_query[:, :, after] += flash[0]

@@ -82,7 +82,7 @@ class PackedModel:
             layout: what computes the attention of a shared-prompt pack, if not `RowLayout`.
 
         Returns:
-            Two (B, T) tensors, 0 on padding.
+            Two (B, T) tensors, 0 on padding and on tokens that were not sampled.
         """
         if layout is None and pack.branches is not None:
             layout = attention.RowLayout(pack.branches)

@@ -77,6 +77,8 @@ def _data_contradictions(recipe: Recipe) -> Iterator[Finding]:
             yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
         if data.long_prompts != "drop" and data.max_prompt_tokens is None:
             yield f"{key}.long_prompts", f"does nothing without {key}.max_prompt_tokens; set it too"
+        if data.long_prompts != "drop" and recipe.environments:
+            yield f"{key}.long_prompts", "must be drop with an environment, which adds to prompts; remove it"
     if recipe.train.eval_every is not None and recipe.data.eval is None:
         yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
     if recipe.data.name:

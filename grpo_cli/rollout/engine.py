@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -83,8 +83,13 @@ class ToolUse:
     """Calls that were wrong, raised or took too long."""
     unknown_names: int = 0
     """Calls of tools that there are not."""
+    timeouts: int = 0
+    """Calls that were given up, and answers of environments that were."""
     seconds: float = 0.0
     """Of all calls."""
+
+    def __add__(self, other: ToolUse) -> ToolUse:
+        return ToolUse(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other), strict=True)))
 
 
 NO_USE = ToolUse()

@@ -90,7 +90,7 @@ class Learner:
         Groups stay whole. Where the ranks must run alike, all have as many packs, at least one.
         """
         configured = self.recipe.train.max_tokens_per_microbatch
-        longest = max((len(group.prompt) for group in groups), default=0)
+        longest = max((len(context) for group in groups for context in group.contexts), default=0)
         budget = configured or automatic_microbatch_tokens(self.ranks.device.type, longest)
         own = deal_groups(groups, self.ranks.world_size)[self.ranks.rank]
         packs = pack_groups(own, budget, shared_prompt=self.policy.shares_prompts)

@@ -160,6 +160,7 @@ def episode_metrics(completions: Sequence[Completion]) -> Metrics:
         "tools/failure_frequency": sum(one.tools.failures for one in played) / max(calls, 1),
         "tools/latency_s": sum(one.tools.seconds for one in played) / max(calls, 1),
         "tools/unknown_name_total": sum(one.tools.unknown_names for one in played),
+        "tools/timeout_total": sum(one.tools.timeouts for one in played),
         "env/reset_s": statistics.fmean(one.reset_s for one in played),
     }
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from environments.guessing import GuessingGame
+from environments.guessing import HOW_TO_ANSWER, GuessingGame
 from grpo_cli.episode.environments import environment_kind
+
+HIGHER = f"Higher. {HOW_TO_ANSWER}"
 
 
 def play(*turns: str, seed: int = 5) -> tuple[list[str | None], float]:
@@ -34,16 +36,16 @@ def test_the_secret_is_the_seeds() -> None:
 
 
 def test_a_guess_is_answered_until_it_is_right_or_the_last() -> None:
-    assert play("10", "15", "20")[0] == ["higher", "higher", None]
-    assert play("1", "2", "3", "4")[0] == ["higher", "higher", "higher", None]
+    assert play("10", "15", "20")[0] == [HIGHER, HIGHER, None]
+    assert play("1", "2", "3", "4")[0] == [HIGHER, HIGHER, HIGHER, None]
     game = GuessingGame()
     game.reset(seed=1)
-    assert game.respond(str(game.secret + 1)) == "lower"
+    assert game.respond(str(game.secret + 1)) == f"Lower. {HOW_TO_ANSWER}"
 
 
 @pytest.mark.parametrize("turn", ["", "higher", "10 or 11", "21", "0", "3.5", "9" * 400, "1" * 12])
 def test_a_turn_without_one_number_of_the_range_is_no_guess(turn: str) -> None:
-    assert play(turn) == (["Write one number from 1 to 20."], 0.0)
+    assert play(turn) == ([HOW_TO_ANSWER], 0.0)
 
 
 @pytest.mark.parametrize("turn", ["12", " 12.", "I guess 12!", "12\n", "It is **12**"])

@@ -389,6 +389,18 @@ def test_a_reset_that_fails_is_tried_again_and_then_the_group_is_left_out(
         assert "no board" in NOTES[0]
 
 
+def test_a_prompt_that_an_environment_makes_too_long_leaves_its_group_out() -> None:
+    for limit, reason in ((1000, "stop"), (20, "lost")):
+        tokenizer = chat_tokenizer("qwen2_5")
+        kinds = {None: environment_kind(Guess, None)}
+        world = World(EpisodeConfig(), [], kinds, tokenizer, {}, {tokenizer.eos_token_id}, limit)
+        driver = Driver(Scripted(tokenizer, lambda turn: "5"), 100, world, NOTES.append)
+        ((one, _),) = driver.generate([Prompt(0, QUESTION, [1, 2], {"secret": 5})], [KEY], 2)
+        assert one.finish_reason == reason
+    assert len(NOTES) == 1
+    assert "data.max_prompt_tokens is 20" in NOTES[0]
+
+
 def test_a_rewritten_history_makes_a_turn_a_row_of_its_own() -> None:
     """Qwen 3 drops the thoughts of earlier turns once a user speaks again."""
 

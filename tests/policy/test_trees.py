@@ -53,6 +53,33 @@ def test_a_tree_attends_as_its_dense_mask_says(seed: int, longest: int, window: 
     assert_equals_dense(tree_row(seed, longest=longest), 2, window)
 
 
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tree_in_lower_precision_stays_close(dtype: torch.dtype, window: int | None) -> None:
+    branches = tree_row(4, longest=30)
+    parts = inputs(len(branches.positions), 2)
+    expected = dense(branches, parts, window)
+    actual = RowLayout(branches).attend(LayerInputs(0, *(part.to(dtype) for part in parts), SCALE, window))
+    assert actual.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 70])
+def test_flex_attention_of_a_tree_on_a_gpu_attends_as_the_dense_mask_says(window: int | None) -> None:
+    branches = tree_row(1, longest=90)
+    parts = inputs(len(branches.positions), 2, torch.float32)
+    on_gpu = [part.detach().cuda().requires_grad_() for part in parts]
+    actual = RowLayout(branches.to(torch.device("cuda"))).attend(LayerInputs(0, *on_gpu, SCALE, window))
+    expected = dense(branches, parts, window)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=1e-2, atol=1e-2)
+    grads = torch.autograd.grad(actual.square().sum(), on_gpu)
+    for grad, part in zip(grads, torch.autograd.grad(expected.square().sum(), parts), strict=True):
+        torch.testing.assert_close(grad.cpu(), part, rtol=2e-2, atol=2e-2)
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.integers(0, 10**6),

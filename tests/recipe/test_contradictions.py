@@ -167,6 +167,11 @@ CASES: list[tuple[dict[str, Any], str, str]] = [
     ({"train": {"eval_every": 5}}, "train.eval_every", "needs data.eval; add it, or remove train.eval_every"),
     ({"data": {"long_prompts": "error"}}, "data.long_prompts", "without data.max_prompt_tokens; set it too"),
     (
+        {"data": {"max_prompt_tokens": 9, "long_prompts": "error"}, "episode": {"environment": "my:A"}},
+        "data.long_prompts",
+        "must be drop with an environment",
+    ),
+    (
         {"data": {"eval": {"name": "e", "long_prompts": "truncate_left"}}},
         "data.eval.long_prompts",
         "without data.eval.max_prompt_tokens",

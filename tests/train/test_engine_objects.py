@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import grpo_cli
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import UserError
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.rollout.engine import Completion, OnGroup, OnTurn, SampledTurn, SampleKey, Turn
@@ -28,7 +29,7 @@ class Parrot:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
