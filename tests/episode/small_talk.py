@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ class SmallTalk:
 
     def reset(self, seed: int, **columns: Any) -> str:
         self._pause()
-        self.seed, self.heard = seed, 0
+        self.seed, self.process = seed, os.getpid()
         self.last = 1 + seed % 3
         self.texts: list[str] = []
         return f" Talk, {seed % 97}."
@@ -33,11 +35,31 @@ class SmallTalk:
         return None if len(self.texts) > self.last else f"{len(text)} of {self.seed % 97}?"
 
     def get_reward(self) -> float:
+        assert self.process == os.getpid(), "it is scored where it was played"
         said = "".join(self.texts)
         return sum(map(said.count, "aeiou")) + len(self.texts) / 10 - len(said) / 100
 
     def _pause(self) -> None:
         time.sleep(self.pauses.uniform(0, self.longest_pause_s))
+
+
+class Unscored:
+    """The same without a reward of its own."""
+
+    def __init__(self) -> None:
+        self.talk = SmallTalk()
+
+    def reset(self, seed: int, **columns: Any) -> str:
+        return self.talk.reset(seed, **columns)
+
+    def respond(self, text: str) -> str | None:
+        return self.talk.respond(text)
+
+
+def most_talk(environments: Sequence[SmallTalk]) -> list[float]:
+    """A reward that looks at the environments."""
+    assert all(environment.process == os.getpid() for environment in environments)
+    return [float(len(environment.texts)) for environment in environments]
 
 
 def small_talk(folder: Path, output: Path, template: str = "qwen2_5", **model: Any) -> dict[str, Any]:
@@ -53,9 +75,15 @@ def small_talk(folder: Path, output: Path, template: str = "qwen2_5", **model: A
     }
 
 
-def save_model(folder: Path, template: str = "qwen2_5", **model: Any) -> None:
+COUNTING = "{{ '<|im_start|>system\n' }}{{ messages | length }}{{ ' messages<|im_end|>\n' }}"
+"""Before a chat template: its history is written anew with every message."""
+
+
+def save_model(folder: Path, template: str = "qwen2_5", *, rewrites: bool = False, **model: Any) -> None:
     """Write a tiny model and a tokenizer with one of the chat templates."""
     tokenizer = chat_tokenizer(template)
+    if rewrites:
+        tokenizer.chat_template = COUNTING + tokenizer.chat_template
     settings = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     tiny_llama(**settings, max_position_embeddings=1024, **model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,0 +1,112 @@
+"""Whole runs of episodes: their numbers follow from the seed, however long answers take and whoever plays."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+
+import grpo_cli
+from grpo_cli.rollout.replay import completions_file
+from grpo_cli.train.metrics import read_metrics
+from tests.episode.small_talk import SmallTalk, small_talk
+from tests.processes import run_ranks
+
+pytestmark = pytest.mark.slow
+
+TIMED = ("time/", "tokens_per_second", "tools/latency_s", "env/reset_s", "env/reward_s")
+ROUNDED = ("sampling/",)
+"""How far the engine's log-probabilities are from training's: some 1e-7, which depends on the rows that were computed
+beside a row, and so on when its answer came."""
+
+
+def numbers(folder: Path, but: tuple[str, ...] = TIMED) -> list[dict[str, Any]]:
+    rows = read_metrics(folder / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if not name.startswith(but)} for row in rows]
+
+
+def stored(folder: Path, step: int) -> list[dict[str, Any]]:
+    """What was said, without its log-probabilities."""
+    rows: list[dict[str, Any]] = pq.read_table(completions_file(folder, step)).to_pylist()
+    for row in rows:
+        for part in (row, *row["earlier"]):
+            del part["logprobs"]
+    return rows
+
+
+def assert_same_weights(one: Any, other: Any) -> None:
+    weights = other.model.state_dict()
+    for name, value in one.model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def train(recipe: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Any:
+    values = json.loads(json.dumps(recipe))
+    for name, section in sections.items():
+        values[name] = values.get(name, {}) | section
+    values["train"]["output_dir"] = str(folder)
+    return grpo_cli.train(values)
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_tools_that_take_other_times_change_no_token_and_no_weight(
+    rewrites: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_talk(tmp_path / "model", tmp_path / "run", rewrites=rewrites)
+    runs = []
+    for seed, longest in ((1, 0.0), (2, 0.05), (3, 0.05)):
+        monkeypatch.setattr(SmallTalk, "longest_pause_s", longest)
+        monkeypatch.setattr(SmallTalk, "pauses", random.Random(seed))
+        runs.append(train(recipe, tmp_path / f"run-{seed}"))
+    first, *others = runs
+    assert first.metrics[0]["rollout/turns_mean"] > 2
+    for other in others:
+        assert numbers(other.output_dir, TIMED + ROUNDED) == numbers(first.output_dir, TIMED + ROUNDED)
+        assert_same_weights(first, other)
+        for step in (1, 2, 3):
+            assert stored(other.output_dir, step) == stored(first.output_dir, step)
+        for row, like in zip(other.metrics, first.metrics, strict=True):
+            for name in row:
+                if name.startswith(ROUNDED):
+                    assert row[name] == pytest.approx(like[name], abs=1e-5)
+
+
+@pytest.mark.parametrize("rewrites", [False, True])
+def test_a_replay_of_episodes_ends_with_the_same_weights(rewrites: bool, tmp_path: Path) -> None:
+    recipe = small_talk(tmp_path / "model", tmp_path / "run", rewrites=rewrites)
+    recipe["loss"] = {"beta": 0.1, "sampler_correction": {}}
+    recipe["rewards"] = ["rewards.length:reward_len"]
+    recipe["episode"]["environment"] = "tests.episode.small_talk:Unscored"
+    run = train(recipe, tmp_path / "run")
+    again = train(recipe, tmp_path / "again", generation={"engine": "replay", "replay": str(tmp_path / "run")})
+    assert_same_weights(run, again)
+    played = ("tools/", "env/", "rollout/", "time/", "tokens_per_second")
+    assert numbers(again.output_dir, played) == numbers(run.output_dir, played)
+    rows = stored(run.output_dir, 1)
+    assert max(len(row["earlier"]) for row in rows) >= (2 if rewrites else 0)
+    assert any(row["sampled"] and not all(row["sampled"]) for row in rows) != rewrites
+    assert stored(again.output_dir, 1) == rows
+
+
+def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:
+    """Environments are scored by the process in which they are: `SmallTalk` sees to it."""
+    recipe = small_talk(tmp_path / "model", tmp_path / "one")
+    recipe["rewards"] = ["tests.episode.small_talk:most_talk"]
+    one = train(recipe, tmp_path / "one")
+    recipe["train"]["output_dir"] = str(tmp_path / "two")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"distributed": {"strategy": "ddp"}}))
+    codes, output = run_ranks(2, "train", path)
+    assert codes == [0, 0], output
+    rows, wanted = (numbers(run, TIMED + ROUNDED) for run in (tmp_path / "two", one.output_dir))
+    assert len(rows) == len(wanted) == 3
+    for row, like in zip(rows, wanted, strict=True):
+        assert row == pytest.approx(like, rel=1e-5, abs=1e-5)
+    for step in (1, 2, 3):
+        assert stored(tmp_path / "two", step) == stored(one.output_dir, step)
