@@ -101,8 +101,8 @@ class ReplayEngine:
         if self._read[0] != step:
             path = completions_file(self._folder, step)
             try:
-                self._read = step, pq.read_table(path, columns=list(NEEDED_COLUMNS)).to_pylist()
-            except (OSError, pa.ArrowException) as error:
+                self._read = step, _rows_of(path)
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 raise RunError(f"generation.replay: {path} cannot be read: {error}") from error
         return self._read[1]
 
@@ -111,3 +111,11 @@ class ReplayEngine:
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """A file's rows, if its pages have the checksums with which they were written."""
+    table = pq.read_table(path, columns=list(NEEDED_COLUMNS), page_checksum_verification=True)
+    table.validate(full=True)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows

@@ -22,7 +22,7 @@ import yaml
 
 from grpo_cli.errors import RunError
 from grpo_cli.launch.failures import EXIT_REQUEUE
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.train.metrics import TIMES, read_metrics
 from tests.faults.disk import lose_power, start_watching
 from tests.faults.points import KILLS, POINTS, POWER_LOSS, TORN_WRITE, Fault, Plan, run_with
 from tests.processes import Command, free_port
@@ -35,8 +35,6 @@ ONLY_RESUMED = {"resume": 2}
 
 LARGEST_TEAR_BITS = 20
 """A megabyte, which is more than any file of the tiny run has."""
-
-TIMES = ("time/", "tokens_per_second")
 
 PATIENCE_S = 120.0
 """How long one start of a run may take on a busy machine."""

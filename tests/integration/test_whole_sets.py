@@ -11,6 +11,7 @@ import torch
 
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server.connection import ServerAway, WrongWeights
+from grpo_cli.rollout.with_vllm import save_for_vllm
 from grpo_cli.serve.protocol import Weights
 from tests.conftest import byte_tokenizer
 from tests.integration.serving import Serve, drift, generate, send_set
@@ -50,8 +51,7 @@ def policy(request: pytest.FixtureRequest) -> Any:
 @pytest.fixture(scope="module")
 def server(policy: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     folder = tmp_path_factory.mktemp("model")
-    policy.config.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    save_for_vllm(policy, byte_tokenizer(), folder)
     server = Serve(folder, "--load-format", "dummy")
     try:
         yield server.wait_ready()

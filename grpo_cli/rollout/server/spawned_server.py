@@ -18,8 +18,8 @@ import torch
 
 from grpo_cli.distributed.environment import as_if_not_launched
 from grpo_cli.errors import RunError, ServerLost
-from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import ServerConfig
+from grpo_cli.rollout.with_vllm import save_for_vllm
 from grpo_cli.serve.engine_arguments import SHARED_GPU_MEMORY, as_options, refuse_splitting
 from grpo_cli.serve.environment import prepare
 from grpo_cli.serve.own_folder import OwnFolder
@@ -71,8 +71,7 @@ class SpawnedServer:
         self.key = secrets.token_urlsafe(32)
         self._key_file = _in_memory(self.key)
         self._folder = OwnFolder("grpo-train-")
-        base_model(model).config.save_pretrained(self._folder.path / "model")
-        tokenizer.save_pretrained(self._folder.path / "model")
+        save_for_vllm(model, tokenizer, self._folder.path / "model")
         if torch.cuda.is_available() and self._devices is None:
             arguments = {"gpu_memory_utilization": SHARED_GPU_MEMORY, **arguments}
         self._command = [

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 
 from grpo_cli.errors import UserError, one_line
-from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.with_vllm import completion, seed_of
+from grpo_cli.rollout.with_vllm import completion, save_for_vllm, seed_of
 from grpo_cli.serve.engine_arguments import (
     HOW_TO_INSTALL,
     REQUIRED,
@@ -70,8 +69,7 @@ class VllmEngine:
             if policy.device.index:  # left to itself, vLLM takes the first one
                 arguments["device_ids"] = [policy.device.index]
         with OwnFolder("grpo-train-") as folder:
-            base_model(model).config.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_for_vllm(model, tokenizer, folder)
             threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
             try:
                 self._llm: Any = vllm.LLM(model=str(folder), **(arguments | config.vllm))
