@@ -49,10 +49,11 @@ def many_commands() -> None:
 
 @dataclass(frozen=True)
 class World:
-    """A run of two steps, which can go on to four."""
+    """A run of four steps, and the same without what it wrote at its end: it can go on from step 2."""
 
     recipe: Path
     run: Path
+    broken_off: Path
     folder: Path
 
     def commands(self, name: str, lines: list[list[str]]) -> list[tuple[int, str]]:
@@ -72,20 +73,27 @@ class World:
         return ["train", str(self.recipe), *(word for one in overrides for word in ("--set", one))]
 
     def resume(self, run: Path) -> list[str]:
-        return [*self.train(run, "train.max_steps=4"), "--resume"]
+        return [*self.train(run), "--resume"]
 
 
 @pytest.fixture(scope="module")
 def world(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("damaged")
-    world = World(recipe_for(tiny_model_dir, folder), folder / "two-steps", folder)
-    ends = world.commands("first", [world.train(world.run, "train.max_steps=2", "train.keep_checkpoints=2")])
+    run, broken_off = folder / "run-whole", folder / "run-broken-off"
+    world = World(recipe_for(tiny_model_dir, folder), run, broken_off, folder)
+    ends = world.commands("first", [world.train(run, "train.keep_checkpoints=2")])
     assert ends[0][0] == 0, ends
+    shutil.copytree(run, broken_off)
+    for name in ("final", "checkpoint-000004"):
+        shutil.rmtree(broken_off / name)
     return world
 
 
 def damaged(content: bytes, name: str) -> Iterator[tuple[str, bytes]]:
     """How a file is damaged, and what it then holds."""
+    if not content:
+        yield "something in it", b"\xff\x00{"
+        return
     for cut in CUTS:
         end = min(int(len(content) * cut), len(content) - 1)
         yield f"cut at {end}", content[:end]
@@ -98,14 +106,14 @@ def damaged(content: bytes, name: str) -> Iterator[tuple[str, bytes]]:
         )
 
 
-def cases_of(world: World, pattern: str) -> list[tuple[str, Path, Path]]:
-    """What was done, the damaged copy of the run, and the file in it."""
+def cases_of(world: World, run: Path, pattern: str) -> list[tuple[str, Path, Path]]:
+    """What was done, the damaged copy of a run, and the file in it."""
     cases = []
-    (path, *_) = sorted(path for path in world.run.glob(pattern) if path.is_file())
-    name = path.relative_to(world.run)
+    (path, *_) = sorted(path for path in run.glob(pattern) if path.is_file())
+    name = path.relative_to(run)
     for index, (how, content) in enumerate(damaged(path.read_bytes(), str(name))):
         copy = world.folder / f"{str(name).replace('/', '-')}-{index}"
-        shutil.copytree(world.run, copy)
+        shutil.copytree(run, copy)
         (copy / name).write_bytes(content)
         cases.append((f"{name}: {how}", copy, copy / name))
     return cases
@@ -121,13 +129,14 @@ def assert_one_message(case: str, code: int, output: str, *names: str) -> None:
 
 def ends_right_or_names_the_file(
     world: World,
+    run: Path,
     pattern: str,
     command: Callable[[Path], list[str]],
     is_right: Callable[[Path, str], str | None],
     *also: str,
 ) -> int:
     """Run a command on each damaged copy; the number of those that ended with a message."""
-    cases = cases_of(world, pattern)
+    cases = cases_of(world, run, pattern)
     ends = world.commands(
         re.sub(r"\W", "-", f"{pattern}-{command.__name__}"), [command(copy) for _, copy, _ in cases]
     )
@@ -144,15 +153,6 @@ def ends_right_or_names_the_file(
     return refused
 
 
-@pytest.fixture(scope="module")
-def four_steps(world: World) -> dict[str, object]:
-    """State of the run that nothing happened to."""
-    run = world.folder / "four-steps"
-    ends = world.commands("whole", [world.train(run, "train.max_steps=4", "train.keep_checkpoints=1")])
-    assert ends[0][0] == 0, ends
-    return state_of(run)
-
-
 RESUMED = [
     "recipe.yaml", "metrics.jsonl", ".lock", "tensorboard/events*", "checkpoint-000002/manifest.json",
     "checkpoint-000002/model.safetensors", "checkpoint-000002/optimizer.pt", "checkpoint-000002/scheduler.pt",
@@ -163,33 +163,35 @@ READ_BY_NOBODY = (".lock", "tensorboard/events*")
 
 
 @pytest.mark.parametrize("pattern", RESUMED)
-def test_a_resumed_run_ends_the_same_or_names_the_damaged_file(
-    world: World, four_steps: dict[str, object], pattern: str
-) -> None:
-    def is_right(copy: Path, output: str) -> str | None:
-        return difference(state_of(copy), four_steps)
+def test_a_resumed_run_ends_the_same_or_names_the_damaged_file(world: World, pattern: str) -> None:
+    wanted = state_of(world.run)
 
-    refused = ends_right_or_names_the_file(world, pattern, world.resume, is_right)
+    def is_right(copy: Path, output: str) -> str | None:
+        return difference(state_of(copy), wanted)
+
+    refused = ends_right_or_names_the_file(world, world.broken_off, pattern, world.resume, is_right)
     assert bool(refused) is (pattern not in READ_BY_NOBODY)
 
 
 @pytest.mark.parametrize("pattern", ["completions/step-000001.parquet", "completions/step-000002.parquet"])
 def test_a_replay_trains_on_what_was_stored_or_names_the_damaged_file(world: World, pattern: str) -> None:
+    recipe = yaml.safe_load(world.recipe.read_text())
+    del recipe["data"]["eval"], recipe["train"]["eval_every"]
+    without_eval = world.folder / "without-eval.yaml"
+    without_eval.write_text(yaml.safe_dump(recipe))
+
     def replay(copy: Path) -> list[str]:
-        settings = [
-            "data.eval=null",
-            "generation.engine=replay",
-            f"generation.replay={copy}",
-            "train.save_every=0",
-        ]
-        return world.train(copy / "again", "train.max_steps=2", *settings)
+        settings = ["generation.engine=replay", f"generation.replay={copy}", "train.save_every=0"]
+        words = world.train(copy / "again", *settings)
+        return [words[0], str(without_eval), *words[2:]]
 
     whole = world.folder / f"whole-{pattern[-9:-8]}"
     shutil.copytree(world.run, whole)
-    assert world.commands(f"replay-{whole.name}", [replay(whole)])[0][0] == 0
+    ((code, output),) = world.commands(f"replay-{whole.name}", [replay(whole)])
+    assert code == 0, output
     expected = state_of(whole / "again")
     refused = ends_right_or_names_the_file(
-        world, pattern, replay, lambda copy, output: difference(state_of(copy / "again"), expected)
+        world, world.run, pattern, replay, lambda copy, output: difference(state_of(copy / "again"), expected)
     )
     assert refused > len(CUTS)
 
@@ -218,7 +220,8 @@ def test_an_evaluation_is_of_the_model_that_was_written_or_names_the_damaged_fil
     def is_right(copy: Path, output: str) -> str | None:
         return None if evaluation(output) == expected else "other figures"
 
-    assert ends_right_or_names_the_file(world, pattern, evaluate, is_right) == len(CUTS) + FLIPS
+    refused = ends_right_or_names_the_file(world, world.run, pattern, evaluate, is_right)
+    assert refused >= len(CUTS) + FLIPS - (pattern == "final/manifest.json"), "the last line's end says nothing"
 
 
 @pytest.mark.parametrize("key", ["model.name", "model.reference", "model.tokenizer"])
@@ -227,7 +230,7 @@ def test_a_sample_is_of_the_model_that_was_written_or_names_the_damaged_file(wor
         return ["sample", str(world.recipe), "-n", "1", "--set", f"{key}={copy / 'final'}"]
 
     pattern = "final/tokenizer.json" if key == "model.tokenizer" else "final/model.safetensors"
-    refused = ends_right_or_names_the_file(world, pattern, sample, lambda copy, output: "it was taken")
+    refused = ends_right_or_names_the_file(world, world.run, pattern, sample, lambda copy, output: "it was taken")
     assert refused == len(CUTS) + FLIPS
 
 
@@ -237,7 +240,7 @@ def test_a_check_of_the_run_names_the_damaged_file(world: World, pattern: str) -
         return ["check", str(copy)]
 
     assert (
-        ends_right_or_names_the_file(world, pattern, check, lambda copy, output: "not noticed")
+        ends_right_or_names_the_file(world, world.run, pattern, check, lambda copy, output: "not noticed")
         == len(CUTS) + FLIPS
     )
 
@@ -258,7 +261,7 @@ def test_damaged_held_out_prompts_are_read_as_they_are_or_named(world: World, su
     def evaluate(copy: Path) -> list[str]:
         return ["eval", str(world.recipe), "--json", "--set", f"data.eval.name={copy / data.name}"]
 
-    ends_right_or_names_the_file(world, data.name, evaluate, lambda copy, output: None, "data.eval")
+    ends_right_or_names_the_file(world, world.run, data.name, evaluate, lambda copy, output: None, "data.eval")
     data.unlink()
 
 
@@ -279,5 +282,5 @@ def test_a_damaged_key_file_is_named_and_never_quoted(world: World) -> None:
     def is_right(copy: Path, output: str) -> str | None:
         return "the key was printed" if key[:12] in output else None
 
-    assert ends_right_or_names_the_file(world, file.name, check, is_right) >= 1
+    assert ends_right_or_names_the_file(world, world.run, file.name, check, is_right) >= 1
     file.unlink()
