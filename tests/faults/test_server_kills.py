@@ -15,9 +15,9 @@ from tests.faults.points import KILLS, SERVER_KILLS
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
-SEED = 14
+SEED = 31
 
-CASES = (0, 1)
+CASES = (0, 6)
 """In the one the trainer is hit, in the other its server."""
 
 
