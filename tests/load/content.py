@@ -39,7 +39,7 @@ class Verdict:
     largest: float
     """Largest difference of a log-probability from the right version's."""
     told_apart: int
-    """Completions that the version before would have given other log-probabilities."""
+    """Completions to which a neighbouring version gives other log-probabilities."""
 
 
 def versioned(model: Any, version: int) -> Any:
@@ -100,20 +100,20 @@ def _streamed(body: bytes) -> list[Part]:
 
 
 def judge(completions: Sequence[Completion], model: Any) -> Verdict:
-    """Compare every completion with each version that it may be of, and with the one before.
+    """Compare every completion with each version that it may be of, and with a neighbouring one.
 
     Args:
         completions: what clients were given.
         model: version 0.
     """
     nearest = [float("inf")] * len(completions)
-    before = [float("inf")] * len(completions)
+    neighbours = [float("inf")] * len(completions)
     by_version = defaultdict(list)
     for index, one in enumerate(completions):
         for version in one.versions:
             by_version[version].append((index, nearest))
-        if one.versions[0] > 0:
-            by_version[one.versions[0] - 1].append((index, before))
+        neighbour = one.versions[0] - 1 if one.versions[0] else one.versions[-1] + 1
+        by_version[neighbour].append((index, neighbours))
     for version, places in by_version.items():
         found = _drifts([completions[index] for index, _ in places], versioned(model, version))
         for (index, distances), drift in zip(places, found, strict=True):
@@ -123,7 +123,7 @@ def judge(completions: Sequence[Completion], model: Any) -> Verdict:
         for one, drift in zip(completions, nearest, strict=True)
         if not drift < TOLERANCE
     ]
-    told_apart = sum(TOLERANCE < drift < float("inf") for drift in before)
+    told_apart = sum(drift > TOLERANCE for drift in neighbours)
     return Verdict(wrong, len(completions), max(nearest, default=0.0), told_apart)
 
 

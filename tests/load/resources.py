@@ -83,7 +83,7 @@ async def abandon(server: Serve) -> float:
     for client in clients:
         await client.open()
         await client.send(raw)
-    wait_until(lambda: requests_in_engine(server), SETTLE_S)
+    wait_until(lambda: _metric(server, "generation_tokens_total") > before, SETTLE_S)
     for client in clients:
         client.leave()
     settle(server)
