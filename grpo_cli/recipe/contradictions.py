@@ -13,7 +13,6 @@ from grpo_cli.recipe.data_config import DATA_FILE_SUFFIXES
 from grpo_cli.recipe.episode import EpisodeConfig
 from grpo_cli.recipe.loss_types import types_reading
 from grpo_cli.recipe.schema import (
-    GenerationConfig,
     LossConfig,
     OptimConfig,
     Recipe,
@@ -21,6 +20,7 @@ from grpo_cli.recipe.schema import (
 )
 from grpo_cli.recipe.section import Section
 from grpo_cli.recipe.strategies import STRATEGIES, names_of
+from grpo_cli.recipe.vllm_arguments import refused_vllm_arguments
 
 Finding = tuple[str, str]
 """Dotted key, message."""
@@ -32,7 +32,7 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _reward_contradictions(recipe)
     yield from _loss_contradictions(recipe.loss)
     yield from _sampler_contradictions(recipe)
-    yield from _engine_contradictions(recipe.generation)
+    yield from _engine_contradictions(recipe)
     yield from _replay_contradictions(recipe)
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
@@ -202,22 +202,8 @@ def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
             )
 
 
-RESERVED_VLLM_ARGUMENTS = {
-    "model": "has a key of its own: model.name",
-    "tokenizer": "has a key of its own: model.tokenizer",
-    "tensor_parallel_size": "has a key of its own: generation.server.tensor_parallel_size",
-    "api_key": "has a key of its own: generation.server.api_key_file",
-    "host": "is not for the user to set: a spawned server listens on this machine alone; remove it",
-    "port": "has a key of its own: generation.server.port",
-} | dict.fromkeys(
-    ("load_format", "logprobs_mode", "worker_extension_cls", "weight_transfer_config", "enable_sleep_mode",
-     "distributed_executor_backend"),
-    "is set by the engine, since training depends on it; remove it",
-)  # fmt: skip
-"""Engine arguments that are not the user's, and why."""
-
-
-def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
+def _engine_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    generation = recipe.generation
     server, engine = generation.server, generation.engine
     if engine != "vllm_server" and server is not None:
         yield "generation.server", f"is for engine: vllm_server (it is {engine}); remove it, or change the engine"
@@ -236,9 +222,8 @@ def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
         yield "generation.server.api_key_file", "is for urls; a spawned server has a key of its own"
     if generation.vllm and (engine in ("transformers", "replay") or (server is not None and not server.spawn)):
         yield "generation.vllm", "has no server or engine to go to; pass the options to grpo serve, or remove it"
-    for name in generation.vllm:
-        if name.replace("-", "_") in RESERVED_VLLM_ARGUMENTS:
-            yield f"generation.vllm.{name}", RESERVED_VLLM_ARGUMENTS[name.replace("-", "_")]
+    for name, reason in refused_vllm_arguments(generation.vllm, recipe.model.trust_remote_code):
+        yield f"generation.vllm.{name}", reason
 
 
 def _replay_contradictions(recipe: Recipe) -> Iterator[Finding]:

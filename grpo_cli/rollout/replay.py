@@ -123,10 +123,8 @@ class ReplayEngine:
         if self._read[0] != step:
             path = completions_file(self._folder, step)
             try:
-                names = [*NEEDED_COLUMNS, *EPISODE_COLUMNS]
-                stored = [name for name in names if name in pq.read_schema(path).names]
-                self._read = step, pq.read_table(path, columns=stored).to_pylist()
-            except (OSError, pa.ArrowException) as error:
+                self._read = step, _rows_of(path)
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 raise RunError(f"generation.replay: {path} cannot be read: {error}") from error
         return self._read[1]
 
@@ -135,6 +133,15 @@ class ReplayEngine:
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """A file's rows, if its pages have the checksums with which they were written."""
+    stored = [name for name in (*NEEDED_COLUMNS, *EPISODE_COLUMNS) if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=stored, page_checksum_verification=True)
+    table.validate(full=True)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
 
 
 def _completion(row: dict[str, Any], prompt: Prompt) -> Completion:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -24,7 +26,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.reference import Reference, reference_model
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.recipe.strategies import StrategyName
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
@@ -36,6 +38,7 @@ from grpo_cli.rollout.over_ranks import SplitEngine
 from grpo_cli.train.guards import autocast_for
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.loss_function import resolve_loss
+from grpo_cli.train.manifest import faults
 from grpo_cli.train.objects import Engine, Objects
 from grpo_cli.train.optim import build_optimizer, build_scheduler, check_coverage
 from grpo_cli.train.rollouts import Rollouts
@@ -64,6 +67,7 @@ def assemble(
         UserError: something that the recipe names cannot be used.
     """
     loss = resolve_loss(recipe.loss)
+    check_whole_models(recipe.model, ranks)
     rows, eval_rows = recipe_rows(recipe, objects.train_data, objects.eval_data)
     cast = Cast.of(recipe, objects.tools, objects.environment)
     scorer = _scorer(recipe, objects, [rows, eval_rows], cast)
@@ -77,6 +81,28 @@ def assemble(
     engine = _engine(recipe, objects.engine, learner, cast, note)
     sampler = PromptSampler(len(dataset), train.prompts_per_step, train.seed, recipe.data.shuffle)
     return Rollouts(recipe, ranks, engine, scorer, dataset, eval_dataset, sampler), learner
+
+
+def check_whole_models(config: ModelConfig, ranks: Ranks) -> None:
+    """See that models which a run of ours has written, as `final/` or a checkpoint, are as they were written.
+
+    Raises:
+        UserError: a file of one is broken.
+    """
+    for setting, name in (("name", config.name), ("reference", config.reference), ("tokenizer", config.tokenizer)):
+        if name is not None:
+            check_whole(Path(name), f"model.{setting}", ranks)
+
+
+def check_whole(folder: Path, setting: str, ranks: Ranks) -> None:
+    """The same for one folder, or the folder of one file; nothing if it has no manifest.
+
+    Raises:
+        UserError: a file of it is broken.
+    """
+    folder = folder.expanduser() if folder.suffix != ".gguf" else folder.expanduser().parent
+    for fault in chain(*ranks.together(lambda: faults(folder, ranks.rank, ranks.world_size))):
+        raise UserError(f"{setting}: {folder} is damaged: {fault}; put the file back from a copy")
 
 
 def _engine(

@@ -7,12 +7,13 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
@@ -24,6 +25,12 @@ from grpo_cli.train.disk import writing
 from grpo_cli.train.whole_files import write_text
 
 Metrics = dict[str, float]
+
+METRICS, RECORD = "metrics.jsonl", "record.json"
+"""The file of a run, and the file of a checkpoint that says what that held."""
+
+TIMES = ("time/", "tokens_per_second")
+"""How the names of those metrics begin that differ from run to run."""
 
 
 class MetricMeans:
@@ -182,6 +189,39 @@ class MetricsFile:
         row = finite_or_none(metrics)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def write_record(checkpoint: Path, metrics: Path) -> None:
+    """Note in a checkpoint what `metrics.jsonl` says of the steps up to it, if there is such a file."""
+    if metrics.exists():
+        (checkpoint / RECORD).write_text(json.dumps(_record_of(read_metrics(metrics))), encoding="utf-8")
+
+
+def check_record(checkpoint: Path, metrics: Path, note: Callable[[str], None]) -> None:
+    """See that `metrics.jsonl` still says what it said when a checkpoint was written.
+
+    Checkpoints of older versions do not tell. `note` is told of a file that is gone, and begins anew.
+
+    Raises:
+        RunError: it says something else.
+    """
+    if not (checkpoint / RECORD).exists():
+        return
+    if not metrics.exists():
+        return note(f"{metrics} is gone: it begins anew after {checkpoint.name}")
+    written = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+    if _record_of(read_metrics(metrics)[: written["rows"]]) != written:
+        rows = written["rows"]
+        raise RunError(
+            f"--resume: {metrics} is damaged: its first {rows} rows are not those of {checkpoint.name}; "
+            "put it back from a copy; or remove it, and the run goes on without the rows of the steps before"
+        )
+
+
+def _record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Number and checksum of rows, without times, so that the checkpoints of a run do not differ by them."""
+    timeless = [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+    return {"rows": len(rows), "xxh3_128": xxhash.xxh3_128_hexdigest(json.dumps(timeless).encode())}
 
 
 def finite_or_none(metrics: Metrics) -> dict[str, float | None]:

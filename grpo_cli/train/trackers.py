@@ -135,4 +135,4 @@ def save_completions(
     path = completions_file(folder, step)
     path.parent.mkdir(exist_ok=True)
     with writing(path):
-        pq.write_table(pa.table(columns), path, compression="zstd")
+        pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)

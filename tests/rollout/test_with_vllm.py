@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from grpo_cli.recipe.sampling import Sampling
-from grpo_cli.rollout.with_vllm import sampled_turn, seed_of
+from grpo_cli.rollout.with_vllm import sampled_turn, save_for_vllm, seed_of
 from grpo_cli.serve.protocol import SampledTokens
-from tests.conftest import byte_tokenizer
+from tests.conftest import byte_tokenizer, tiny_llama
 from tests.rollout.driving import first_turns
 
 
@@ -70,3 +72,11 @@ def test_the_text_ends_before_the_first_stop_string_and_has_no_special_tokens(te
     one = sampled_turn(part, Sampling(stop=["END", "\n"]), byte_tokenizer())
     assert one.text == expected
     assert one.token_ids == part.token_ids, "tokens are what was sampled, the stop string too"
+
+
+def test_vllm_is_told_what_kind_of_model_it_is_whether_the_policy_was_loaded_or_made(tmp_path: Path) -> None:
+    model = tiny_llama()
+    assert model.config.architectures is None, "or the test could not fail"
+    save_for_vllm(model, byte_tokenizer(), tmp_path / "model")
+    assert AutoConfig.from_pretrained(tmp_path / "model").architectures == ["LlamaForCausalLM"]
+    assert model.config.architectures is None, "the policy is left alone"

@@ -21,7 +21,6 @@ from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server.weight_transfer import (
     SendingGroup,
     fill_memory,
-    in_background,
     shares_memory,
 )
 from grpo_cli.serve import protocol, wire
@@ -36,6 +35,7 @@ from grpo_cli.serve.protocol import (
     Staging,
     Weights,
 )
+from grpo_cli.serve.sender import in_background
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 512

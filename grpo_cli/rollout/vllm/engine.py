@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from grpo_cli.errors import UserError, one_line
-from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import OnTurn, Turn, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.with_vllm import sampled_turn, seed_of
+from grpo_cli.rollout.with_vllm import sampled_turn, save_for_vllm, seed_of
 from grpo_cli.serve.engine_arguments import (
     HOW_TO_INSTALL,
     REQUIRED,
@@ -26,6 +23,7 @@ from grpo_cli.serve.engine_arguments import (
     refuse_splitting,
 )
 from grpo_cli.serve.environment import set_defaults
+from grpo_cli.serve.own_folder import OwnFolder
 
 
 class VllmEngine:
@@ -71,12 +69,11 @@ class VllmEngine:
             arguments["gpu_memory_utilization"] = SHARED_GPU_MEMORY
             if policy.device.index:  # left to itself, vLLM takes the first one
                 arguments["device_ids"] = [policy.device.index]
-        with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:
-            base_model(model).config.save_pretrained(Path(folder))
-            tokenizer.save_pretrained(Path(folder))
+        with OwnFolder("grpo-train-") as folder:
+            save_for_vllm(model, tokenizer, folder)
             threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
             try:
-                self._llm: Any = vllm.LLM(model=folder, **(arguments | config.vllm))
+                self._llm: Any = vllm.LLM(model=str(folder), **(arguments | config.vllm))
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"generation.vllm: vLLM refuses the model or an argument: {one_line(error)}"
