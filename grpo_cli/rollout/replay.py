@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.reward.registry import ENVIRONMENTS, RewardFunction
 from grpo_cli.rollout.engine import Completion, OnGroup, SampledRow, SampleKey
 
 NEEDED_COLUMNS = ("prompt", "prompt_ids", "completion_ids", "logprobs", "finish_reason", "completion")
@@ -25,6 +27,9 @@ ROW_COLUMNS = {
     "logprobs": ("logprobs", pa.list_(pa.float32())),
 }
 """By column: the field of a completion's last row that it holds, and its type."""
+
+REWARD_COLUMN = "reward/{name}"
+"""By name of the reward function."""
 
 SAMPLED = pa.list_(pa.bool_())
 EARLIER_ROW = pa.struct([*ROW_COLUMNS.values(), ("sampled", SAMPLED)])
@@ -44,12 +49,19 @@ def as_text(completion: Completion) -> str:
     return json.dumps(completion.messages, ensure_ascii=False, default=str)
 
 
-def check_stored(folder: Path, steps: int) -> None:
+def check_stored(folder: Path, steps: int, functions: Sequence[RewardFunction] = ()) -> None:
     """See that a run has stored what training so many steps on it needs.
 
+    Args:
+        folder: of the run.
+        steps: of training.
+        functions: the reward functions; what those say that look at environments must be stored.
+
     Raises:
-        UserError: it has not stored as many steps, or an older version wrote them without token ids.
+        UserError: it has not stored as many steps, an older version wrote them without token ids, or it had other
+            rewards.
     """
+    rewards = [REWARD_COLUMN.format(name=one.name) for one in functions if one.asks_for_environments]
     for step in (1, steps):
         path = completions_file(folder, step)
         if not path.is_file():
@@ -64,6 +76,39 @@ def check_stored(folder: Path, steps: int) -> None:
         missing = [name for name in NEEDED_COLUMNS if name not in names]
         if missing:
             raise UserError(f"generation.replay: {path} has no column {missing[0]}; an older version wrote it")
+        unknown = [name for name in rewards if name not in names]
+        if unknown:
+            raise UserError(
+                f"generation.replay: {path} has no column {unknown[0]}, and there are no environments to tell it "
+                "from; take the environments and rewards of that run"
+            )
+
+
+def as_stored(functions: Sequence[RewardFunction]) -> list[RewardFunction]:
+    """The reward functions of a replay, whose environments are gone: those that look at them say what is stored."""
+    given = frozenset({ENVIRONMENTS})
+    return [
+        replace(one, call=StoredReward(one.name), accepts=given, required=given, timeout_s=None)
+        if one.asks_for_environments
+        else one
+        for one in functions
+    ]
+
+
+class StoredReward:
+    """A reward function that gives what another run has stored.
+
+    Args:
+        name: of the reward.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._column = REWARD_COLUMN.format(name=name)
+
+    def __call__(self, environments: Sequence[dict[str, float]]) -> list[float | None]:
+        """The reward of each completion, in whose environment's place are its stored rewards by column."""
+        scores = [stored[self._column] for stored in environments]
+        return [None if score is None or math.isnan(score) else score for score in scores]
 
 
 class ReplayEngine:
@@ -137,7 +182,9 @@ class ReplayEngine:
 
 def _rows_of(path: Path) -> list[dict[str, Any]]:
     """A file's rows, if its pages have the checksums with which they were written."""
-    stored = [name for name in (*NEEDED_COLUMNS, *EPISODE_COLUMNS) if name in pq.read_schema(path).names]
+    names, rewards = pq.read_schema(path).names, REWARD_COLUMN.format(name="")
+    wanted = (*NEEDED_COLUMNS, *EPISODE_COLUMNS)
+    stored = [name for name in names if name in wanted or name.startswith(rewards)]
     table = pq.read_table(path, columns=stored, page_checksum_verification=True)
     table.validate(full=True)
     rows: list[dict[str, Any]] = table.to_pylist()
@@ -162,4 +209,5 @@ def _completion(row: dict[str, Any], prompt: Prompt) -> Completion:
         prompt=replace(prompt, content=content, token_ids=first),
         prompt_ids=prompt_ids if earlier else None,
         earlier=earlier,
+        environment={name: score for name, score in row.items() if name.startswith(REWARD_COLUMN.format(name=""))},
     )

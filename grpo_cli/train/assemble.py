@@ -35,6 +35,7 @@ from grpo_cli.rollout.build import EngineParts, build_engine
 from grpo_cli.rollout.embedded.engine import eos_token_ids
 from grpo_cli.rollout.engine import RolloutEngine, TurnEngine
 from grpo_cli.rollout.over_ranks import SplitEngine
+from grpo_cli.rollout.replay import as_stored, check_stored
 from grpo_cli.train.guards import autocast_for
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.loss_function import resolve_loss
@@ -190,7 +191,11 @@ def _scorer(
         if part is not None:
             check_columns(functions, part.columns, part.setting, has_environments=bool(cast.kinds))
             cast.check_rows(part.columns, part.setting)
-    return Scorer(cast.with_rewards(functions))
+    functions = cast.with_rewards(functions)
+    if recipe.generation.replay is not None:
+        check_stored(Path(recipe.generation.replay).expanduser(), recipe.train.max_steps or 1, functions)
+        functions = as_stored(functions)
+    return Scorer(functions)
 
 
 def agree_on_sharing(ranks: Ranks, models: Mapping[str, PackedModel]) -> None:

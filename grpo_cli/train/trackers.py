@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
-from grpo_cli.rollout.replay import EARLIER_ROW, ROW_COLUMNS, SAMPLED, as_text, completions_file
+from grpo_cli.rollout.replay import EARLIER_ROW, REWARD_COLUMN, ROW_COLUMNS, SAMPLED, as_text, completions_file
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.disk import writing
 from grpo_cli.train.metrics import Metrics
@@ -123,7 +123,7 @@ def save_completions(
         "finish_reason": [completion.finish_reason for completion in rollout.completions],
         "advantage": advantages.tolist(),
     }
-    columns |= {f"reward/{name}": rewards[:, index].tolist() for index, name in enumerate(names)}
+    columns |= {REWARD_COLUMN.format(name=name): rewards[:, index].tolist() for index, name in enumerate(names)}
     for name, (key, kind) in ROW_COLUMNS.items():
         columns[name] = pa.array([vars(row)[key] for row in last], kind)
     if any(completion.messages is not None for completion in rollout.completions):

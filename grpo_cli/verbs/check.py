@@ -71,7 +71,8 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
         read_key(Path(server.api_key_file).expanduser())
 
     if recipe.generation.replay is not None:
-        check_stored(Path(recipe.generation.replay).expanduser(), recipe.train.max_steps or 1)
+        folder_of_run = Path(recipe.generation.replay).expanduser()
+        check_stored(folder_of_run, recipe.train.max_steps or 1, scorer.functions)
 
     for note in unused_settings(recipe, conversational=rows.conversational):
         console.print(escape(note), soft_wrap=True)

@@ -43,19 +43,6 @@ class SmallTalk:
         time.sleep(self.pauses.uniform(0, self.longest_pause_s))
 
 
-class Unscored:
-    """The same without a reward of its own."""
-
-    def __init__(self) -> None:
-        self.talk = SmallTalk()
-
-    def reset(self, seed: int, **columns: Any) -> str:
-        return self.talk.reset(seed, **columns)
-
-    def respond(self, text: str) -> str | None:
-        return self.talk.respond(text)
-
-
 def most_talk(environments: Sequence[SmallTalk]) -> list[float]:
     """A reward that looks at the environments."""
     assert all(environment.process == os.getpid() for environment in environments)

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 import grpo_cli
+from grpo_cli.errors import UserError
 from grpo_cli.rollout.replay import completions_file
 from grpo_cli.train.metrics import read_metrics
 from tests.episode.small_talk import SmallTalk, small_talk
@@ -22,8 +23,8 @@ pytestmark = pytest.mark.slow
 
 TIMED = ("time/", "tokens_per_second", "tools/latency_s", "env/reset_s", "env/reward_s")
 ROUNDED = ("sampling/",)
-"""How far the engine's log-probabilities are from training's: some 1e-7, which depends on the rows that were computed
-beside a row, and so on when its answer came."""
+"""How far the engine's log-probabilities are from training's: some 1e-7, which depends on the rows that were
+computed beside a row, and so on when its answer came."""
 
 
 def numbers(folder: Path, but: tuple[str, ...] = TIMED) -> list[dict[str, Any]]:
@@ -81,8 +82,7 @@ def test_tools_that_take_other_times_change_no_token_and_no_weight(
 def test_a_replay_of_episodes_ends_with_the_same_weights(rewrites: bool, tmp_path: Path) -> None:
     recipe = small_talk(tmp_path / "model", tmp_path / "run", rewrites=rewrites)
     recipe["loss"] = {"beta": 0.1, "sampler_correction": {}}
-    recipe["rewards"] = ["rewards.length:reward_len"]
-    recipe["episode"]["environment"] = "tests.episode.small_talk:Unscored"
+    recipe["rewards"] = ["rewards.length:reward_len", "tests.episode.small_talk:most_talk"]
     run = train(recipe, tmp_path / "run")
     again = train(recipe, tmp_path / "again", generation={"engine": "replay", "replay": str(tmp_path / "run")})
     assert_same_weights(run, again)
@@ -92,6 +92,15 @@ def test_a_replay_of_episodes_ends_with_the_same_weights(rewrites: bool, tmp_pat
     assert max(len(row["earlier"]) for row in rows) >= (2 if rewrites else 0)
     assert any(row["sampled"] and not all(row["sampled"]) for row in rows) != rewrites
     assert stored(again.output_dir, 1) == rows
+
+
+def test_a_replay_of_episodes_whose_environments_did_not_say_as_much_is_refused(tmp_path: Path) -> None:
+    recipe = small_talk(tmp_path / "model", tmp_path / "run")
+    train(recipe, tmp_path / "run")
+    recipe["rewards"] = ["tests.episode.small_talk:most_talk"]
+    stored_run = {"engine": "replay", "replay": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"has no column reward/most_talk, and there are no environments"):
+        train(recipe, tmp_path / "again", generation=stored_run)
 
 
 def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:

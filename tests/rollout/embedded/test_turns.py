@@ -25,7 +25,9 @@ from tests.episode.chat import chat_tokenizer
 from tests.episode.small_talk import COUNTING, STOPS, SmallTalk
 from tests.policy.test_logprobs import HEADS, build
 
-QUESTIONS = [[{"role": "user", "content": text}] for text in ("Who?", "What is it that you see there?", "Why not?")]
+QUESTIONS = [
+    [{"role": "user", "content": text}] for text in ("Who?", "What is it that you see there?", "Why not?")
+]
 TEMPERATURE = 0.7
 MODELS: dict[str, Any] = {
     "llama": LlamaConfig,
