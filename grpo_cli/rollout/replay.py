@@ -85,7 +85,7 @@ def check_stored(folder: Path, steps: int, functions: Sequence[RewardFunction] =
 
 
 def as_stored(functions: Sequence[RewardFunction]) -> list[RewardFunction]:
-    """The reward functions of a replay, whose environments are gone: those that look at them say what is stored."""
+    """The reward functions of a replay: its environments are gone, so what looks at them says what is stored."""
     given = frozenset({ENVIRONMENTS})
     return [
         replace(one, call=StoredReward(one.name), accepts=given, required=given, timeout_s=None)

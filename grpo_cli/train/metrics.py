@@ -29,7 +29,8 @@ Metrics = dict[str, float]
 METRICS, RECORD = "metrics.jsonl", "record.json"
 """The file of a run, and the file of a checkpoint that says what that held."""
 
-TIMES = ("time/", "tokens_per_second")
+_EPISODE_TIMES = ("tools/latency_s", "env/reset_s", "env/reward_s")
+TIMES = ("time/", "tokens_per_second", *_EPISODE_TIMES, *(f"eval_{name}" for name in _EPISODE_TIMES))
 """How the names of those metrics begin that differ from run to run."""
 
 

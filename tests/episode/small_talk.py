@@ -17,10 +17,10 @@ STOPS = list("abcdefghijklmnopqrstuvwxyz ")
 
 
 class SmallTalk:
-    """Answers what is said, up to three times, and rewards vowels; how long it takes is nobody's concern."""
+    """Answers what is said, up to three times, and rewards vowels; how long it takes follows from nothing."""
 
-    pauses = random.Random(0)
-    longest_pause_s = 0.0
+    def __init__(self, longest_pause_s: float = 0.0) -> None:
+        self._longest_pause_s = longest_pause_s
 
     def reset(self, seed: int, **columns: Any) -> str:
         self._pause()
@@ -40,7 +40,7 @@ class SmallTalk:
         return sum(map(said.count, "aeiou")) + len(self.texts) / 10 - len(said) / 100
 
     def _pause(self) -> None:
-        time.sleep(self.pauses.uniform(0, self.longest_pause_s))
+        time.sleep(random.SystemRandom().uniform(0, self._longest_pause_s))
 
 
 def most_talk(environments: Sequence[SmallTalk]) -> list[float]:

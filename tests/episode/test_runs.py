@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +14,19 @@ import yaml
 import grpo_cli
 from grpo_cli.errors import UserError
 from grpo_cli.rollout.replay import completions_file
-from grpo_cli.train.metrics import read_metrics
-from tests.episode.small_talk import SmallTalk, small_talk
+from grpo_cli.train.metrics import TIMES, read_metrics
+from tests.episode.small_talk import small_talk
 from tests.processes import run_ranks
 
 pytestmark = pytest.mark.slow
 
-TIMED = ("time/", "tokens_per_second", "tools/latency_s", "env/reset_s", "env/reward_s")
+ENVIRONMENT = {"path": "tests.episode.small_talk:SmallTalk"}
 ROUNDED = ("sampling/",)
 """How far the engine's log-probabilities are from training's: some 1e-7, which depends on the rows that were
 computed beside a row, and so on when its answer came."""
 
 
-def numbers(folder: Path, but: tuple[str, ...] = TIMED) -> list[dict[str, Any]]:
+def numbers(folder: Path, but: tuple[str, ...] = TIMES) -> list[dict[str, Any]]:
     rows = read_metrics(folder / "metrics.jsonl")
     return [{name: value for name, value in row.items() if not name.startswith(but)} for row in rows]
 
@@ -56,19 +55,15 @@ def train(recipe: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> A
 
 
 @pytest.mark.parametrize("rewrites", [False, True])
-def test_tools_that_take_other_times_change_no_token_and_no_weight(
-    rewrites: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tools_that_take_other_times_change_no_token_and_no_weight(rewrites: bool, tmp_path: Path) -> None:
     recipe = small_talk(tmp_path / "model", tmp_path / "run", rewrites=rewrites)
-    runs = []
-    for seed, longest in ((1, 0.0), (2, 0.05), (3, 0.05)):
-        monkeypatch.setattr(SmallTalk, "longest_pause_s", longest)
-        monkeypatch.setattr(SmallTalk, "pauses", random.Random(seed))
-        runs.append(train(recipe, tmp_path / f"run-{seed}"))
-    first, *others = runs
+    first, *others = [
+        train(recipe, tmp_path / f"run-{number}", episode={"environment": ENVIRONMENT | {"params": pauses}})
+        for number, pauses in enumerate([{}, {"longest_pause_s": 0.05}, {"longest_pause_s": 0.05}])
+    ]
     assert first.metrics[0]["rollout/turns_mean"] > 2
     for other in others:
-        assert numbers(other.output_dir, TIMED + ROUNDED) == numbers(first.output_dir, TIMED + ROUNDED)
+        assert numbers(other.output_dir, TIMES + ROUNDED) == numbers(first.output_dir, TIMES + ROUNDED)
         assert_same_weights(first, other)
         for step in (1, 2, 3):
             assert stored(other.output_dir, step) == stored(first.output_dir, step)
@@ -86,7 +81,7 @@ def test_a_replay_of_episodes_ends_with_the_same_weights(rewrites: bool, tmp_pat
     run = train(recipe, tmp_path / "run")
     again = train(recipe, tmp_path / "again", generation={"engine": "replay", "replay": str(tmp_path / "run")})
     assert_same_weights(run, again)
-    played = ("tools/", "env/", "rollout/", "time/", "tokens_per_second")
+    played = (*TIMES, "tools/", "env/", "rollout/")
     assert numbers(again.output_dir, played) == numbers(run.output_dir, played)
     rows = stored(run.output_dir, 1)
     assert max(len(row["earlier"]) for row in rows) >= (2 if rewrites else 0)
@@ -113,7 +108,7 @@ def test_two_processes_train_on_the_episodes_of_one(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(recipe | {"distributed": {"strategy": "ddp"}}))
     codes, output = run_ranks(2, "train", path)
     assert codes == [0, 0], output
-    rows, wanted = (numbers(run, TIMED + ROUNDED) for run in (tmp_path / "two", one.output_dir))
+    rows, wanted = (numbers(run, TIMES + ROUNDED) for run in (tmp_path / "two", one.output_dir))
     assert len(rows) == len(wanted) == 3
     for row, like in zip(rows, wanted, strict=True):
         assert row == pytest.approx(like, rel=1e-5, abs=1e-5)

@@ -23,6 +23,7 @@ import yaml
 from grpo_cli.errors import RunError
 from grpo_cli.launch.failures import EXIT_REQUEUE
 from grpo_cli.train.metrics import TIMES, read_metrics
+from tests.episode.small_talk import STOPS
 from tests.faults.disk import lose_power, start_watching
 from tests.faults.points import (
     KILLS,
@@ -35,7 +36,7 @@ from tests.faults.points import (
     Plan,
     run_with,
 )
-from tests.faults.served import served_difference
+from tests.faults.rounding import rounded_difference
 from tests.processes import Command, free_port
 
 MOST_FAULTS = 3
@@ -50,6 +51,9 @@ LARGEST_TEAR_BITS = 20
 SERVED = "vllm_server"
 """The system that generates on a server of its own, which may be killed, too."""
 
+EPISODES = "episodes"
+"""The system whose environment takes its time to answer."""
+
 PATIENCE_S = 120.0
 """How long one start of a run may take on a busy machine."""
 
@@ -62,6 +66,22 @@ SYSTEMS: dict[str, tuple[int, dict[str, Any]]] = {
     "bfloat16": (1, {"model.dtype": "bfloat16"}),
     "ddp": (2, {"distributed.strategy": "ddp"}),
     "zero3": (2, {"distributed.strategy": "zero3"}),
+    EPISODES: (
+        1,
+        {
+            "data.system_prompt": "Talk.",
+            "data.eval.system_prompt": "Talk.",
+            "episode": {
+                "environment": {
+                    "path": "tests.episode.small_talk:SmallTalk",
+                    "params": {"longest_pause_s": 0.01},
+                },
+                "max_turns": 3,
+            },
+            "generation.max_completion_tokens": 60,
+            "generation.stop": STOPS,
+        },
+    ),
     "vllm_server": (1, {"generation.engine": "vllm_server", "generation.server": {"spawn": True}}),
 }
 """Name to processes and settings that differ from those of `recipe_for`."""
@@ -199,7 +219,9 @@ class Bench:
             session = self.session(Plan(run, folder / "notes"))
         if any(session.codes) or "Traceback" in session.output:
             return f"the last start ended with {session.codes}: {session.output[-3000:]}"
-        return served_difference(run, self.whole) if self.is_served else difference(state_of(run), self.wanted)
+        if self.is_served or self.system == EPISODES:
+            return rounded_difference(run, self.whole)
+        return difference(state_of(run), self.wanted)
 
     def _draw(self, rng: random.Random, number: int, start: int) -> tuple[Fault, int]:
         """A fault and the rank that it hits. First faults of successive cases go through all points and kills."""

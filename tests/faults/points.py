@@ -2,13 +2,15 @@
 
 A point is a function of the run. Each of its calls has two moments, just before and just after; the n-th moment of
 a point is the same one whenever the same run is started again, so that a fault is repeated by its name and number.
-A later capability adds its point by a line in `POINTS`.
+Where several threads come by, as in environments, which of their calls is the n-th is not always the same. A later
+capability adds its point by a line in `POINTS`.
 """
 
 from __future__ import annotations
 
 import builtins
 import errno
+import functools
 import importlib
 import json
 import os
@@ -29,7 +31,10 @@ from grpo_cli import cli
 from tests.faults.disk import Watch
 
 POINTS = {
-    "generation": "grpo_cli.rollout.embedded.engine:EmbeddedEngine.generate",
+    "environment reset": "tests.episode.small_talk:SmallTalk.reset",
+    "environment answer": "tests.episode.small_talk:SmallTalk.respond",
+    "turn": "grpo_cli.episode.driver:Play.sampled",
+    "generation": "grpo_cli.episode.driver:Driver.generate",
     "sampled token": "grpo_cli.rollout.embedded.batch:Batch.append",
     "scoring": "grpo_cli.reward.scorer:Scorer.score",
     "forward": "grpo_cli.train.learner:Learner.logprobs",
@@ -180,6 +185,7 @@ def _watch(point: str, pass_by: Callable[..., None]) -> None:
         owner = getattr(owner, part)
     function = getattr(owner, name)
 
+    @functools.wraps(function)
     def watched(*arguments: Any, **options: Any) -> Any:
         if point == "open to write" and not _writes(*arguments, **options):
             return function(*arguments, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from contextlib import nullcontext
 from typing import Any
 
@@ -62,7 +61,8 @@ def episodes(config: Any, *, rewrites: bool) -> tuple[PackedModel, Rollout]:
     sampling = GenerationConfig(max_completion_tokens=200, temperature=TEMPERATURE, stop=STOPS)
     engine = EmbeddedEngine(policy, tokenizer, sampling, nullcontext)
     ends = eos_token_ids(policy.model, tokenizer)
-    world = World(EpisodeConfig(), [], {None: environment_kind(SmallTalk, None)}, tokenizer, {}, ends)
+    kind = environment_kind(SmallTalk, None, params={"longest_pause_s": 0.02})
+    world = World(EpisodeConfig(), [], {None: kind}, tokenizer, {}, ends)
     prompts = [
         Prompt(place, question, world._template.prompt_ids(question), {})
         for place, question in enumerate(QUESTIONS)
@@ -79,8 +79,6 @@ def episodes(config: Any, *, rewrites: bool) -> tuple[PackedModel, Rollout]:
 def test_log_probabilities_of_turns_are_those_of_training(
     name: str, rewrites: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SmallTalk, "pauses", random.Random(5))
-    monkeypatch.setattr(SmallTalk, "longest_pause_s", 0.02)
     watched = Watched(monkeypatch)
     policy, rollout = episodes(MODELS[name], rewrites=rewrites)
     shares = "gemma2" not in name

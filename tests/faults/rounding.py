@@ -1,8 +1,9 @@
-"""How a run on a vLLM server must end: the standard, and what of it is exact.
+"""How a run on a vLLM server, or one of episodes, must end: the standard, and what of it is exact.
 
-Its tokens follow from the weights and each request's seed, but vLLM's log-probabilities differ in the last digits
-with what else it computed meanwhile. They are noted, not trained on. So the files of model and optimizer are
-compared byte for byte, the completions token for token, and what vLLM reports within a tolerance.
+Its tokens follow from the weights and each request's seed, but the engine's log-probabilities differ in the last
+digits with what else it computed meanwhile: requests, or answers, come when they come. They are noted, not trained
+on. So the files of model and optimizer are
+compared byte for byte, the completions token for token, and what the engine reports within a tolerance.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ NOT_OF_THE_POLICY = ("record.json", "manifest.json")
 """Checksums of metrics, which hold what the server reported."""
 
 
-def served_difference(run: Path, whole: Path) -> str | None:
-    """What is wrong with a run that lost a server, or whose server lost it, against the undisturbed one."""
+def rounded_difference(run: Path, whole: Path) -> str | None:
+    """What is wrong with a run that was hit, or whose server was, against the undisturbed one."""
     return next((wrong for wrong in _differences(run, whole) if wrong), None)
 
 
@@ -69,5 +70,7 @@ def _of_completions(run: Path, whole: Path, step: int) -> str | None:
         if column != "logprobs" and table[column] != values:
             return f"{name}: other values of {column}"
     logprobs, expected = (np.concatenate(list(map(np.asarray, one["logprobs"]))) for one in (table, theirs))
-    difference = np.abs(logprobs - expected).max()
+    if not np.array_equal(np.isnan(logprobs), np.isnan(expected)):
+        return f"{name}: other tokens have log-probabilities"
+    difference = np.nanmax(np.abs(logprobs - expected))
     return None if difference < TOLERANCE else f"{name}: log-probabilities differ by {difference}"
