@@ -18,8 +18,8 @@ SEED = 13
 
 LEAST_FAULTS = 60
 
-CASES = {"one process": 23, "adapter with dropout": 6, "bfloat16": 3, "ddp": 2, "zero3": 2}
-"""Runs of each system; the first one's go through all points once."""
+CASES = {"one process": 24, "adapter with dropout": 6, "bfloat16": 3, "episodes": 4, "ddp": 2, "zero3": 2}
+"""Runs of each system; the first one's go through all points once but those of environments."""
 
 
 def test_a_run_killed_anywhere_ends_with_the_same_bytes(bench: Callable[[str], Bench]) -> None:
