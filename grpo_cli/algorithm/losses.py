@@ -90,6 +90,7 @@ def measured_loss(
     entropies: torch.Tensor | None = None,
     importance_ratio: torch.Tensor | None = None,
     entropy_threshold: float | torch.Tensor | None = None,
+    completion_tokens: torch.Tensor | None = None,
 ) -> MeasuredLoss:
     """Loss of one micro-batch.
 
@@ -106,6 +107,7 @@ def measured_loss(
         importance_ratio: (B, T) or (B, 1) from `sampler_ratio`, 1 on padding; multiplies the policy term.
         entropy_threshold: least entropy of a token that is trained on, from `high_entropy_threshold` over the
             whole optimizer step; taken from this micro-batch if not given.
+        completion_tokens: (B,) unmasked tokens of the completion that a row is of; the row's own if not given.
 
     Returns:
         MeasuredLoss, for which no device is waited for.
@@ -140,7 +142,7 @@ def measured_loss(
         indicators["kl"] = kl.detach()
         token_loss = token_loss + config.beta * kl
 
-    loss = _weighted_token_sum(token_loss, mask, config) / max(normalizer, 1.0)
+    loss = _weighted_token_sum(token_loss, mask, config, completion_tokens) / max(normalizer, 1.0)
     compared = None if sampling_logprobs is None else (old_logprobs, sampling_logprobs, importance_ratio)
     return MeasuredLoss(loss, Measured(indicators, mask, compared))
 
@@ -161,7 +163,9 @@ def _with_numbers(loss: Callable[Parameters, MeasuredLoss]) -> Callable[Paramete
 policy_loss = _with_numbers(measured_loss)
 
 
-def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_tokens: int) -> float:
+def loss_normalizer(
+    mask: torch.Tensor, config: LossConfig, max_completion_tokens: int, num_completions: int | None = None
+) -> float:
     """What a micro-batch adds to the denominator of its optimizer step.
 
     What that is stands in the type's row of `LOSS_TYPES`; for a user's own function it is the number of tokens.
@@ -170,11 +174,13 @@ def loss_normalizer(mask: torch.Tensor, config: LossConfig, max_completion_token
         mask: (B, T), 1 on tokens that are trained on.
         config: the recipe's `loss` section.
         max_completion_tokens: length of the longest completion that there could have been.
+        num_completions: that the B rows are of; B if not given.
     """
     average = "tokens" if config.is_function else config.row.average
     if average == "tokens":
         return float(mask.sum())
-    return float(mask.shape[0] * (max_completion_tokens if average == "longest_completions" else 1))
+    count = mask.shape[0] if num_completions is None else num_completions
+    return float(count * (max_completion_tokens if average == "longest_completions" else 1))
 
 
 def groups_to_forward(
@@ -260,11 +266,14 @@ def masked_quantile(values: torch.Tensor, mask: torch.Tensor, quantile: float) -
     return torch.where(count > 0, found, math.inf)
 
 
-def _weighted_token_sum(token_loss: torch.Tensor, mask: torch.Tensor, config: LossConfig) -> torch.Tensor:
+def _weighted_token_sum(
+    token_loss: torch.Tensor, mask: torch.Tensor, config: LossConfig, completion_tokens: torch.Tensor | None
+) -> torch.Tensor:
     """Sum over unmasked tokens, each completion's weighing 1 together where the average is over their means."""
     masked = token_loss * mask  # (B, T); a (B, 1) loss spreads over its completion here
     if config.row.average == "completion_means":
-        return (masked.sum(-1) / mask.sum(-1).clamp(min=1)).sum()
+        lengths = mask.sum(-1) if completion_tokens is None else completion_tokens  # (B,)
+        return (masked.sum(-1) / lengths.clamp(min=1)).sum()
     return masked.sum()
 
 

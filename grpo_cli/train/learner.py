@@ -79,8 +79,8 @@ class Learner:
         parts = []
         for places in plan_minibatches(len(data.kept), self.recipe.train.optimizer_steps_per_rollout):
             part = [data.kept[place] for place in places]
-            mask = data.mask[data.rows_of(part)]
-            normalizer = loss_normalizer(mask, loss, generation.max_completion_tokens)
+            mask, count = data.mask[data.rows_of(part)], len(part) * generation.num_generations
+            normalizer = loss_normalizer(mask, loss, generation.max_completion_tokens, count)
             parts.append(Part(self._packs([groups[i] for i in part if data.forwarded[i]]), normalizer))
         return parts
 

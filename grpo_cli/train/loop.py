@@ -68,6 +68,7 @@ def train_loop(recipe: Recipe, rollouts: Rollouts, learner: Learner, recorder: R
                         importance_ratio=ratio,
                         entropies=entropies,
                         entropy_threshold=entropy_threshold,
+                        completion_tokens=own.completion_tokens,
                     )
                     learner.backward(output)  # += ∇_θ L of this pack
                 learner.step(data)  # θ ← AdamW(θ, ∇_θ L clipped to max_grad_norm)

@@ -41,8 +41,8 @@ def load_loss_function(path: str) -> Callable[..., Any]:
 def resolve_loss(config: LossConfig) -> Callable[..., MeasuredLoss | LossOutput]:
     """The function that the training loop calls as `measured_loss`.
 
-    A user's own function is not given `entropy_threshold`, and is called with a `normalizer` of at least 1 and at
-    least one completion.
+    A user's own function is given the arguments in `NAMED` alone, and is called with a `normalizer` of at least 1
+    and at least one completion.
 
     Raises:
         UserError: as `load_loss_function`. The function returned raises RunError where the user's fails, or
@@ -56,11 +56,10 @@ def resolve_loss(config: LossConfig) -> Callable[..., MeasuredLoss | LossOutput]
         return measured_loss
     path, function = config.type, load_loss_function(config.type)
 
-    def users_loss(
-        logprobs: torch.Tensor, *inputs: Any, normalizer: float, entropy_threshold: Any = None, **named: Any
-    ) -> LossOutput:
+    def users_loss(logprobs: torch.Tensor, *inputs: Any, normalizer: float, **given: Any) -> LossOutput:
         if not len(logprobs):  # this rank has run out of completions, but must go backward with the others
             return LossOutput(logprobs.sum())
+        named = {name: value for name, value in given.items() if name in NAMED}
         try:
             output = function(logprobs, *inputs, normalizer=max(normalizer, 1.0), **named)
         except (*EXPECTED_ERRORS, torch.OutOfMemoryError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -43,6 +44,12 @@ class StepData:
         """(R,)"""
         return self.advantages[self.owners]
 
+    @cached_property
+    def completion_tokens(self) -> torch.Tensor:
+        """(R,) tokens that are trained on of the completion that a row is of."""
+        of_completion = torch.zeros(len(self.advantages)).index_add_(0, self.owners, self.mask.sum(-1))  # (N,)
+        return of_completion[self.owners]
+
     def rows_of(self, groups: Sequence[int]) -> torch.Tensor:
         """The places of the rows of some groups."""
         group_of = self.owners // self.rollout.num_generations  # (R,)
@@ -52,7 +59,8 @@ class StepData:
         """The share of one pack, on its device."""
         reference = None if self.ref_logprobs is None else share(self.ref_logprobs, pack)
         advantages = share(self.row_advantages, pack)
-        return PackData(advantages, share(self.mask, pack), share(self.sampling_logprobs, pack), reference)
+        mask, sampling_logprobs = share(self.mask, pack), share(self.sampling_logprobs, pack)
+        return PackData(advantages, mask, sampling_logprobs, reference, share(self.completion_tokens, pack))
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class PackData:
     mask: torch.Tensor  # (B, T) 1 on tokens that are trained on
     sampling_logprobs: torch.Tensor  # (B, T)
     ref_logprobs: torch.Tensor | None  # (B, T)
+    completion_tokens: torch.Tensor  # (B,) that are trained on of the completion that a row is of
 
 
 class OldLogprobs:

@@ -103,7 +103,7 @@ def test_groups_whose_advantages_are_all_zero_reach_the_users_function(
 
 def test_a_users_function_is_called_as_policy_loss_is() -> None:
     parameters = inspect.signature(policy_loss).parameters
-    assert tuple(parameters) == (*POSITIONAL, *NAMED, "entropy_threshold")
+    assert tuple(parameters) == (*POSITIONAL, *NAMED, "entropy_threshold", "completion_tokens")
     assert all(parameters[name].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for name in POSITIONAL)
     assert all(parameters[name].kind is inspect.Parameter.KEYWORD_ONLY for name in NAMED)
 
