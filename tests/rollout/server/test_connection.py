@@ -32,8 +32,8 @@ UPDATE = [protocol.INFO, protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS]
 
 @pytest.fixture(autouse=True)
 def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a silent server is waited for while it loads weights: here no longer than at other times."""
-    monkeypatch.setattr(protocol, "TRANSFER_TIMEOUT_S", 0.1)
+    """What is silence while a server is at work: here no longer than at other times."""
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.05)
 
 
 @pytest.fixture

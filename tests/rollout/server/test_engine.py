@@ -15,8 +15,9 @@ from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion
+from grpo_cli.rollout.server.attempts import MAX_ATTEMPTS
 from grpo_cli.rollout.server.connection import ServerConnection
-from grpo_cli.rollout.server.engine import MAX_ATTEMPTS, ServerEngine, generate_request
+from grpo_cli.rollout.server.engine import ServerEngine, generate_request
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
 from tests.conftest import byte_tokenizer
@@ -30,8 +31,8 @@ SIZE = 4
 
 @pytest.fixture(autouse=True)
 def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a silent server is waited for while it loads weights: here no longer than at other times."""
-    monkeypatch.setattr(protocol, "TRANSFER_TIMEOUT_S", 0.1)
+    """What is silence while a server is at work: here no longer than at other times."""
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.05)
 
 
 @pytest.fixture
