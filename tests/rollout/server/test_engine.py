@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -191,7 +192,7 @@ def test_a_prompt_outlasts_a_moment_s_faults(fake: FakeServer, connect: Any, fau
     assert fake.count(protocol.GENERATE) == times + 1
 
 
-@pytest.mark.parametrize("fault", [500, "drop", 409])
+@pytest.mark.parametrize("fault", [500, 503, 409, "restart"])
 def test_a_prompt_that_fails_again_and_again_ends_the_run(fake: FakeServer, connect: Any, fault: Any) -> None:
     engine = connect(fake)
     update(engine, 2)
@@ -201,8 +202,37 @@ def test_a_prompt_that_fails_again_and_again_ends_the_run(fake: FakeServer, conn
     assert fake.count(protocol.GENERATE) == MAX_ATTEMPTS
 
 
+@pytest.mark.parametrize("fault", ["drop", 502])
+def test_a_prompt_whose_link_breaks_again_and_again_ends_the_run_with_a_checkpoint(
+    fake: FakeServer, connect: Any, notes: list[str], fault: Any
+) -> None:
+    engine = connect(fake, timeout_s=2.0)
+    update(engine, 2)
+    began, fake.always[protocol.GENERATE] = time.monotonic(), fault
+    with pytest.raises(ServerLost, match=f"a prompt failed .* times: {fake.url}"):
+        generate(engine, 1)
+    assert time.monotonic() > began + 2.0, "attempts alone would be used up in a moment"
+    assert fake.count(protocol.GENERATE) >= MAX_ATTEMPTS
+    assert len([note for note in notes if "asking again" in note]) == 1
+
+
 @pytest.mark.parametrize("path", [protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS])
-@pytest.mark.parametrize("fault", [500, "drop", 409])
+def test_weights_whose_link_breaks_again_and_again(fake: FakeServer, connect: Any, path: str) -> None:
+    """Of the user if none ever arrived, as where the server cannot reach the trainer; else the server is lost."""
+    fake.always[path] = "drop"
+    with pytest.raises(ServerNeverReached, match=r"^generation\.server: the weights could not be sent in "):
+        update(connect(fake, timeout_s=0.3), 2)
+    fake.always.clear()
+    engine = connect(fake, timeout_s=0.3)
+    update(engine, 2)
+    fake.always[path] = "drop"
+    with pytest.raises(ServerLost, match=r"^the weights could not be sent in ") as caught:
+        update(engine, 3)
+    assert not isinstance(caught.value, ServerNeverReached)
+
+
+@pytest.mark.parametrize("path", [protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS])
+@pytest.mark.parametrize("fault", [500, 409])
 def test_weights_that_are_never_taken_end_the_run(
     fake: FakeServer, connect: Any, notes: list[str], path: str, fault: Any
 ) -> None:
