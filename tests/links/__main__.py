@@ -19,6 +19,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, action="append", help="this schedule; repeatable")
     parser.add_argument("--keep", type=Path, help="folder for the runs, which is kept")
+    parser.add_argument("--loopback", action="store_true", help="as where there are no network namespaces")
     options = parser.parse_args()
     began = time.monotonic()
     cases: list[Case] = []
@@ -28,7 +29,7 @@ def main() -> None:
         # The head size of 32 is what vLLM's attention on a CPU needs.
         tiny_llama(hidden_size=64, num_attention_heads=2, num_key_value_heads=1).save_pretrained(model)
         byte_tokenizer().save_pretrained(model)
-        with closing(Bench(model, folder)) as bench, suppress(KeyboardInterrupt):
+        with closing(Bench(model, folder, loopback=options.loopback)) as bench, suppress(KeyboardInterrupt):
             for number in options.only or range(options.schedules):
                 cases.append(bench.case(options.seed, number))
                 print([*table(cases[-1:])][2], file=sys.stderr, flush=True)

@@ -80,9 +80,8 @@ class Fault:
         if self.kind in FOR_THE_RUN:
             return f"{self.kind} ({self.amount:.2f})"
         length = "" if self.kind in ONE_MESSAGE | FOR_EVER else f" for {self.lasts_s:.1f} s"
-        return f"{self.kind}{length} at {self.place} {self.nth}" + (
-            f" + {self.wait_s:.1f} s" if self.wait_s else ""
-        )
+        place = self.place if self.place == "start" else f"{self.place} {self.nth}"
+        return f"{self.kind}{length} at {place}" + (f" + {self.wait_s:.1f} s" if self.wait_s else "")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def draw(seed: int, number: int, timeout_s: float) -> Schedule:
     kinds = [*PACKET_KINDS, *RELAY_KINDS]
     first = kinds[number % len(kinds)]
     layer: Literal["packets", "relay"] = "packets" if first in PACKET_KINDS else "relay"
-    transfers: Literal["memory", "network"] = "network" if (number + number // len(kinds)) % 2 else "memory"
+    transfers: Literal["memory", "network"] = "network" if sum(divmod(number, len(kinds))) % 2 else "memory"
     own = [kind for kind in (PACKET_KINDS if layer == "packets" else RELAY_KINDS) if kind not in FOR_EVER]
     more = [] if first in FOR_EVER else rng.choices(own, k=rng.choice([0, 0, 1, 2]))
     places = [*PLACES, WEIGHTS] if transfers == "network" and layer == "packets" else [*PLACES]
