@@ -210,7 +210,7 @@ class ServerConnection:
         """The server's answer and what was sent, once both are there; the error of either at once.
 
         Raises:
-            LinkBroken: the transfer broke, which may be of the moment.
+            ServerAway: the transfer broke, which may be of the moment.
         """
         both: list[Future[Any]] = [digest, committed]
         wait(both, return_when=FIRST_EXCEPTION)
@@ -224,7 +224,8 @@ class ServerConnection:
         refusal = committed.exception() if committed.done() else None
         if refusal is not None and not isinstance(refusal, ServerAway):
             raise refusal
-        raise LinkBroken(f"{refusal or self.url}; the trainer: {failure}") from failure
+        kind = LinkBroken if refusal is None else type(refusal)  # a server that answers knows the cause
+        raise kind(f"{refusal or self.url}; the trainer: {failure}") from failure
 
     def _call(self, answer: type[Answer], method: str, path: str, body: Body | None = None) -> Answer:
         """Send a request and read its answer.

@@ -94,7 +94,9 @@ class ServerEngine:
                     return moved
                 except (ServerAway, WrongWeights) as error:
                     self.note(f"{error}; sending the weights again")
-                    if not attempts.failed(is_link=isinstance(error, LinkBroken)):
+                    # The server's own word on a transfer that has worked before tells of the link, too.
+                    way_works = isinstance(error, ServerAway) and server.url in self._has_taken
+                    if not attempts.failed(is_link=way_works or isinstance(error, LinkBroken)):
                         raise self._unsendable(server, attempts.count, error) from error
 
     def _unsendable(self, server: ServerConnection, count: int, reason: Exception) -> RunError:
@@ -105,9 +107,7 @@ class ServerEngine:
         if server.url in self._has_taken:  # so it is neither the weights nor the way to send them
             return ServerLost(text)
         if isinstance(reason, LinkBroken):
-            return ServerNeverReached(
-                f"generation.server: {text}; the server's workers must reach this machine too"
-            )
+            return ServerNeverReached(f"generation.server: {text}; the server must reach this machine, too")
         return RunError(text)
 
     def _wait(self, server: ServerConnection) -> ServerInfo:

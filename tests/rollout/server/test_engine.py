@@ -216,8 +216,11 @@ def test_a_prompt_whose_link_breaks_again_and_again_ends_the_run_with_a_checkpoi
     assert len([note for note in notes if "asking again" in note]) == 1
 
 
+@pytest.mark.parametrize("fault", ["drop", 500])
 @pytest.mark.parametrize("path", [protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS])
-def test_weights_whose_link_breaks_again_and_again(fake: FakeServer, connect: Any, path: str) -> None:
+def test_weights_whose_link_breaks_again_and_again(
+    fake: FakeServer, connect: Any, path: str, fault: Any
+) -> None:
     """Of the user if none ever arrived, as where the server cannot reach the trainer; else the server is lost."""
     fake.always[path] = "drop"
     with pytest.raises(ServerNeverReached, match=r"^generation\.server: the weights could not be sent in "):
@@ -225,7 +228,7 @@ def test_weights_whose_link_breaks_again_and_again(fake: FakeServer, connect: An
     fake.always.clear()
     engine = connect(fake, timeout_s=0.3)
     update(engine, 2)
-    fake.always[path] = "drop"
+    fake.always[path] = fault
     with pytest.raises(ServerLost, match=r"^the weights could not be sent in ") as caught:
         update(engine, 3)
     assert not isinstance(caught.value, ServerNeverReached)
