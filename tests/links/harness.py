@@ -46,7 +46,7 @@ START_S = 60.0
 UNTIMED = ("time/", "tokens_per_second", "sync/")
 """Metrics that differ: times, and the bytes that were sent, which count what was sent again."""
 
-WRONG_USE, FAILED = 2, 1
+WRONG_USE = 2
 
 
 def limit_s(schedule: Schedule, faults: int) -> float:
@@ -215,9 +215,9 @@ def wrong_end(session: Session, schedule: Schedule, run: Path) -> str | None:
         if len(checkpoints) != 1 or "--resume" not in session.output:
             return f"stopped with checkpoints {checkpoints}: {said}"
         return None
-    is_told = session.code == WRONG_USE and "generation.server: " in session.output
-    if is_told and schedule.away_s >= TIMEOUT_S and not (run / "metrics.jsonl").exists():
-        return None
+    has_begun = (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size
+    if session.code == WRONG_USE and "generation.server: " in session.output and not has_begun:
+        return None if schedule.away_s >= TIMEOUT_S else f"it did not wait: {said}"
     return None if session.code == 0 else f"it ended with {session.code}: {said}"
 
 

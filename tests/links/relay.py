@@ -105,8 +105,8 @@ class Relay:
                 self._pump(TO_SERVER, reader, server_writer, mine),
                 self._pump(TO_TRAINER, server_reader, writer, mine),
             )
-        except (OSError, EOFError):
-            pass  # one end has gone, and so the other goes
+        except (OSError, EOFError, asyncio.CancelledError):
+            pass  # one end has gone, or the run that it was for, and so the other goes
         finally:
             self._tasks.discard(task)
             for one in mine:

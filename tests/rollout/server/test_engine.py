@@ -218,9 +218,7 @@ def test_a_prompt_whose_link_breaks_again_and_again_ends_the_run_with_a_checkpoi
 
 @pytest.mark.parametrize("fault", ["drop", 500])
 @pytest.mark.parametrize("path", [protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS])
-def test_weights_whose_link_breaks_again_and_again(
-    fake: FakeServer, connect: Any, path: str, fault: Any
-) -> None:
+def test_weights_whose_link_breaks_again_and_again(fake: FakeServer, connect: Any, path: str, fault: Any) -> None:
     """Of the user if none ever arrived, as where the server cannot reach the trainer; else the server is lost."""
     fake.always[path] = "drop"
     with pytest.raises(ServerNeverReached, match=r"^generation\.server: the weights could not be sent in "):
