@@ -7,7 +7,7 @@ VLLM_INSTALLED := $(VENV)/.vllm-installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test fast faults soak links lint format check docs model vllm gpu
+.PHONY: quickstart test fast faults soak load links lint format check docs model vllm gpu
 
 quickstart: model  ## train a small model until its reward has risen (10 minutes on two CPU cores)
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -28,6 +28,11 @@ SOAK ?= 2000
 soak: $(INSTALLED)  ## train a tiny model with every feature on for SOAK steps; nothing may grow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --steps $(SOAK)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.soak --steps $(SOAK) --system adapter
+
+LOAD ?= 10000
+
+load: $(VLLM_INSTALLED)  ## LOAD requests to a real server, good, wrong, slow and abandoned, while its weights change
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.load --requests $(LOAD)
 
 LINKS ?= 50
 

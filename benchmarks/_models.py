@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from grpo_cli.data.prompts import Prompt
 
 DEFAULT_MODEL = "models/SmolLM2-135M-Instruct"
 """What `make model` fetches."""
@@ -195,3 +198,8 @@ def random_prompts(tokenizer: Any, count: int, length: int, seed: int) -> list[s
         if len(texts) == count:
             return texts
     raise ValueError(f"no texts of exactly {length} tokens could be made with this tokenizer")
+
+
+def as_prompts(prompts: Sequence[Sequence[int]]) -> list[Prompt]:
+    """Token ids, as engines are asked with them."""
+    return [Prompt(row, "", list(token_ids), {}) for row, token_ids in enumerate(prompts)]

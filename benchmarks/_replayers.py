@@ -15,6 +15,7 @@ from benchmarks._learners import Spec as TrainingSpec
 from benchmarks._learners import trl_arguments
 from benchmarks._models import load
 from benchmarks._workers import Channel
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.data.rows import load_rows
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.reward.registry import resolve_rewards
@@ -196,14 +197,14 @@ class ReplayEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
         on_group: OnGroup | None = None,
     ) -> list[list[Completion]]:
         step = next(self._steps)
-        if [list(prompt) for prompt in prompts] != step.prompt_ids:
+        if [prompt.token_ids for prompt in prompts] != step.prompt_ids:
             raise RuntimeError("the prompts are not cut into the tokens that TRL cuts them into")
         completions = [self._completion(ids) for ids in step.completion_ids]
         starts = range(0, len(completions), num_generations)

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from benchmarks._collectives import CollectiveCounter, Traffic
 from benchmarks._models import DEFAULT_MODEL, load, random_prompts
 from grpo_cli.algorithm.advantages import compute_advantages
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import zero
 from grpo_cli.errors import UserError
@@ -139,7 +140,7 @@ class FixedRollouts:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,

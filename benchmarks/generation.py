@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._machine import Machine, MachineProbe
-from benchmarks._models import DEFAULT_MODEL, ModelSize, Shape, load, parse_shapes, random_prompts
+from benchmarks._models import DEFAULT_MODEL, ModelSize, Shape, as_prompts, load, parse_shapes, random_prompts
 from benchmarks._report import Report
 from benchmarks._workers import WORKER_FLAG, Channel, Message, Worker, WorkerError, peak_memory
 
@@ -85,6 +85,7 @@ def ending_at_random(model: Any, spec: Spec) -> Iterator[int]:
 def our_engine(spec: Spec, model: Any, tokenizer: Any, prompts: list[list[int]], end: int) -> Rollout:
     import torch
 
+    from grpo_cli.episode.driver import Driver
     from grpo_cli.policy.logprobs import PackedModel
     from grpo_cli.recipe.schema import GenerationConfig, ModelConfig
     from grpo_cli.rollout.embedded.engine import EmbeddedEngine
@@ -92,14 +93,15 @@ def our_engine(spec: Spec, model: Any, tokenizer: Any, prompts: list[list[int]],
 
     config = GenerationConfig(num_generations=spec.group_size, max_completion_tokens=spec.completion)
     autocast = autocast_for(ModelConfig(name=spec.model), torch.device(spec.device))
-    engine: Any = EmbeddedEngine(PackedModel.checked(model), tokenizer, config, autocast)
-    engine.eos_token_ids = {end}
+    embedded = EmbeddedEngine(PackedModel.checked(model), tokenizer, config, autocast)
+    embedded.eos_token_ids = {end}
+    engine = Driver(embedded, spec.completion)
     rounds = iter(range(sys.maxsize))
 
     def rollout() -> list[int]:
         step = next(rounds)
         keys = [(step, index) for index in range(len(prompts))]
-        groups = engine.generate(prompts, keys, spec.group_size)
+        groups = engine.generate(as_prompts(prompts), keys, spec.group_size)
         return [len(completion.token_ids) for group in groups for completion in group]
 
     return rollout

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._machine import MachineProbe
-from benchmarks._models import DEFAULT_MODEL, Shape, load, parse_shapes, random_prompts
+from benchmarks._models import DEFAULT_MODEL, Shape, as_prompts, load, parse_shapes, random_prompts
 from benchmarks._report import Bar, Report
 from benchmarks._workers import WORKER_FLAG, Channel, Message, Worker
 from benchmarks.generation import Result, Spec
@@ -77,11 +77,12 @@ def serve() -> None:
 
 def generate(engine: Any, tokenizer: Any, request: Message) -> list[int]:
     """One rollout of forced length; the lengths of its completions."""
+    from grpo_cli.episode.driver import Driver
+
     texts = random_prompts(tokenizer, request["prompts"], request["prompt"], seed=1)
     prompts = tokenizer(texts)["input_ids"]
-    engine.sampling = engine.sampling.model_copy(update={"max_completion_tokens": request["completion"]})
     keys = [(request["round"], index) for index in range(len(prompts))]
-    groups = engine.generate(prompts, keys, request["group_size"])
+    groups = Driver(engine, request["completion"]).generate(as_prompts(prompts), keys, request["group_size"])
     return [len(completion.token_ids) for group in groups for completion in group]
 
 

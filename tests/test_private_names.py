@@ -44,6 +44,8 @@ NAMES = {
         transformers.integrations.sdpa_attention sdpa_attention_forward
         transformers.masking_utils ALL_MASK_ATTENTION_FUNCTIONS sdpa_mask
         transformers.modeling_utils ALL_ATTENTION_FUNCTIONS
+        transformers.utils chat_template_utils
+        transformers.utils.chat_template_utils get_json_schema is_torch_available parse_google_format_docstring
         """,
 }
 """By package, lines of an importable place and what is looked up in it."""
@@ -77,12 +79,14 @@ SPELLED = {
         vllm.entrypoints.launchers.app build_app
         vllm.entrypoints.launchers.cli_args make_arg_parser validate_parsed_serve_args
         vllm.entrypoints.launchers.launcher serve_http setup_server
-        vllm.model_executor.layers.linear LinearBase
         vllm.model_executor.layers.utils cpu_linear
-        vllm.model_executor.layers.vocab_parallel_embedding ParallelLMHead
+        vllm.model_executor.layers.vocab_parallel_embedding ParallelLMHead VocabParallelEmbedding
         vllm.model_executor.model_loader.reload initialize_layerwise_reload finalize_layerwise_reload
         vllm.model_executor.model_loader.reload.layerwise get_layerwise_info is_deferred_attention_layer
+        vllm.model_executor.model_loader.reload.meta SKIP_LOAD_TENSORS
         vllm.model_executor.model_loader.reload.types can_load load_numel load_numel_total loaded_weights
+        vllm.model_executor.model_loader.reload.types kernel_tensors
+        vllm.model_executor.model_loader.reload.utils get_tensor_load_numel
         vllm.sampling_params RequestOutputKind SamplingParams
         vllm.utils random_uuid
         vllm.utils.argparse_utils FlexibleArgumentParser

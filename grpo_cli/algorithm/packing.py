@@ -2,21 +2,25 @@
 
 A group is computed as one row of tokens `[prompt | completion 1 | … | completion G]`: the completions restart at
 the position after the prompt and see the prompt and themselves, so their log-probabilities and gradients are those
-of G separate rows at the cost of P + G·T tokens in place of G·(P + T). Several groups share a row.
+of G separate rows at the cost of P + G·T tokens in place of G·(P + T). Several groups share a row. Where rows have
+contexts of their own, whatever they begin with alike is there once.
 
-The last token of a completion predicts nothing, so it is never fed to the model.
+What comes after the last token that the policy sampled predicts nothing, nor does that token: neither is ever fed
+to the model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import compress, pairwise
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from grpo_cli.algorithm.branches import Branches, SortedRows, Stem, branches_of, lone_stem
 from grpo_cli.algorithm.transfer import to_device
 
 
@@ -30,45 +34,52 @@ class Group:
     """Token ids of each completion."""
     samples: Sequence[int]
     """Where each completion stands in the step's tensors."""
+    sampled: Sequence[Sequence[bool]] | None = None
+    """Which tokens of each completion the policy sampled, where others are among them. These alone are
+    predicted."""
+    prompts: Sequence[Sequence[int]] | None = None
+    """What each completion goes on from, at least one token, where that is not always the prompt: a turn after a
+    history that was rendered anew. Beginnings in common are computed once, wherever they end."""
 
-
-@dataclass(frozen=True)
-class BranchedGroup:
-    """Where a group lies in its row: at `start` the prompt, then its branches, what is fed of each completion."""
-
-    start: int
-    prompt_length: int
-    branch_lengths: tuple[int, ...]
-    """Completions that feed nothing are left out."""
+    @cached_property
+    def fed_lengths(self) -> list[int]:
+        """Tokens of each completion that are fed: those before the last one that is predicted."""
+        if self.sampled is None:
+            return [max(len(completion) - 1, 0) for completion in self.completions]
+        return [next((i for i in range(len(row) - 1, 0, -1) if row[i]), 0) for row in self.sampled]
 
     @property
-    def branches_start(self) -> int:
-        return self.start + self.prompt_length
+    def contexts(self) -> Sequence[Sequence[int]]:
+        """What each completion goes on from."""
+        return [self.prompt] * len(self.completions) if self.prompts is None else self.prompts
 
     @property
-    def end(self) -> int:
-        return self.branches_start + sum(self.branch_lengths)
+    def rows(self) -> list[list[int]]:
+        """What is fed for each completion, its context first."""
+        fed = zip(self.contexts, self.completions, self.fed_lengths, strict=True)
+        return [[*context, *completion[:length]] for context, completion, length in fed]
 
+    @cached_property
+    def shared_tokens(self) -> int:
+        """Tokens of input, beginnings in common counted once."""
+        if self.prompts is None:
+            return len(self.prompt) + sum(self.fed_lengths)
+        return SortedRows.of(self.rows).num_tokens
 
-@dataclass(frozen=True)
-class Branches:
-    """Which tokens of a shared-prompt row see which: each its prompt and what came before in its own branch."""
+    @property
+    def longest_row(self) -> int:
+        """Tokens of input of the longest completion, its context included."""
+        return max(map(len, self.contexts)) + max(self.fed_lengths)
 
-    groups: tuple[BranchedGroup, ...]
-    group_ids: torch.Tensor  # (L,)
-    branch_ids: torch.Tensor  # (L,) 0 for the prompt, else the completion
-    positions: torch.Tensor  # (L,) in the sequence that the token belongs to
-
-    def sees(self, query: torch.Tensor, key: torch.Tensor, window: int | None = None) -> torch.Tensor:
-        """Whether the token at place `query` attends to the one at `key`, less than `window` positions back."""
-        same_group = self.group_ids[query] == self.group_ids[key]
-        same_branch = (self.branch_ids[key] == 0) | (self.branch_ids[query] == self.branch_ids[key])
-        visible = same_group & same_branch & (query >= key)
-        return visible if window is None else visible & (self.positions[query] - self.positions[key] < window)
-
-    def to(self, device: torch.device) -> Branches:
-        parts = (to_device(part, device) for part in (self.group_ids, self.branch_ids, self.positions))
-        return Branches(self.groups, *parts)
+    def part(self, places: Sequence[int]) -> Group:
+        """The group of some of its completions."""
+        return Group(
+            self.prompt,
+            [self.completions[place] for place in places],
+            [self.samples[place] for place in places],
+            None if self.sampled is None else [self.sampled[place] for place in places],
+            None if self.prompts is None else [self.prompts[place] for place in places],
+        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Pack:
     columns: torch.Tensor  # (C,) in which there are predictors, in whatever rows
     column_places: torch.Tensor  # (N,) of each predictor among the C columns
     targets: torch.Tensor  # (B, T) completion token ids, 0 on padding
-    mask: torch.Tensor  # (B, T) bool, True on the N completion tokens
+    mask: torch.Tensor  # (B, T) bool, True on the N completion tokens that were sampled
     places: torch.Tensor  # (N,) of these in the flattened mask
     samples: torch.Tensor  # (B,) where each completion stands in the step's tensors: on the CPU, where those are
 
@@ -109,20 +120,20 @@ def plan_minibatches(num_groups: int, optimizer_steps: int) -> list[range]:
 def pack_groups(groups: Sequence[Group], token_budget: int, *, shared_prompt: bool = True) -> list[Pack]:
     """Fill packs with groups in order, each up to `token_budget` tokens of input.
 
-    A group over the budget is split into parts that each carry the prompt; a completion is never split, so one
-    whose prompt and tokens exceed the budget has a pack of its own.
+    A group over the budget is split into parts that each carry what they go on from; a completion is never split,
+    so one whose context and tokens exceed the budget has a pack of its own.
 
     Args:
         groups: of one optimizer step.
         token_budget: tokens of input in a forward pass, padding included.
-        shared_prompt: pack completions behind one copy of their prompt; otherwise one padded row for each.
+        shared_prompt: compute what completions begin with alike once; otherwise one padded row for each.
     """
     packs: list[Pack] = []
     pending: list[Group] = []
     parts = [part for group in groups for part in _split(group, token_budget, shared_prompt)]
     if not shared_prompt:
         # Rows of like length share a pack, so that little of it is padding.
-        parts.sort(key=lambda part: len(part.prompt) + _longest(part), reverse=True)
+        parts.sort(key=lambda part: part.longest_row, reverse=True)
     for part in parts:
         if pending and _cost([*pending, part], shared_prompt) > token_budget:
             packs.append(_build(pending, shared_prompt))
@@ -169,31 +180,24 @@ def empty_pack(*, shared_prompt: bool) -> Pack:
 
 
 def _split(group: Group, token_budget: int, shared_prompt: bool) -> Iterator[Group]:
+    if group.prompts is not None:
+        places = range(len(group.samples))
+        parts = SortedRows.of(group.rows).within(token_budget) if shared_prompt else ([place] for place in places)
+        yield from (group.part(part) for part in parts)
+        return
     start = 0
     for end in range(1, len(group.samples) + 1):
         is_last = end == len(group.samples)
-        if is_last or _cost([_part(group, start, end + 1)], shared_prompt) > token_budget:
-            yield _part(group, start, end)
+        if is_last or _cost([group.part(range(start, end + 1))], shared_prompt) > token_budget:
+            yield group.part(range(start, end))
             start = end
-
-
-def _part(group: Group, start: int, end: int) -> Group:
-    return Group(group.prompt, group.completions[start:end], group.samples[start:end])
-
-
-def _longest(group: Group) -> int:
-    return max((len(completion) for completion in group.completions), default=0)
 
 
 def _cost(groups: Sequence[Group], shared_prompt: bool) -> int:
     """Tokens of input that a pack of these groups has."""
     if shared_prompt:
-        return sum(
-            len(group.prompt) + sum(max(len(completion) - 1, 0) for completion in group.completions)
-            for group in groups
-        )
-    width = max(len(group.prompt) + max(_longest(group) - 1, 0) for group in groups)
-    return width * sum(len(group.completions) for group in groups)
+        return sum(group.shared_tokens for group in groups)
+    return max(group.longest_row for group in groups) * sum(len(group.completions) for group in groups)
 
 
 def _build(groups: Sequence[Group], shared_prompt: bool) -> Pack:
@@ -201,6 +205,9 @@ def _build(groups: Sequence[Group], shared_prompt: bool) -> Pack:
     targets = pad_sequence(completions, batch_first=True)  # (B, T)
     lengths = torch.tensor([len(completion) for completion in completions])
     mask = torch.arange(targets.shape[1]) < lengths[:, None]  # (B, T)
+    for own, sampled in zip(mask, (row for group in groups for row in _sampled(group)), strict=True):
+        if sampled is not None:
+            own[: len(sampled)] = torch.tensor(sampled, dtype=torch.bool)
     samples = torch.tensor([sample for group in groups for sample in group.samples])
     layout = _shared_prompt_layout(groups) if shared_prompt else _row_layout(groups)
     width = layout["input_ids"].shape[1]
@@ -216,21 +223,22 @@ def _build(groups: Sequence[Group], shared_prompt: bool) -> Pack:
     )
 
 
+def _sampled(group: Group) -> Sequence[Sequence[bool] | None]:
+    return [None] * len(group.completions) if group.sampled is None else group.sampled
+
+
 def _shared_prompt_layout(groups: Sequence[Group]) -> dict[str, Any]:
     tokens: list[int] = []
+    stems: list[Stem] = []
     predictors: list[int] = []
     for group in groups:
-        tokens.extend(group.prompt)
-        last_of_prompt = len(tokens) - 1
-        for completion in group.completions:
-            fed = completion[:-1]
-            if completion:
-                predictors.extend([last_of_prompt, *range(len(tokens), len(tokens) + len(fed))])
-            tokens.extend(fed)
-    branches = branches_of(
-        [len(group.prompt) for group in groups],
-        [[len(completion) - 1 for completion in group.completions] for group in groups],
-    )
+        lay = _lay_completions if group.prompts is None else _lay_tree
+        part, own_stems, places = lay(group, len(tokens))
+        tokens.extend(part)
+        stems.extend(own_stems)
+        for own, completion, sampled in zip(places, group.completions, _sampled(group), strict=True):
+            predictors.extend(_predicting(own, completion, sampled))
+    branches = Branches.of(stems)
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": branches.positions[None],
@@ -240,41 +248,46 @@ def _shared_prompt_layout(groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def branches_of(prompt_lengths: Sequence[int], branch_lengths: Sequence[Sequence[int]]) -> Branches:
-    """The row that these prompts, each followed by its branches, make; branches without tokens do not count."""
-    groups: list[BranchedGroup] = []
-    positions: list[torch.Tensor] = []
-    branch_ids: list[torch.Tensor] = []
-    for prompt_length, lengths in zip(prompt_lengths, branch_lengths, strict=True):
-        fed = tuple(length for length in lengths if length > 0)
-        groups.append(BranchedGroup(groups[-1].end if groups else 0, prompt_length, fed))
-        positions.append(torch.arange(prompt_length))
-        positions.extend(torch.arange(prompt_length, prompt_length + length) for length in fed)
-        numbers = torch.arange(len(fed) + 1)
-        branch_ids.append(numbers.repeat_interleave(torch.tensor([prompt_length, *fed])))
-    sizes = torch.tensor([group.end - group.start for group in groups])
-    return Branches(
-        tuple(groups),
-        group_ids=torch.arange(len(groups)).repeat_interleave(sizes),
-        branch_ids=torch.cat(branch_ids),
-        positions=torch.cat(positions),
-    )
+def _predicting(places: Sequence[int], completion: Sequence[int], sampled: Sequence[bool] | None) -> Iterable[int]:
+    """Of the places before a completion's tokens, those before the tokens that are predicted."""
+    return places[: len(completion)] if sampled is None else compress(places, sampled)
+
+
+Laid = tuple[list[int], list[Stem], list[list[int]]]
+"""Tokens and stems of a group, and for each completion the places of the tokens that predict its own."""
+
+
+def _lay_completions(group: Group, start: int) -> Laid:
+    tokens = list(group.prompt)
+    last_of_prompt = start + len(tokens) - 1
+    places = []
+    for completion, length in zip(group.completions, group.fed_lengths, strict=True):
+        first = start + len(tokens)
+        places.append([last_of_prompt, *range(first, first + length)])
+        tokens.extend(completion[:length])
+    return tokens, [lone_stem(start, len(group.prompt), group.fed_lengths)], places
+
+
+def _lay_tree(group: Group, start: int) -> Laid:
+    tree = SortedRows.of(group.rows).tree(start)
+    paths = zip(tree.paths, group.contexts, strict=True)
+    return tree.tokens, tree.stems, [path[len(context) - 1 :] for path, context in paths]
 
 
 def _row_layout(groups: Sequence[Group]) -> dict[str, Any]:
-    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
-    inputs = [torch.tensor([*prompt, *completion[:-1]]) for prompt, completion in rows]
+    inputs = [torch.tensor(row) for group in groups for row in group.rows]
     input_ids = pad_sequence(inputs, batch_first=True)  # (R, L)
     lengths = torch.tensor([len(row) for row in inputs])
     position_ids = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-    predictors = [
-        torch.arange(len(completion)) + row * input_ids.shape[1] + len(prompt) - 1
-        for row, (prompt, completion) in enumerate(rows)
-    ]
+    predictors: list[int] = []
+    rows = (row for g in groups for row in zip(g.contexts, g.completions, _sampled(g), strict=True))
+    for number, (context, completion, sampled) in enumerate(rows):
+        first = number * input_ids.shape[1] + len(context) - 1
+        predictors.extend(_predicting(range(first, first + len(completion)), completion, sampled))
     return {
         "input_ids": input_ids,
         "position_ids": position_ids,
         "attention_mask": (position_ids < lengths[:, None]).long(),
         "branches": None,
-        "predictors": torch.cat(predictors),
+        "predictors": torch.tensor(predictors, dtype=torch.long),
     }

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 
 from grpo_cli.errors import UserError, one_line
-from grpo_cli.recipe.schema import DATA_FILE_SUFFIXES
+from grpo_cli.recipe.data_config import DATA_FILE_SUFFIXES
 
 SPLIT_NAMES = ("train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 """Words that, at the start of a file's name, say which split the file holds."""

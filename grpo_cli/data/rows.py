@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 from grpo_cli.data.files import listed
 from grpo_cli.data.sources import load_table, table_from_object
 from grpo_cli.errors import UserError, one_line
-from grpo_cli.recipe.schema import REWARD_ARGUMENTS, EvalDataConfig
+from grpo_cli.recipe.data_config import EvalDataConfig
+from grpo_cli.recipe.schema import REWARD_ARGUMENTS, Recipe
 
 Messages = list[dict[str, Any]]
 
@@ -33,6 +34,10 @@ MAX_PROMPT = 2**24
 """Characters of a prompt that a template makes: several times the longest context of any model."""
 
 
+EMPTY_PROMPT: Messages = [{"role": "user", "content": ""}]
+"""What a prompt is to which an environment adds all the text."""
+
+
 class PromptRows:
     """Rows of a data set with their prompts, before any tokenizer.
 
@@ -40,6 +45,8 @@ class PromptRows:
         config: which data, and how prompts are made of it.
         setting: `data` or `data.eval`, for messages.
         table: used instead of loading what `config.name` says.
+        made_by_environments: prompts may be missing, and are then an empty user message each, which an environment
+            adds its own text to.
 
     Raises:
         UserError: the data cannot be loaded, or a column or a prompt is not as the settings say.
@@ -53,7 +60,14 @@ class PromptRows:
     where: str
     """`setting` and, if the data were loaded, their name; for messages about a row."""
 
-    def __init__(self, config: EvalDataConfig, *, setting: str = "data", table: pa.Table | None = None) -> None:
+    def __init__(
+        self,
+        config: EvalDataConfig,
+        *,
+        setting: str = "data",
+        table: pa.Table | None = None,
+        made_by_environments: bool = False,
+    ) -> None:
         self.config = config
         self.setting = setting
         self.where = setting if table is not None else f"{setting}: {config.name}"
@@ -67,6 +81,8 @@ class PromptRows:
         except pa.ArrowException as error:
             raise UserError(f"{self.where} is damaged: {one_line(error)}") from error
         self._table = self._rename(table)
+        if made_by_environments and config.prompt_template is None:
+            self._table = _with_prompts(self._table, config.prompt_column)
         self._json_columns = {field.name for field in self._table.schema if "arrow.json" in str(field.type)}
         self.columns = [name for name in self._table.column_names if name != config.prompt_column]
         self._check_reserved()
@@ -259,7 +275,13 @@ class _PromptFormatter(Formatter):
         return text
 
 
-def load_rows(config: EvalDataConfig, *, setting: str = "data", data: object | None = None) -> PromptRows:
+def load_rows(
+    config: EvalDataConfig,
+    *,
+    setting: str = "data",
+    data: object | None = None,
+    made_by_environments: bool = False,
+) -> PromptRows:
     """Load the rows that `config` names, or take them from `data`.
 
     Args:
@@ -267,9 +289,47 @@ def load_rows(config: EvalDataConfig, *, setting: str = "data", data: object | N
         setting: `data` or `data.eval`, for messages.
         data: used instead of `config.name`: a `datasets.Dataset`, list of dicts, pyarrow Table or pandas
             DataFrame.
+        made_by_environments: see `PromptRows`.
     """
+    if data is not None and config.params:
+        raise UserError(f"{setting}.params: the data are an object, so nothing is called with them; remove it")
     table = None if data is None else table_from_object(data, config, setting)
-    return PromptRows(config, setting=setting, table=table)
+    return PromptRows(config, setting=setting, table=table, made_by_environments=made_by_environments)
+
+
+def recipe_rows(
+    recipe: Recipe, train_data: object | None = None, eval_data: object | None = None
+) -> tuple[PromptRows, PromptRows | None]:
+    """The rows of a recipe's `data` and `data.eval`, or of the objects in their place.
+
+    A recipe whose environment makes the prompts may name no data: then there is a row for each prompt of a step.
+
+    Raises:
+        UserError: the data cannot be used, or they are texts where the policy acts in episodes, which are chats.
+    """
+    has_environment = bool(recipe.environments)
+    if not recipe.data.name and train_data is None:
+        train_data = [{recipe.data.prompt_column: EMPTY_PROMPT}] * recipe.train.prompts_per_step
+    rows = load_rows(recipe.data, data=train_data, made_by_environments=has_environment)
+    eval_rows = None
+    if recipe.data.eval is not None:
+        eval_rows = load_rows(
+            recipe.data.eval, setting="data.eval", data=eval_data, made_by_environments=has_environment
+        )
+    for part in filter(None, (rows, eval_rows)):
+        if recipe.episode is not None and not part.conversational:
+            raise UserError(
+                f"{part.where}: the prompts are texts, and tools and environments need chats; set "
+                f"{part.setting}.system_prompt, or write each prompt as a list of messages"
+            )
+    return rows, eval_rows
+
+
+def _with_prompts(table: pa.Table, name: str) -> pa.Table:
+    """The table with a column of prompts, each an empty user message, if it has none."""
+    if name in table.column_names:
+        return table
+    return table.append_column(name, pa.array([EMPTY_PROMPT] * table.num_rows))
 
 
 def _template_fields(template: str, key: str) -> list[str]:

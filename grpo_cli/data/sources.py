@@ -8,6 +8,7 @@ used at once, and not after the half a minute for which the library would try ag
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import os
 import re
@@ -20,7 +21,7 @@ import pyarrow as pa
 from grpo_cli.data.files import file_kinds, missing_file, pick_split, read_file, read_folder, table_from_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object, origin
-from grpo_cli.recipe.schema import DATA_FILE_SUFFIXES, EvalDataConfig
+from grpo_cli.recipe.data_config import DATA_FILE_SUFFIXES, EvalDataConfig
 
 HUB_TIMEOUT_S = 5.0
 """Longest wait for the Hub's first answer; it is asked twice."""
@@ -41,10 +42,12 @@ def load_table(config: EvalDataConfig, setting: str) -> pa.Table:
 def _load(config: EvalDataConfig, setting: str) -> pa.Table:
     name = config.name
     path = Path(name).expanduser()
+    is_path = path.suffix.lower() in DATA_FILE_SUFFIXES or name.startswith(("./", "../", "/", "~"))
+    is_factory = ":" in name and "/" not in name and not is_path and not path.is_dir()
+    if config.params and not is_factory:
+        raise UserError(f"{setting}.params: only a module:factory has parameters, not {name}; remove it")
     if path.is_dir():
         return read_folder(path, split=config.split, config=config.config, setting=setting)
-    is_path = path.suffix.lower() in DATA_FILE_SUFFIXES or name.startswith(("./", "../", "/", "~"))
-    is_factory = ":" in name and "/" not in name and not is_path
     if config.config is not None and is_factory:
         raise UserError(f"{setting}.config: only a Hub dataset or a folder has configurations; remove it")
     if is_path:
@@ -94,9 +97,16 @@ def _from_factory(config: EvalDataConfig, setting: str) -> pa.Table:
     factory = load_object(config.name, setting=setting)
     where = f"{setting}: {config.name}"
     if not callable(factory):
-        raise UserError(f"{where} is not a function; it must be one that takes no arguments and returns the rows")
+        raise UserError(f"{where} is not a function; it must be one that returns the rows")
+    with contextlib.suppress(ValueError):  # some built-in functions have no signature
+        signature = inspect.signature(factory)
+        try:
+            signature.bind(**config.params)
+        except TypeError as error:
+            key = f"{setting.removesuffix('.name')}.params"
+            raise UserError(f"{key}: {config.name}{signature} cannot be called with them: {error}") from error
     try:
-        return table_from_object(factory(), config, where)
+        return table_from_object(factory(**config.params), config, where)
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -10,7 +10,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from grpo_cli.distributed.environment import LAUNCHER_PID, Nodes, is_launched, p
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.launch.failures import STOP_SIGNALS, raise_outcome
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.serve.own_folder import OwnFolder
 
 
 def launch_if_needed(recipe: Recipe, arguments: Sequence[str]) -> None:
@@ -101,8 +101,8 @@ def run_workers(module: str, arguments: Sequence[str], processes: int, nodes: No
 
     local = processes // nodes.count
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(available_cores() // local, 1))
-    with tempfile.TemporaryDirectory(prefix="grpo-launch-") as folder:
-        config, logs = Path(folder) / "accelerate.yaml", Path(folder) / "workers"
+    with OwnFolder("grpo-launch-") as folder:
+        config, logs = folder / "accelerate.yaml", folder / "workers"
         logs.mkdir()
         config.write_text(yaml.safe_dump(accelerate_config(processes, nodes)))
         options = launch_command_parser().parse_args(

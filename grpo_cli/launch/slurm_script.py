@@ -19,11 +19,11 @@ from typing import Any
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.plan.shape import model_size
-from grpo_cli.recipe.contradictions import RESERVED_VLLM_ARGUMENTS
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.overrides import server_overrides
 from grpo_cli.recipe.raw import read_yaml
 from grpo_cli.recipe.schema import ModelConfig, ServerConfig
+from grpo_cli.recipe.vllm_arguments import refused_vllm_arguments
 from grpo_cli.serve.engine_arguments import as_options, can_share, most_sharing
 
 TEMPLATE = Path(__file__).with_name("slurm_script.sh")
@@ -204,7 +204,9 @@ def job_for_recipe(
         tp=tp,
         run_dir=str(Path(recipe.train.output_dir).expanduser()),
         settings=settings,
-        serve_options=_serve_options(recipe.model, _vllm_arguments(generation, path)) if serve_nodes else (),
+        serve_options=_serve_options(recipe.model, _vllm_arguments(generation, recipe.model, path))
+        if serve_nodes
+        else (),
         server_timeout_s=server.timeout_s,
         time=time,
         partition=partition,
@@ -219,15 +221,13 @@ def _names_servers(generation: Mapping[str, Any]) -> bool:
     return isinstance(server, dict) and bool(server.get("urls"))
 
 
-def _vllm_arguments(generation: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+def _vllm_arguments(generation: Mapping[str, Any], model: ModelConfig, path: Path) -> Mapping[str, Any]:
     """`generation.vllm` as the file has it: for the servers of the job, so that `server_overrides` clears it."""
     arguments = generation.get("vllm")
     if not isinstance(arguments, dict):
         return {}
-    for name in arguments:
-        reason = RESERVED_VLLM_ARGUMENTS.get(str(name).replace("-", "_"))
-        if reason is not None:
-            raise UserError(f"{path}: generation.vllm.{name} {reason}")
+    for name, reason in refused_vllm_arguments(arguments, model.trust_remote_code):
+        raise UserError(f"{path}: generation.vllm.{name} {reason}")
     return arguments
 
 

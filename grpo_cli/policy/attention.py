@@ -1,4 +1,5 @@
-"""Attention over shared-prompt rows: each completion sees its prompt and itself, and nothing else is computed.
+"""Attention over shared-prompt rows: tokens see what comes before them in their own sequences, and no more is
+computed.
 
 transformers calls `shared_prompt_attention` in every layer of a model whose attention implementation is KERNEL.
 The row's structure comes as the keyword argument LAYOUT, which models hand through to their kernel; without it the
@@ -21,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from grpo_cli.algorithm.packing import BranchedGroup, Branches
+from grpo_cli.algorithm.branches import Branches, Stem
 from grpo_cli.errors import RunError
 from grpo_cli.policy.block_mask import block_mask
 from grpo_cli.recipe.limits import mask_length
@@ -32,6 +33,10 @@ LAYOUT = "token_layout"
 
 COMPILED_VARIANTS = 64
 """Shapes and modes that FlexAttention may be compiled for."""
+
+BLIND = -1e30
+"""The log-sum-exp of a token that sees none of some keys: it gives no weight next to any other, and is finite, so
+that two of them have a difference."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(KERNEL, sdpa_mask)
 
 
 class RowLayout:
-    """One row of groups, each a prompt and its branches.
+    """One row of stems and their branches.
 
     Args:
         branches: on the device of the row.
@@ -113,7 +118,7 @@ class RowLayout:
         if inputs.query.device.type != "cpu":
             return self._flex(inputs)
         attended: torch.Tensor = _BranchedAttention.apply(
-            inputs.query, inputs.key, inputs.value, self.branches.groups, inputs.scale, inputs.window
+            inputs.query, inputs.key, inputs.value, self.branches, inputs.scale, inputs.window
         )
         return attended
 
@@ -125,7 +130,7 @@ class RowLayout:
     def _flex(self, inputs: LayerInputs) -> torch.Tensor:
         """FlexAttention: rows are padded here, where blocks of padding are skipped, not in the whole model."""
         length, window = inputs.query.shape[2], inputs.window
-        first, *others = self.branches.groups
+        first, *others = self.branches.stems
         if not others and not first.branch_lengths and (window is None or length <= window):  # a lone prompt
             parts = inputs.query, inputs.key, inputs.value
             return scaled_dot_product_attention(*parts, is_causal=True, scale=inputs.scale, enable_gqa=True)
@@ -164,10 +169,11 @@ def _compiled() -> Any:
 
 
 class _BranchedAttention(torch.autograd.Function):
-    """CPU attention of a row by parts: prompts over themselves, branches over their prompt and themselves.
+    """CPU attention of a row by parts: stems and branches over themselves, and over the stems they go on from.
 
-    A branch's two parts are merged by their log-sum-exps (FlashAttention, arXiv:2205.14135, section 3.1). Given
-    the merged output and log-sum-exp, the backward kernel of each part computes that part's exact gradients.
+    For each stem, what goes on from it attends to its keys in one call; branches of a stem are a batch. Parts are
+    merged by their log-sum-exps (FlashAttention, arXiv:2205.14135, section 3.1). Given the merged output and
+    log-sum-exp, the backward kernel of each part computes that part's exact gradients.
     """
 
     @staticmethod
@@ -176,7 +182,7 @@ class _BranchedAttention(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        groups: tuple[BranchedGroup, ...],
+        branches: Branches,
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
@@ -184,27 +190,34 @@ class _BranchedAttention(torch.autograd.Function):
         out = query.new_empty(1, length, heads, head_dim).transpose(1, 2)  # (1, H, L, D)
         lse_dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         lse = torch.empty(1, heads, length, dtype=lse_dtype)
-        for group in groups:
-            masks = _Masks(group, window, query.dtype)
-            prompt = slice(group.start, group.branches_start)
-            inputs = [part[:, :, prompt] for part in (query, key, value)]
-            out[:, :, prompt], lse[:, :, prompt] = _flash(*inputs, is_causal=True, mask=masks.prompt, scale=scale)
-            if not group.branch_lengths:
+        above = _Parts(0, out, lse)  # over the stems so far, for what goes on from them
+        for stem in branches.stems:
+            masks = _Masks(branches, stem, window, query.dtype)
+            own, after = slice(stem.start, stem.stop), slice(stem.stop, stem.end)
+            inputs = [part[:, :, own] for part in (query, key, value)]
+            flash = _flash(*inputs, is_causal=True, mask=masks.own, scale=scale)
+            if stem.begins:
+                out[:, :, own], lse[:, :, own] = flash
+            else:
+                _merge(above.of(own), flash, into=(out[:, :, own], lse[:, :, own]))
+            if stem.stop == stem.end:
                 continue
-            branches = slice(group.branches_start, group.end)
-            inputs = [query[:, :, branches], key[:, :, prompt], value[:, :, prompt]]
-            out_prompt, lse_prompt = _flash(*inputs, is_causal=False, mask=masks.branches, scale=scale)
-            lse_prompt.masked_fill_(masks.blind_branches, -math.inf)
-            shape = _Padding(group.branch_lengths)
-            inputs = [shape.pad(part[:, :, branches]) for part in (query, key, value)]
-            out_own, lse_own = map(shape.unpad, _flash(*inputs, is_causal=True, mask=masks.own, scale=scale))
-            merged = torch.logaddexp(lse_prompt, lse_own)  # (1, H, M)
-            lse[:, :, branches] = merged
-            out_prompt *= (lse_prompt - merged).exp_()[..., None]
-            out_own *= (lse_own - merged).exp_()[..., None]
-            torch.add(out_prompt, out_own, out=out[:, :, branches])
+            inputs = [query[:, :, after], key[:, :, own], value[:, :, own]]
+            flash = _flash(*inputs, is_causal=False, mask=masks.after, scale=scale)
+            flash[1].masked_fill_(masks.blind, BLIND)
+            if stem.begins:
+                above = _Parts(stem.stop, *flash)
+            else:
+                _merge(above.of(after), flash, into=above.of(after))
+            if not stem.branch_lengths:
+                continue
+            shape, side_by_side = _Padding(stem.branch_lengths), slice(stem.stop, stem.branches_end)
+            inputs = [shape.pad(part[:, :, side_by_side]) for part in (query, key, value)]
+            out_own, lse_own = map(shape.unpad, _flash(*inputs, is_causal=True, mask=masks.branches, scale=scale))
+            into = out[:, :, side_by_side], lse[:, :, side_by_side]
+            _merge(above.of(side_by_side), (out_own, lse_own), into=into)
         ctx.save_for_backward(query, key, value, out, lse)
-        ctx.arguments = groups, scale, window
+        ctx.arguments = branches, scale, window
         return out
 
     @staticmethod
@@ -212,36 +225,74 @@ class _BranchedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = (grads[0], *ctx.saved_tensors)
         query, key, value = saved[1:4]
-        groups, scale, window = ctx.arguments
+        branches, scale, window = ctx.arguments
         # Laid out as the projections' outputs are, so that no copy follows.
         grad_query, grad_key, grad_value = (
             torch.empty_like(part.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
             for part in (query, key, value)
         )
-        for group in groups:
-            masks = _Masks(group, window, query.dtype)
-            prompt = slice(group.start, group.branches_start)
-            parts = (part[:, :, prompt] for part in saved)
-            flash = _flash_backward(*parts, is_causal=True, mask=masks.prompt, scale=scale)
-            grad_query[:, :, prompt], grad_key[:, :, prompt], grad_value[:, :, prompt] = flash
-            if not group.branch_lengths:
+        for stem in branches.stems:
+            masks = _Masks(branches, stem, window, query.dtype)
+            own, after = slice(stem.start, stem.stop), slice(stem.stop, stem.end)
+            parts = (part[:, :, own] for part in saved)
+            flash = _flash_backward(*parts, is_causal=True, mask=masks.own, scale=scale)
+            if stem.begins:
+                grad_query[:, :, own] = flash[0]
+            else:
+                grad_query[:, :, own] += flash[0]
+            grad_key[:, :, own], grad_value[:, :, own] = flash[1:]
+            if stem.stop == stem.end:
                 continue
-            branches = slice(group.branches_start, group.end)
-            grad_out, branch_query, branch_key, branch_value, out, lse = (part[:, :, branches] for part in saved)
-            inputs = [grad_out, branch_query, key[:, :, prompt], value[:, :, prompt], out, lse]
-            flash = _flash_backward(*inputs, is_causal=False, mask=masks.branches, scale=scale)
-            grad_query[:, :, branches] = flash[0]
-            grad_key[:, :, prompt] += flash[1]
-            grad_value[:, :, prompt] += flash[2]
-            shape = _Padding(group.branch_lengths)
-            inputs = [shape.pad(part) for part in (grad_out, branch_query, branch_key, branch_value, out)]
+            grad_out, after_query, _, _, out, lse = (part[:, :, after] for part in saved)
+            inputs = [grad_out, after_query, key[:, :, own], value[:, :, own], out, lse]
+            flash = _flash_backward(*inputs, is_causal=False, mask=masks.after, scale=scale)
+            if stem.begins:
+                grad_query[:, :, after] = flash[0]
+            else:
+                grad_query[:, :, after] += flash[0]
+            grad_key[:, :, own] += flash[1]
+            grad_value[:, :, own] += flash[2]
+            if not stem.branch_lengths:
+                continue
+            shape, side_by_side = _Padding(stem.branch_lengths), slice(stem.stop, stem.branches_end)
+            *inputs, lse = (part[:, :, side_by_side] for part in saved)
+            inputs = [shape.pad(part) for part in inputs]
             # With an infinite log-sum-exp, padding gets no weight and so no gradient.
-            flash = _flash_backward(*inputs, shape.pad(lse, math.inf), is_causal=True, mask=masks.own, scale=scale)
+            padded_lse = shape.pad(lse, math.inf)
+            flash = _flash_backward(*inputs, padded_lse, is_causal=True, mask=masks.branches, scale=scale)
             own_query, own_key, own_value = map(shape.unpad, flash)
-            grad_query[:, :, branches] += own_query
-            grad_key[:, :, branches] = own_key
-            grad_value[:, :, branches] = own_value
+            grad_query[:, :, side_by_side] += own_query
+            grad_key[:, :, side_by_side] = own_key
+            grad_value[:, :, side_by_side] = own_value
         return grad_query, grad_key, grad_value, None, None, None
+
+
+Part = tuple[torch.Tensor, torch.Tensor]
+"""(1, H, M, D) outputs of attention to some keys, and (1, H, M) log-sum-exps."""
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run of a row's tokens attends to, in part."""
+
+    start: int
+    """Where the run begins."""
+    out: torch.Tensor  # (1, H, M, D)
+    lse: torch.Tensor  # (1, H, M)
+
+    def of(self, places: slice) -> Part:
+        """The share of some of the row's places."""
+        within = slice(places.start - self.start, places.stop - self.start)
+        return self.out[:, :, within], self.lse[:, :, within]
+
+
+def _merge(one: Part, other: Part, *, into: Part) -> None:
+    """Attention to the keys of both parts, whose outputs are used up for it."""
+    merged = torch.logaddexp(one[1], other[1])  # (1, H, M)
+    one[0].mul_((one[1] - merged).exp_()[..., None])
+    other[0].mul_((other[1] - merged).exp_()[..., None])
+    torch.add(one[0], other[0], out=into[0])
+    into[1].copy_(merged)
 
 
 def _flash(
@@ -299,24 +350,25 @@ class _Padding:
 
 
 class _Masks:
-    """Additive masks of a group's three parts; None where causality says it all, as it does without a window."""
+    """Additive masks of a stem's three parts; None where causality says it all, as it does without a window."""
 
-    def __init__(self, group: BranchedGroup, window: int | None, dtype: torch.dtype) -> None:
-        self.prompt = self.branches = self.own = None
-        self.blind_branches = torch.tensor(False)  # (M,): which tokens see nothing of their prompt
-        longest = max(group.branch_lengths, default=0)
-        if window is None or group.prompt_length + longest <= window:
+    def __init__(self, branches: Branches, stem: Stem, window: int | None, dtype: torch.dtype) -> None:
+        self.own = self.after = self.branches = None
+        self.blind = torch.tensor(False)  # (M,): which tokens that go on from the stem see nothing of it
+        if window is None:
             return
-        steps = torch.arange(max(group.prompt_length, longest))
+        positions = branches.positions[stem.start : stem.end] - stem.position
+        if int(positions.max()) < window:
+            return
+        longest = max(stem.branch_lengths, default=0)
+        steps = torch.arange(max(stem.length, longest))
         ages = steps[:, None] - steps
         hidden = (ages < 0) | (ages >= window)
-        self.prompt = _additive(hidden[: group.prompt_length, : group.prompt_length], dtype)
-        if longest:
-            self.own = _additive(hidden[:longest, :longest], dtype)
-            positions = torch.cat([torch.arange(length) for length in group.branch_lengths])  # (M,)
-            too_old = positions[:, None] + group.prompt_length - steps[: group.prompt_length] >= window  # (M, P)
-            self.branches = _additive(too_old, dtype)
-            self.blind_branches = too_old.all(1)
+        self.own = _additive(hidden[: stem.length, : stem.length], dtype)
+        self.branches = _additive(hidden[:longest, :longest], dtype)
+        too_old = positions[stem.length :, None] - steps[: stem.length] >= window  # (M, P)
+        self.after = _additive(too_old, dtype)
+        self.blind = too_old.all(1)
 
 
 def _additive(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

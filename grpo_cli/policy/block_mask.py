@@ -10,20 +10,17 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
-from grpo_cli.algorithm.packing import Branches
+from grpo_cli.algorithm.branches import Branches
 from grpo_cli.recipe.limits import MASK_BLOCK, mask_length
 
 
 def block_mask(branches: Branches, window: int | None) -> BlockMask:
-    """What `Branches.sees` says, for a row that is padded to `mask_length`; padding sees padding."""
-    length = mask_length(len(branches.positions))
-    padding = (0, length - len(branches.positions))
-    padded = Branches(
-        branches.groups,
-        pad(branches.group_ids, padding, value=-1),
-        pad(branches.branch_ids, padding),
-        pad(branches.positions, padding),
-    )
+    """What `Branches.sees` says, for a row that is padded to `mask_length`; padding sees itself alone."""
+    tokens = len(branches.positions)
+    length = mask_length(tokens)
+    own_ends = torch.arange(tokens + 1, length + 1, device=branches.ends.device)
+    positions = pad(branches.positions, (0, length - tokens))
+    padded = Branches(branches.stems, torch.cat([branches.ends, own_ends]), positions)
 
     def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return padded.sees(query, key, window)
@@ -41,9 +38,10 @@ def block_mask(branches: Branches, window: int | None) -> BlockMask:
 def visible_blocks(row: Branches, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Which blocks of queries see something of which blocks of keys, and which see all of it.
 
-    Groups lie one after the other, and in each the prompt comes first, then branch after branch. So what two
-    blocks share is at the end of the earlier and at the start of the later, and a block whose first and last token
-    are of one group, or of one branch, is of it as a whole.
+    A token is seen by a run of places, from its own to its end. In a row in preorder, whatever of an earlier block
+    is seen from a later one is seen by the first token of that: a block of keys has a token that is seen from a
+    block of queries if its greatest end is behind the first of these, and is seen whole if its least end is not
+    before the last.
 
     Args:
         row: of a multiple of MASK_BLOCK tokens.
@@ -52,29 +50,30 @@ def visible_blocks(row: Branches, window: int | None) -> tuple[torch.Tensor, tor
     Returns:
         Two (Q, K) bool tensors; the second has no block that the first lacks.
     """
-    parts = (row.group_ids, row.branch_ids, row.positions)
-    group, branch, position = (part.view(-1, MASK_BLOCK) for part in parts)
-    far = len(row.positions)
-    first, last = branch[:, 0], branch[:, -1]
-    earlier = group.new_ones(len(group), len(group), dtype=torch.bool).tril(-1)
-    shared = earlier & (group[:, :1] == group[:, -1])  # the group at the start of Q is the one at the end of K
+    ends, position = (part.view(-1, MASK_BLOCK) for part in (row.ends, row.positions))  # (Q, MASK_BLOCK)
+    firsts = torch.arange(0, len(row.ends), MASK_BLOCK, device=ends.device)[:, None]  # (Q, 1)
+    earlier = ends.new_ones(len(ends), len(ends), dtype=torch.bool).tril(-1)
+    some = earlier & (ends.amax(1) > firsts)
+    every = earlier & (ends.amin(1) >= firsts + MASK_BLOCK)
+    if window is not None:
+        some &= _nearest(ends, position, firsts) < window
+        every &= position.amax(1)[:, None] - position.amin(1) < window
+    return some | torch.eye(len(ends), dtype=torch.bool, device=ends.device), every
 
-    def near(newest_query: torch.Tensor, oldest_key: torch.Tensor) -> torch.Tensor | bool:
-        return window is None or newest_query[:, None] - oldest_key < window
 
-    in_prompt = (group == group[:, -1:]) & (branch == 0)
-    last_of_prompt = torch.where(in_prompt, position, -1).amax(1)
-    first_of_group = torch.where(group == group[:, :1], position, far).amin(1)
-    sees_branch = (first[:, None] == last) & near(position[:, 0], position[:, -1])
-    sees_prompt = (last_of_prompt >= 0) & near(first_of_group, last_of_prompt)
-    some = shared & (sees_branch | sees_prompt)
+def _nearest(ends: torch.Tensor, position: torch.Tensor, firsts: torch.Tensor) -> torch.Tensor:
+    """(Q, K) positions from a key back to the nearest query that sees any of its block, where one does.
 
-    is_whole = group[:, 0] == group[:, -1]
-    first_branch = torch.where(branch == 0, far, branch).amin(1)
-    in_branch = (first_branch == last) & (first[:, None] == last) & (last[:, None] == last)
-    every = shared & is_whole[:, None] & is_whole & ((last == 0) | in_branch)
-    every = every & near(position.amax(1), position.amin(1))
-    return some | torch.eye(len(group), dtype=torch.bool, device=group.device), every
+    What the first of the queries sees of the keys are stems on its own path, the last of them the nearest. A query
+    of a lower position is on another path, and so one behind the last token that both paths have in common: the
+    difference is too small then, but no token sees another of an earlier block less than one position back.
+    """
+    last_end = ends.flip(1).cummax(1).values  # (K, MASK_BLOCK) the greatest end of a key and those after it
+    hidden = torch.searchsorted(last_end, firsts.T.expand(len(ends), -1).contiguous(), right=True)  # (K, Q)
+    newest_key = position.gather(1, (MASK_BLOCK - 1 - hidden).clamp(min=0)).T  # (Q, K)
+    lowest = position.cummin(1).values  # (Q, MASK_BLOCK) the lowest position of a query and those before it
+    seeing = (ends.amax(1) - firsts).clamp(1, MASK_BLOCK)  # (Q, K) queries from the first on that see any key
+    return (lowest.gather(1, seeing - 1) - newest_key).clamp(min=1)
 
 
 def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

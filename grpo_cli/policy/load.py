@@ -125,8 +125,8 @@ def load_pretrained(config: ModelConfig, name: str, loading: Loading = read_whol
     return _dequantised(model) if reads and "gguf_file" in arguments else model
 
 
-def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
-    """Load the tokenizer, with the recipe's chat template.
+def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None, is_offline: bool = False) -> Any:
+    """Load the tokenizer, with the recipe's chat template; if `is_offline`, only if it is on this machine.
 
     Raises:
         UserError: it is not there, or has neither a padding nor an end-of-sequence token.
@@ -135,6 +135,7 @@ def load_tokenizer(config: ModelConfig, *, tokenizer: Any = None) -> Any:
         name = config.tokenizer or config.name
         setting = "model.tokenizer" if config.tokenizer else "model.name"
         folder, arguments = _source(config, name, setting)
+        arguments |= {"local_files_only": True} if is_offline else {}
         tokenizer = _from_pretrained(AutoTokenizer, folder, setting, **arguments)
     if config.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.chat_template)

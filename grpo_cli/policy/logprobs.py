@@ -41,7 +41,7 @@ class PackedModel:
     def checked(
         cls, model: Any, run: Callable[..., Any] | None = None, device: torch.device | None = None
     ) -> PackedModel:
-        """Ask a model, in forward passes of fifteen tokens, which of the fast ways give its own results.
+        """Ask a model, in forward passes of twenty tokens, which of the fast ways give its own results.
 
         Its attention kernel is replaced where it is SDPA and prompts can be shared.
         """
@@ -82,7 +82,7 @@ class PackedModel:
             layout: what computes the attention of a shared-prompt pack, if not `RowLayout`.
 
         Returns:
-            Two (B, T) tensors, 0 on padding.
+            Two (B, T) tensors, 0 on padding and on tokens that were not sampled.
         """
         if layout is None and pack.branches is not None:
             layout = attention.RowLayout(pack.branches)

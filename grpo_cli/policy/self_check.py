@@ -1,4 +1,4 @@
-"""What of a model's log-probabilities can be computed the fast ways, asked of the model itself on fifteen tokens.
+"""What of a model's log-probabilities can be computed the fast ways, asked of the model itself on twenty tokens.
 
 Whether a model may share prompts is two questions, and a low precision's noise must answer neither. Is its
 structure right, so that every layer hands positions, layout and window to its kernel and nothing else mixes
@@ -20,7 +20,8 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from grpo_cli.algorithm.packing import Branches, Group, Pack, pack_groups
+from grpo_cli.algorithm.branches import Branches
+from grpo_cli.algorithm.packing import Group, Pack, pack_groups
 from grpo_cli.errors import one_line
 from grpo_cli.policy import attention
 from grpo_cli.policy.attention import LayerInputs, RowLayout
@@ -104,12 +105,14 @@ def why_not_shared(policy: PackedModel, seed: int = 0) -> str | None:
 
 
 def self_check_groups(vocab_size: int, seed: int) -> tuple[list[Group], list[Group]]:
-    """Two groups of random tokens, and the same with another first completion."""
-    tokens = torch.randint(vocab_size, (15,), generator=torch.Generator().manual_seed(seed)).tolist()
-    other = Group(tokens[8:9], [tokens[9:12]], [2])
-    groups = [Group(tokens[:3], [tokens[3:6], tokens[6:8]], [0, 1]), other]
-    changed = [Group(tokens[:3], [tokens[12:], tokens[6:8]], [0, 1]), other]
-    return groups, changed
+    """A group and a tree of turns, of random tokens, and the same with another first completion."""
+    tokens = torch.randint(vocab_size, (20,), generator=torch.Generator().manual_seed(seed)).tolist()
+    prompt, other_prompt = tokens[:3], tokens[6:8]
+    contexts = [other_prompt[:1], other_prompt, [other_prompt[0], tokens[8]]]
+    turns = [[other_prompt[1], *tokens[9:11]], tokens[11:13], tokens[13:15]]
+    tree = Group(other_prompt[:1], turns, [2, 3, 4], prompts=contexts)
+    first, changed, second = tokens[3:6], tokens[15:18], tokens[18:]
+    return [Group(prompt, [first, second], [0, 1]), tree], [Group(prompt, [changed, second], [0, 1]), tree]
 
 
 def _check_structure(policy: PackedModel, seed: int) -> None:
@@ -209,8 +212,8 @@ class _WatchedLayout(RowLayout):
         """See `TokenLayout.attend`."""
         attended = super().attend(inputs)
         error = (attended.float() - _dense_attention(self.branches, inputs)).abs().max()
-        first = self.branches.groups[0]
-        branch = slice(first.branches_start, first.branches_start + first.branch_lengths[0])
+        first = self.branches.stems[0]
+        branch = slice(first.stop, first.stop + first.branch_lengths[0])
         key, value = inputs.key.clone(), inputs.value.clone()
         key[:, :, branch], value[:, :, branch] = -key[:, :, branch], -value[:, :, branch]
         moved = (attended - super().attend(replace(inputs, key=key, value=value))).float().abs()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from grpo_cli.recipe.data_config import DATA_FILE_SUFFIXES
+from grpo_cli.recipe.episode import EpisodeConfig
 from grpo_cli.recipe.loss_types import types_reading
 from grpo_cli.recipe.schema import (
-    DATA_FILE_SUFFIXES,
-    GenerationConfig,
     LossConfig,
     OptimConfig,
     Recipe,
@@ -20,6 +20,7 @@ from grpo_cli.recipe.schema import (
 )
 from grpo_cli.recipe.section import Section
 from grpo_cli.recipe.strategies import STRATEGIES, names_of
+from grpo_cli.recipe.vllm_arguments import refused_vllm_arguments
 
 Finding = tuple[str, str]
 """Dotted key, message."""
@@ -31,19 +32,14 @@ def contradictions(recipe: Recipe) -> Iterator[Finding]:
     yield from _reward_contradictions(recipe)
     yield from _loss_contradictions(recipe.loss)
     yield from _sampler_contradictions(recipe)
-    yield from _engine_contradictions(recipe.generation)
+    yield from _engine_contradictions(recipe)
     yield from _replay_contradictions(recipe)
     yield from _optim_contradictions(recipe.optim)
     yield from _train_contradictions(recipe.train)
     yield from _distributed_contradictions(recipe)
-    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
-        if data is not None and data.split != "train" and data.name.endswith(DATA_FILE_SUFFIXES):
-            yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
-    if recipe.train.eval_every is not None and recipe.data.eval is None:
-        yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
-    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
-        if data is not None and data.long_prompts != "drop" and data.max_prompt_tokens is None:
-            yield f"{key}.long_prompts", f"does nothing without {key}.max_prompt_tokens; set it too"
+    yield from _data_contradictions(recipe)
+    if recipe.episode is not None:
+        yield from _episode_contradictions(recipe.episode)
 
 
 def _is_set(section: Section, key: str) -> bool:
@@ -69,7 +65,48 @@ def _model_contradictions(recipe: Recipe) -> Iterator[Finding]:
         yield "model.gguf_file", "names a second GGUF file: model.name is one already; keep one of them"
 
 
+OF_ROWS = ("params", "config", "split", "prompt_column", "columns", "prompt_template", "limit")
+"""Keys of `data` that mean nothing without rows."""
+
+
+def _data_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    for key, data in (("data", recipe.data), ("data.eval", recipe.data.eval)):
+        if data is None:
+            continue
+        if data.split != "train" and data.name.endswith(DATA_FILE_SUFFIXES):
+            yield f"{key}.split", f"{data.name} is a file and has no splits; remove it"
+        if data.long_prompts != "drop" and data.max_prompt_tokens is None:
+            yield f"{key}.long_prompts", f"does nothing without {key}.max_prompt_tokens; set it too"
+        if data.long_prompts != "drop" and recipe.environments:
+            yield f"{key}.long_prompts", "must be drop with an environment, which adds to prompts; remove it"
+    if recipe.train.eval_every is not None and recipe.data.eval is None:
+        yield "train.eval_every", "needs data.eval; add it, or remove train.eval_every"
+    if recipe.data.name:
+        return
+    if not recipe.environments:
+        yield "data.name", "is missing"
+    elif None not in recipe.environments:
+        yield "data.name", "is missing: each row's column environment says which of episode.environment it is for"
+    elif recipe.train.epochs is not None:
+        yield "train.epochs", "are passes over data, and there are none; write train.max_steps instead"
+    for name in OF_ROWS:
+        if recipe.environments and _is_set(recipe.data, name):
+            yield f"data.{name}", "does nothing without data.name; set it too, or remove it"
+
+
+def _episode_contradictions(episode: EpisodeConfig) -> Iterator[Finding]:
+    if episode.environment == {}:
+        yield "episode.environment", "names none; add one, or remove it"
+    elif not episode.tools and episode.environment is None:
+        yield "episode", "has neither tools nor an environment, so a completion is one turn; add one, or remove it"
+    repeated = sorted({tool for tool in episode.tools if episode.tools.count(tool) > 1})
+    if repeated:
+        yield "episode.tools", f"names {', '.join(repeated)} twice; remove one"
+
+
 def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    if not recipe.rewards and not recipe.environments:
+        yield "rewards", "is missing or empty; name a reward function"
     names: dict[str, int] = {}
     for index, reward in enumerate(recipe.rewards):
         key = f"rewards.{index}"
@@ -90,7 +127,7 @@ def _reward_contradictions(recipe: Recipe) -> Iterator[Finding]:
                     f"{key}.{setting}",
                     "is for functions: a reward model needs the device that generates; remove it",
                 )
-    if all(reward.weight == 0 for reward in recipe.rewards):
+    if recipe.rewards and not recipe.environments and all(reward.weight == 0 for reward in recipe.rewards):
         yield "rewards", "every weight is 0, so nothing would be learned; set a weight"
 
 
@@ -165,22 +202,8 @@ def _sampler_contradictions(recipe: Recipe) -> Iterator[Finding]:
             )
 
 
-RESERVED_VLLM_ARGUMENTS = {
-    "model": "has a key of its own: model.name",
-    "tokenizer": "has a key of its own: model.tokenizer",
-    "tensor_parallel_size": "has a key of its own: generation.server.tensor_parallel_size",
-    "api_key": "has a key of its own: generation.server.api_key_file",
-    "host": "is not for the user to set: a spawned server listens on this machine alone; remove it",
-    "port": "has a key of its own: generation.server.port",
-} | dict.fromkeys(
-    ("load_format", "logprobs_mode", "worker_extension_cls", "weight_transfer_config", "enable_sleep_mode",
-     "distributed_executor_backend"),
-    "is set by the engine, since training depends on it; remove it",
-)  # fmt: skip
-"""Engine arguments that are not the user's, and why."""
-
-
-def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
+def _engine_contradictions(recipe: Recipe) -> Iterator[Finding]:
+    generation = recipe.generation
     server, engine = generation.server, generation.engine
     if engine != "vllm_server" and server is not None:
         yield "generation.server", f"is for engine: vllm_server (it is {engine}); remove it, or change the engine"
@@ -199,9 +222,8 @@ def _engine_contradictions(generation: GenerationConfig) -> Iterator[Finding]:
         yield "generation.server.api_key_file", "is for urls; a spawned server has a key of its own"
     if generation.vllm and (engine in ("transformers", "replay") or (server is not None and not server.spawn)):
         yield "generation.vllm", "has no server or engine to go to; pass the options to grpo serve, or remove it"
-    for name in generation.vllm:
-        if name.replace("-", "_") in RESERVED_VLLM_ARGUMENTS:
-            yield f"generation.vllm.{name}", RESERVED_VLLM_ARGUMENTS[name.replace("-", "_")]
+    for name, reason in refused_vllm_arguments(generation.vllm, recipe.model.trust_remote_code):
+        yield f"generation.vllm.{name}", reason
 
 
 def _replay_contradictions(recipe: Recipe) -> Iterator[Finding]:

@@ -121,7 +121,7 @@ def _salvage(values: dict[str, Any], broken: list[KeyPath]) -> Recipe | None:
         if isinstance(given, dict) and isinstance(placeholder, dict):
             required = {k: v for k, v in placeholder.items() if (section, k) in broken}
             values[section] = required | given
-        elif not given:
+        elif not given and (section,) in broken:
             values[section] = placeholder
     try:
         return Recipe.model_validate(values)

@@ -9,6 +9,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
+from grpo_cli.recipe.episode import ONE, SEVERAL
 from grpo_cli.recipe.raw import KeyPath, dotted, readable
 from grpo_cli.recipe.schema import Recipe
 
@@ -33,6 +34,7 @@ def describe(detail: Any) -> tuple[KeyPath, str]:
     if "target_modules" in key[:-1]:  # of a union pydantic reports each branch: (..., "list[str]", 0)
         key = key[: key.index("target_modules") + 1]
         return key, f"{dotted(key)} must be a string or a list of strings"
+    key = tuple(part for part in key if part not in (ONE, SEVERAL))
     name, given = dotted(key), detail["input"]
     context = detail.get("ctx", {})
     match detail["type"]:

@@ -74,7 +74,7 @@ def _type_name(info: FieldInfo) -> str:
 def _default(info: FieldInfo) -> str:
     if info.default is PydanticUndefined:
         return "required"
-    return "empty" if info.default in (None, [], {}) else f"`{json.dumps(info.default)}`"
+    return "empty" if info.default in (None, "", [], {}) else f"`{json.dumps(info.default)}`"
 
 
 def _cell(text: str | None) -> str:

@@ -8,55 +8,26 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 
 from grpo_cli.recipe.addresses import server_url
+from grpo_cli.recipe.data_config import DataConfig
+from grpo_cli.recipe.episode import EnvironmentConfig, EpisodeConfig
 from grpo_cli.recipe.loss_types import LOSS_TYPES, LossType, known_type
-from grpo_cli.recipe.raw import is_pipe_or_device
+from grpo_cli.recipe.paths import possible_path
 from grpo_cli.recipe.sampling import Sampling
-from grpo_cli.recipe.section import Section
+from grpo_cli.recipe.section import LONGEST_WAIT_S, Section
 from grpo_cli.recipe.strategies import StrategyName
-
-DATA_FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
 """What every reward function is given beside the columns; no column may have one of these names."""
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
 
-
-LONGEST_WAIT_S = 1e9
-"""Thirty years. Python's clocks overflow soon after."""
-
 MOST_EPOCHS = 1e9
 """So many times the rows of any data set is a number of steps that can be counted."""
-
-LONGEST_FILE_NAME = 255
-"""Bytes, on the file systems of Linux and macOS."""
-
-
-def possible_path(text: str | None) -> str | None:
-    """Return `text` if a file can have that name, so that looking for it cannot fail in odd ways.
-
-    Raises:
-        ValueError: no file can.
-    """
-    if text is None:
-        return None
-    if "\0" in text:
-        raise ValueError("have no null character in it")
-    if any(len(part.encode(errors="surrogateescape")) > LONGEST_FILE_NAME for part in text.split("/")):
-        raise ValueError(f"have at most {LONGEST_FILE_NAME} bytes between two slashes")
-    try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise ValueError("begin with the home folder of a user of this machine, or have no ~") from error
-    if is_pipe_or_device(path):
-        raise ValueError("name a file or a folder, not a pipe or a device")
-    return text
 
 
 class LoraConfig(Section):
@@ -101,38 +72,6 @@ class ModelConfig(Section):
     """Train low-rank adapters instead of all weights. The adapters are float32, also over `dtype: bfloat16`."""
     reference: str | None = None
     """Hub id or folder of the KL reference; the start policy if empty. Needs `loss.beta` above 0."""
-
-
-class EvalDataConfig(Section):
-    _paths = field_validator("name")(possible_path)
-
-    name: str = Field(min_length=1)
-    """Hub id, a `.jsonl`, `.json`, `.csv` or `.parquet` file, a folder of them, or `module:factory`."""
-    config: str | None = None
-    """Name of the Hub dataset's configuration."""
-    split: str = "train"
-    """Split of a Hub dataset, or of a folder whose files are named after their splits."""
-    prompt_column: str = "prompt"
-    """Column that holds the prompt: a string, or a list of chat messages."""
-    columns: dict[str, str] = {}
-    """Renames, old name to new: `{question: prompt}`."""
-    system_prompt: str | None = None
-    """System message put before every prompt; string prompts become one-message chats."""
-    prompt_template: str | None = None
-    """Python format string over the row's columns that makes the prompt: `"Question: {question}"`."""
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """Longest prompt in tokens, chat template included; no limit if empty."""
-    long_prompts: Literal["drop", "truncate_left", "error"] = "drop"
-    """What happens to a prompt over `max_prompt_tokens`."""
-    limit: int | None = Field(default=None, ge=1)
-    """Use only the first rows."""
-
-
-class DataConfig(EvalDataConfig):
-    shuffle: bool = True
-    """Visit the prompts in a new order each epoch, drawn from `train.seed`."""
-    eval: EvalDataConfig | None = None
-    """Prompts that are held out for evaluation; keys as in `data`, none of which are inherited."""
 
 
 class RewardConfig(Section):
@@ -376,10 +315,13 @@ class Recipe(Section):
 
     model: ModelConfig
     """The model that is trained."""
-    data: DataConfig
-    """The prompts."""
-    rewards: list[Annotated[RewardConfig, BeforeValidator(reward_from_string)]] = Field(min_length=1)
-    """The reward functions and their weights."""
+    data: DataConfig = DataConfig()
+    """The prompts. Can be left out where an `episode.environment` makes them."""
+    rewards: list[Annotated[RewardConfig, BeforeValidator(reward_from_string)]] = []
+    """The reward functions and their weights. Can be left out where an `episode.environment` has `get_reward`."""
+    episode: EpisodeConfig | None = None
+    """Tools and environments that the policy acts with, over several turns; see `docs/environments.md`. Without it
+    a completion is one turn."""
     generation: GenerationConfig = GenerationConfig()
     """How completions are sampled."""
     loss: LossConfig = LossConfig()
@@ -392,3 +334,8 @@ class Recipe(Section):
     """What is shown and where it goes."""
     distributed: DistributedConfig = DistributedConfig()
     """Processes and what they share."""
+
+    @property
+    def environments(self) -> dict[str | None, EnvironmentConfig]:
+        """`episode.environments`; none without episodes."""
+        return {} if self.episode is None else self.episode.environments

@@ -6,6 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+LONGEST_WAIT_S = 1e9
+"""Thirty years. Python's clocks overflow soon after."""
+
 
 class Section(BaseModel):
     """Unknown keys are errors, types are not coerced, values do not change."""

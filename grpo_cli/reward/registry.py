@@ -24,6 +24,9 @@ from grpo_cli.reward.reward_model import RewardModel
 
 ENTRY_POINT_GROUP = "grpo_cli.rewards"
 
+ENVIRONMENTS = "environments"
+"""What a reward function may ask for where episodes have environments: the object of each completion's episode."""
+
 
 @dataclass(frozen=True)
 class RewardFunction:
@@ -45,11 +48,17 @@ class RewardFunction:
     """Names of the keyword arguments it takes; None when it has **kwargs."""
     required: frozenset[str]
     """Names of the keyword arguments without a default."""
+    asks_for_environments: bool = False
+    """It has a parameter `environments`."""
 
     @property
     def shares_work(self) -> bool:
-        """Whether a call may hold some groups only, so that processes divide them among themselves."""
-        return self.workers > 0 or getattr(self.call, "scores_each_alone", False)
+        """Whether a call may hold some groups only, so that processes divide them among themselves.
+
+        An environment lives in the process that played its episode, so its groups are scored there.
+        """
+        scores_each_alone = getattr(self.call, "scores_each_alone", False)
+        return self.workers > 0 or self.asks_for_environments or scores_each_alone
 
 
 class BoundFunction(functools.partial[Any]):
@@ -121,19 +130,38 @@ def reward_from_callable(
     return _described(call, RewardConfig(name=shown, weight=float(weight)), "rewards")
 
 
-def check_columns(functions: Sequence[RewardFunction], columns: Sequence[str], setting: str) -> None:
-    """Check that a dataset has what the functions require.
+def check_columns(
+    functions: Sequence[RewardFunction], columns: Sequence[str], setting: str, *, has_environments: bool = False
+) -> None:
+    """Check that the functions can be given what they require.
 
     Args:
         functions: the reward functions.
         columns: the dataset's, without the prompt column.
         setting: `data` or `data.eval`, for the message.
+        has_environments: episodes have environments.
 
     Raises:
-        UserError: a required argument is no column.
+        UserError: a required argument is no column, or a function cannot be given the environments.
     """
+    if has_environments and ENVIRONMENTS in columns:
+        raise UserError(
+            f"{setting}.columns: reward functions get an argument {ENVIRONMENTS}, so no column can have that "
+            f"name; rename it with {setting}.columns: {{{ENVIRONMENTS}: {ENVIRONMENTS}_in_data}}"
+        )
     for function in functions:
-        missing = sorted(function.required.difference(REWARD_ARGUMENTS, columns))
+        if has_environments and function.asks_for_environments and isinstance(function.call, IsolatedFunction):
+            raise UserError(
+                f"reward {function.name} asks for {ENVIRONMENTS}, which are not in the process of its own that "
+                "isolate gives it; remove isolate, or the argument"
+            )
+        given = (*REWARD_ARGUMENTS, *columns, *([ENVIRONMENTS] if has_environments else []))
+        missing = sorted(function.required.difference(given))
+        if ENVIRONMENTS in missing:
+            raise UserError(
+                f"reward {function.name} asks for {ENVIRONMENTS}, and there are none; add episode.environment, or "
+                "give the argument a default"
+            )
         if missing:
             raise UserError(
                 f"reward {function.name} needs the column {', '.join(missing)}, which {setting} does not have "
@@ -230,6 +258,7 @@ def _isolated(config: RewardConfig, setting: str) -> RewardFunction:
         config.workers,
         call.accepts,
         call.required,
+        ENVIRONMENTS in call.required.union(call.accepts or ()),
     )
 
 
@@ -254,8 +283,12 @@ def _described(call: Callable[..., Any], config: RewardConfig, setting: str) -> 
             "called with keyword arguments: prompts, completions, completion_ids and the dataset's columns"
         )
     required = frozenset(p.name for p in needed if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+    # With **kwargs too, it has to name them: what it is called with then depends on how many processes there are.
+    asks = any(p.name == ENVIRONMENTS for p in _parameters(call) or [])
+    if isinstance(call, BoundFunction) and ENVIRONMENTS in call.keywords:
+        asks = False
     return RewardFunction(
-        name, config.weight, call, config.timeout_s, config.on_error, config.workers, accepts, required
+        name, config.weight, call, config.timeout_s, config.on_error, config.workers, accepts, required, asks
     )
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
 from grpo_cli.reward.isolated import IsolatedFailure, IsolatedFunction, IsolatedTimeout
-from grpo_cli.reward.registry import RewardFunction, is_async
+from grpo_cli.reward.registry import ENVIRONMENTS, RewardFunction, is_async
 from grpo_cli.reward.values import Unusable, checked_values, shortened
 
 logger = logging.getLogger("grpo_cli")
@@ -56,9 +56,13 @@ class ScoringBatch:
     """Token ids of each completion."""
     columns: dict[str, list[Any]]
     """The dataset's other columns."""
+    environments: list[Any] | None = None
+    """The object of each completion's episode as it was left, where episodes have environments."""
 
     def __post_init__(self) -> None:
         lists = {"prompts": self.prompts, "completion_ids": self.completion_ids, **self.columns}
+        if self.environments is not None:
+            lists[ENVIRONMENTS] = self.environments
         for name, values in lists.items():
             if len(values) != len(self.completions):
                 raise ValueError(f"{name} has {len(values)} entries for {len(self.completions)} completions")
@@ -288,6 +292,8 @@ def _prepared(function: RewardFunction, batch: ScoringBatch) -> Callable[[], Any
         for name, values in offered.items()
         if function.accepts is None or name in function.accepts
     }
+    if batch.environments is not None and function.asks_for_environments:
+        arguments[ENVIRONMENTS] = list(batch.environments)  # themselves: there is one of each
     return lambda: function.call(**arguments)
 
 

@@ -29,15 +29,26 @@ class BackgroundScorer:
     """A run's scorer and the threads of its functions, which last over the steps.
 
     The threads are daemons, since Python cannot end one that hangs: they keep no process alive.
+
+    Args:
+        scorer: of the run.
+        ranks: the processes that train together.
+        plays_on_main: rank 0 has all environments. Otherwise each rank has those of the groups that it owns.
     """
 
-    def __init__(self, scorer: Scorer, ranks: Ranks) -> None:
+    def __init__(self, scorer: Scorer, ranks: Ranks, *, plays_on_main: bool = False) -> None:
         self.scorer = scorer
         self.ranks = ranks
+        self.shared = [
+            k
+            for k, function in enumerate(scorer.functions)
+            if function.shares_work and not (plays_on_main and function.asks_for_environments)
+        ]
+        """Columns of the functions that each rank calls with the groups that it owns; rank 0 calls the others."""
         self.jobs: dict[int, Jobs] = {}
         """By column, what its function's workers wait for."""
         for k, function in enumerate(scorer.functions):
-            if function.workers:
+            if function.workers and k in self.shared:
                 self.jobs[k] = jobs = Jobs()
                 for _ in range(function.workers):
                     Thread(target=_work, args=(jobs,), daemon=True, name=f"reward {function.name}").start()
@@ -72,7 +83,7 @@ class RolloutScores:
             RewardError: a reward function failed on an earlier group. With several ranks, `result` tells them all.
         """
         ranks = self._background.ranks
-        if not ranks.owns(index):
+        if not ranks.owns(index) or group.is_lost(0):
             return
         if ranks.world_size == 1:
             self._raise_failures()
@@ -99,20 +110,25 @@ class RolloutScores:
             RewardError: a reward function failed.
         """
         ranks, scorer, size = self._background.ranks, self._background.scorer, rollout.num_generations
-        own = [index for index in range(len(rollout.prompts)) if ranks.owns(index)]
-        at_once = [k for k, function in enumerate(scorer.functions) if not function.shares_work]
-        scores = np.empty((len(rollout.prompts), size, len(scorer.functions)))
+        there = [index for index in range(len(rollout.prompts)) if not rollout.is_lost(index)]
+        own = [index for index in there if ranks.owns(index)]
+        shared = self._background.shared
+        at_once = [k for k in range(len(scorer.functions)) if k not in shared]
+        scores = np.full((len(rollout.prompts), size, len(scorer.functions)), np.nan)
+        if not there:
+            return scores.reshape(len(rollout.completions), -1)
+        whole = rollout if len(there) == len(rollout.prompts) else Rollout.joined(map(rollout.group, there))
         with self:
             for index in own:
                 if index not in self._added:
                     self.add(index, rollout.group(index))
             if at_once:
-                together = ranks.led(lambda: self._at_once(rollout, at_once))
-                scores[:, :, at_once] = together.reshape(len(rollout.prompts), size, -1)
-            shared = [k for k, function in enumerate(scorer.functions) if function.shares_work]
+                together = ranks.led(lambda: self._at_once(whole, at_once))
+                scores[np.ix_(there, range(size), at_once)] = together.reshape(len(there), size, -1)
             parts = ranks.together(lambda: self._own_scores(rollout, own)) if shared else []
             for rank, part in enumerate(parts):
-                scores[rank :: len(parts), :, shared] = part[:, :, shared]
+                of_rank = [index for index in there if index % len(parts) == rank]
+                scores[np.ix_(of_rank, range(size), shared)] = part[:, :, shared]
         return scores.reshape(len(rollout.completions), -1)
 
     def _at_once(self, rollout: Rollout, columns: Sequence[int]) -> np.ndarray:
@@ -123,8 +139,7 @@ class RolloutScores:
     def _own_scores(self, rollout: Rollout, own: Sequence[int]) -> np.ndarray:
         """(P, G, K) of this rank's groups, by functions that share the work."""
         scorer, size = self._background.scorer, rollout.num_generations
-        functions = enumerate(scorer.functions)
-        at_hand = [k for k, function in functions if function.shares_work and not function.workers]
+        at_hand = [k for k in self._background.shared if not scorer.functions[k].workers]
         scores = np.full((len(own), size, len(scorer.functions)), np.nan)
         if own and at_hand:
             batch = Rollout.joined([rollout.group(index) for index in own]).scoring_batch()

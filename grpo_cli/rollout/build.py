@@ -16,7 +16,7 @@ from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
-from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.engine import RolloutEngine, TurnEngine
 from grpo_cli.rollout.over_ranks import LedEngine, SplitEngine
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.replay import ReplayEngine
@@ -37,6 +37,8 @@ class EngineParts:
     note: Callable[[str], None]
     ranks: Ranks
     strategy: Strategy
+    drive: Callable[[TurnEngine], RolloutEngine]
+    """Makes whole completions of an engine's turns."""
 
     def weights(self) -> PolicyWeights:
         """For an engine that must be given the policy's weights."""
@@ -54,7 +56,8 @@ def build_engine(parts: EngineParts) -> RolloutEngine:
 
 def _embedded(parts: EngineParts) -> RolloutEngine:
     ranks, strategy = parts.ranks, parts.strategy
-    own = EmbeddedEngine(parts.policy, parts.tokenizer, parts.recipe.generation, parts.autocast, parts.note)
+    generation = parts.recipe.generation
+    own = parts.drive(EmbeddedEngine(parts.policy, parts.tokenizer, generation, parts.autocast, parts.note))
     is_alone = ranks.world_size == 1 and not strategy.shards_weights
     return own if is_alone else SplitEngine(own, ranks, strategy.whole_model)
 
@@ -65,13 +68,14 @@ def _vllm(parts: EngineParts) -> RolloutEngine:
     count, model, tokenizer = parts.ranks.world_size, parts.policy.model, parts.tokenizer
     if count > 1:
         raise UserError(f"generation.engine: vllm is for one process, and {count} train; write vllm_server")
-    return VllmEngine(model, parts.weights(), tokenizer, parts.recipe.generation, eos_token_ids(model, tokenizer))
+    eos = eos_token_ids(model, tokenizer)
+    return parts.drive(VllmEngine(model, parts.weights(), tokenizer, parts.recipe.generation, eos))
 
 
 def _over_servers(parts: EngineParts) -> RolloutEngine:
     ranks, weights = parts.ranks, parts.weights()
-    made: list[ServerEngine] = []
-    ranks.led(lambda: made.append(_connected(parts, weights)))
+    made: list[RolloutEngine] = []
+    ranks.led(lambda: made.append(parts.drive(_connected(parts, weights))))
     return made[0] if ranks.world_size == 1 else LedEngine(made[0] if made else None, ranks, weights)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.distributed.outcome import outcome_of, result_of
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError
@@ -40,7 +42,7 @@ class SplitEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -64,7 +66,14 @@ class SplitEngine:
             )
 
         with self._whole_model():
-            parts = self._ranks.together(generate_own)
+            there: list[list[Completion]] = []
+
+            def without_environments() -> list[list[Completion]]:
+                there.extend(generate_own())
+                return [without_environment(group) for group in there]
+
+            parts = self._ranks.together(without_environments)
+        parts[self._ranks.rank] = there
         return [parts[index % len(parts)][index // len(parts)] for index in range(len(prompts))]
 
     def release_memory(self) -> None:
@@ -74,6 +83,14 @@ class SplitEngine:
     def close(self) -> None:
         """See `RolloutEngine.close`."""
         self._engine.close()
+
+
+def without_environment(group: Sequence[Completion]) -> list[Completion]:
+    """A group as other ranks are told of it: an environment stays in the process that played it."""
+    return [
+        completion if completion.environment is None else replace(completion, environment=None)
+        for completion in group
+    ]
 
 
 class LedEngine:
@@ -116,7 +133,7 @@ class LedEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -132,7 +149,7 @@ class LedEngine:
 
         def tell(index: int, group: list[Completion]) -> None:
             with self._lock:
-                self._ranks.tell(("group", (index, group)))
+                self._ranks.tell(("group", (index, without_environment(group))))
             came(index, group)
 
         def generate(engine: RolloutEngine) -> None:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.rollout.engine import Completion, OnGroup, SampledRow, SampleKey
 
-NEEDED_COLUMNS = ("prompt_ids", "completion_ids", "logprobs", "finish_reason", "completion")
+NEEDED_COLUMNS = ("prompt", "prompt_ids", "completion_ids", "logprobs", "finish_reason", "completion")
+EPISODE_COLUMNS = ("sampled", "turns", "earlier")
+"""That runs of episodes have, too."""
+
+ROW_COLUMNS = {
+    "prompt_ids": ("prompt_ids", pa.list_(pa.int32())),
+    "completion_ids": ("token_ids", pa.list_(pa.int32())),
+    "logprobs": ("logprobs", pa.list_(pa.float32())),
+}
+"""By column: the field of a completion's last row that it holds, and its type."""
+
+SAMPLED = pa.list_(pa.bool_())
+EARLIER_ROW = pa.struct([*ROW_COLUMNS.values(), ("sampled", SAMPLED)])
 STEP_PLACE, PROMPT_PLACE = 2, 3
 """Of a training rollout's key: (seed, stream, step, prompt)."""
 
@@ -20,6 +35,13 @@ STEP_PLACE, PROMPT_PLACE = 2, 3
 def completions_file(folder: Path, step: int) -> Path:
     """Where a run stores the completions of a step, counted from 1."""
     return folder / "completions" / f"step-{step:06d}.parquet"
+
+
+def as_text(completion: Completion) -> str:
+    """A completion's text, or as JSON the conversation that it is."""
+    if completion.messages is None:
+        return completion.text
+    return json.dumps(completion.messages, ensure_ascii=False, default=str)
 
 
 def check_stored(folder: Path, steps: int) -> None:
@@ -66,7 +88,7 @@ class ReplayEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -84,25 +106,25 @@ class ReplayEngine:
                 on_group(index, groups[index])
         return groups
 
-    def _group(self, prompt: Sequence[int], step: int, place: int, size: int) -> list[Completion]:
+    def _group(self, prompt: Prompt, step: int, place: int, size: int) -> list[Completion]:
         rows = self._rows(step)[place * size : (place + 1) * size]
-        if len(rows) < size or any(row["prompt_ids"] != list(prompt) for row in rows):
+        completions = [_completion(row, prompt) for row in rows]
+        # What an environment says is stored with its prompt, so that one is taken as it is.
+        given = [one for one in completions if one.prompt is None]
+        if len(rows) < size or any(one.prompt_ids is not None for one in given):
             path = completions_file(self._folder, step)
             raise RunError(
                 f"generation.replay: {path} does not hold {size} completions of prompt {place} of step {step}; "
                 "data, train.seed, prompts_per_step and num_generations must be that run's"
             )
-        return [
-            Completion(row["completion_ids"], row["logprobs"], row["finish_reason"], row["completion"])
-            for row in rows
-        ]
+        return completions
 
     def _rows(self, step: int) -> list[dict[str, Any]]:
         if self._read[0] != step:
             path = completions_file(self._folder, step)
             try:
-                self._read = step, pq.read_table(path, columns=list(NEEDED_COLUMNS)).to_pylist()
-            except (OSError, pa.ArrowException) as error:
+                self._read = step, _rows_of(path)
+            except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
                 raise RunError(f"generation.replay: {path} cannot be read: {error}") from error
         return self._read[1]
 
@@ -111,3 +133,33 @@ class ReplayEngine:
 
     def close(self) -> None:
         """See `RolloutEngine.close`."""
+
+
+def _rows_of(path: Path) -> list[dict[str, Any]]:
+    """A file's rows, if its pages have the checksums with which they were written."""
+    stored = [name for name in (*NEEDED_COLUMNS, *EPISODE_COLUMNS) if name in pq.read_schema(path).names]
+    table = pq.read_table(path, columns=stored, page_checksum_verification=True)
+    table.validate(full=True)
+    rows: list[dict[str, Any]] = table.to_pylist()
+    return rows
+
+
+def _completion(row: dict[str, Any], prompt: Prompt) -> Completion:
+    """The completion that a row of the table holds, after this prompt."""
+    sampled = row.get("sampled")
+    single = Completion(row["completion_ids"], row["logprobs"], row["finish_reason"], row["completion"], sampled)
+    if "turns" not in row:
+        return single if row["prompt_ids"] == prompt.token_ids else replace(single, prompt_ids=row["prompt_ids"])
+    content, prompt_ids = json.loads(row["prompt"]), row["prompt_ids"]
+    earlier = tuple(SampledRow(**entry) for entry in row["earlier"])
+    first = earlier[0].prompt_ids if earlier else prompt_ids
+    messages = json.loads(row["completion"])
+    return replace(
+        single,
+        text="\n".join(str(one["content"]) for one in messages if one["role"] == "assistant"),
+        messages=messages,
+        turns=row["turns"],
+        prompt=replace(prompt, content=content, token_ids=first),
+        prompt_ids=prompt_ids if earlier else None,
+        earlier=earlier,
+    )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from grpo_cli.algorithm.packing import Group
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.reward.scorer import ScoringBatch
-from grpo_cli.rollout.engine import Completion, RolloutEngine, SampleKey
+from grpo_cli.rollout.engine import Completion, RolloutEngine, SampledRow, SampleKey
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Rollout:
     """G."""
 
     @classmethod
-    def joined(cls, parts: Sequence[Rollout]) -> Rollout:
+    def joined(cls, parts: Iterable[Rollout]) -> Rollout:
         """One rollout of the groups of several, in their order; at least one."""
+        parts = list(parts)
         return cls(
             [prompt for part in parts for prompt in part.prompts],
             [completion for part in parts for completion in part.completions],
@@ -35,36 +37,69 @@ class Rollout:
         size = self.num_generations
         return Rollout([self.prompts[index]], self.completions[size * index : size * (index + 1)], size)
 
-    def groups(self) -> list[Group]:
-        """The P groups, as packing takes them."""
+    @cached_property
+    def rows(self) -> list[SampledRow]:
+        """R rows, at least one of each completion, in their order."""
+        return [row for rows in self.rows_by_completion for row in rows]
+
+    @cached_property
+    def row_owners(self) -> list[int]:
+        """R places of the completion that a row is of."""
+        return [place for place, rows in enumerate(self.rows_by_completion) for _ in rows]
+
+    @cached_property
+    def rows_by_completion(self) -> list[list[SampledRow]]:
+        """The rows of each of the N completions."""
         size = self.num_generations
-        return [
-            Group(
-                prompt.token_ids,
-                [completion.token_ids for completion in self.completions[size * index : size * (index + 1)]],
-                range(size * index, size * (index + 1)),
+        return [completion.rows(self.prompts[i // size]) for i, completion in enumerate(self.completions)]
+
+    def is_lost(self, index: int) -> bool:
+        """Whether there is nothing of the group of this prompt."""
+        size = self.num_generations
+        return any(one.finish_reason == "lost" for one in self.completions[size * index : size * (index + 1)])
+
+    def groups(self) -> list[Group]:
+        """The P groups, as packing takes them; their samples are places among the R rows."""
+        size = self.num_generations
+        groups, first = [], 0
+        for index, prompt in enumerate(self.prompts):
+            of_prompt = self.rows_by_completion[size * index : size * (index + 1)]
+            rows = [row for of_completion in of_prompt for row in of_completion]
+            sampled = [row.sampled or [True] * len(row.token_ids) for row in rows]
+            begin_alike = all(row.prompt_ids == rows[0].prompt_ids for row in rows)
+            groups.append(
+                Group(
+                    rows[0].prompt_ids if rows else prompt.token_ids,
+                    [row.token_ids for row in rows],
+                    range(first, first + len(rows)),
+                    sampled if any(row.sampled is not None for row in rows) else None,
+                    None if begin_alike else [row.prompt_ids for row in rows],
+                )
             )
-            for index, prompt in enumerate(self.prompts)
-        ]
+            first += len(rows)
+        return groups
 
     def scoring_batch(self) -> ScoringBatch:
         """What reward functions see: every list has N entries."""
-        repeated = [prompt for prompt in self.prompts for _ in range(self.num_generations)]
+        given = [prompt for prompt in self.prompts for _ in range(self.num_generations)]
+        repeated = [one.prompt or prompt for one, prompt in zip(self.completions, given, strict=True)]
         columns = list(self.prompts[0].columns) if self.prompts else []
+        plays = any(completion.messages is not None for completion in self.completions)
         return ScoringBatch(
             prompts=[prompt.content for prompt in repeated],
             completions=[
-                as_reply(completion.text, prompt)
+                as_reply(completion.text, prompt) if completion.messages is None else completion.messages
                 for prompt, completion in zip(repeated, self.completions, strict=True)
             ],
             completion_ids=[list(completion.token_ids) for completion in self.completions],
             columns={name: [prompt.columns[name] for prompt in repeated] for name in columns},
+            environments=[completion.environment for completion in self.completions] if plays else None,
         )
 
     def num_tokens(self) -> int:
-        """Prompt and completion tokens, the prompt counted once for each completion, as TRL counts them."""
+        """Prompt tokens and sampled ones, the prompt counted once for each completion, as TRL counts them."""
         prompts = sum(len(prompt.token_ids) for prompt in self.prompts) * self.num_generations
-        return prompts + sum(len(completion.token_ids) for completion in self.completions)
+        return prompts + sum(completion.num_sampled for completion in self.completions)
 
 
 def generate_rollout(
@@ -87,7 +122,7 @@ def generate_rollout(
         on_group(index, Rollout([prompts[index]], list(completions), num_generations))
 
     groups = engine.generate(
-        [prompt.token_ids for prompt in prompts],
+        prompts,
         [(*key, first + index) for index in range(len(prompts))],
         num_generations,
         on_group=None if on_group is None else finished,

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
-from fastapi import APIRouter, HTTPException
+from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from vllm.utils import random_uuid
 
@@ -24,6 +24,9 @@ from grpo_cli.serve.protocol import (
 )
 from grpo_cli.serve.sampling import sampled_tokens, sampling_params
 from grpo_cli.serve.weights import WeightStore, label, while_alive
+
+MAX_BODY_BYTES = 32 * 2**20
+"""Of a request to our own routes. A million tokens, or the names of a hundred thousand tensors, take a third."""
 
 
 def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
@@ -48,13 +51,19 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
         )
 
     @router.post(protocol.GENERATE)
-    async def generate(request: GenerateRequest) -> Response:
+    async def generate(request: GenerateRequest, client: Request) -> Response:
         check_request(request, engine.model_config)
         check_weights(request.weights, store)
         answer = asyncio.create_task(_generate(engine, store, request))
-        done, _ = await asyncio.wait({answer}, timeout=protocol.HEARTBEAT_S)
-        if done:  # what is wrong with the request shows at once, while there can be a status for it
+        gone = asyncio.create_task(_disconnected(client))
+        await asyncio.wait({answer, gone}, timeout=protocol.HEARTBEAT_S, return_when=asyncio.FIRST_COMPLETED)
+        has_gone = gone.done()
+        gone.cancel()
+        if answer.done():  # what is wrong with the request shows at once, while there can be a status for it
             return Response(answer.result().model_dump_json(), media_type="application/json")
+        if has_gone:
+            answer.cancel()
+            return Response()  # nobody reads it
         return StreamingResponse(_with_heartbeat(answer, engine, store), media_type="application/json")
 
     @router.post(protocol.BEGIN_WEIGHTS)
@@ -110,12 +119,20 @@ async def _generate(engine: Any, store: WeightStore, request: GenerateRequest) -
     outputs = engine.generate({"prompt_token_ids": request.token_ids}, params, random_uuid())
     *_, output = [output async for output in outputs]  # one, since only the final one was asked for
     versions = {span.version for part in output.outputs for span in part.weight_versions or []}
-    if weights is not None and versions != {label(weights)}:
+    # Those that the server started with have no label; generation only resumes once others have their name.
+    is_whole = store.weights is None if weights is None else versions == {label(weights)}
+    if not is_whole:
         return GenerateResponse(weights=weights, interrupted="the weights changed while it was generated")
     try:
         return GenerateResponse(weights=weights, completions=sampled_tokens(output))
     except InterruptedError as error:
         return GenerateResponse(weights=weights, interrupted=str(error))
+
+
+async def _disconnected(client: Request) -> None:
+    """Return when the client closes its connection. Its request has been read, so nothing else can come."""
+    while (await client.receive())["type"] != "http.disconnect":
+        pass
 
 
 async def _with_heartbeat(
@@ -172,3 +189,26 @@ class Gate:
             await JSONResponse({"detail": self.store.refusing}, 503)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+
+class BodyLimit:
+    """ASGI middleware: a body that is larger than any that our routes need is not read into memory."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or not scope["path"].startswith(protocol.PREFIX):
+            await self.app(scope, receive, send)
+            return
+        size = 0
+
+        async def limited() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > MAX_BODY_BYTES:  # whatever length was announced, if any
+                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes")
+            return message
+
+        await self.app(scope, limited, send)

@@ -29,6 +29,9 @@ from grpo_cli.serve.lock import Lock, is_loopback, make_key_file
 KEY_FILE = Path("~/.config/grpo/server-key")
 """Where a key is generated when the server must have one and none was given."""
 
+MAX_HEAD_BYTES = 64 * 2**10
+"""Of what is kept of a request before its key can be checked, unless the user says otherwise."""
+
 OWN_OPTIONS = {
     "--api-key": "the key would be seen in the list of processes; write it to a file and use --api-key-file",
     "--worker-extension-cls": "grpo serve sets it",
@@ -122,8 +125,12 @@ def parse(options: ServeOptions) -> Namespace:
             raise UserError(f"grpo serve: {message}")
 
     parser = make_arg_parser(Parser(prog="grpo serve", allow_abbrev=False))
-    # No web page needs this server, and a line for each request would bury what the engine says.
-    parser.set_defaults(allowed_origins=[], uvicorn_log_level="warning", disable_uvicorn_access_log=True)
+    parser.set_defaults(
+        allowed_origins=[],  # no web page needs this server
+        uvicorn_log_level="warning",
+        disable_uvicorn_access_log=True,  # a line for each request would bury what the engine says
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+    )
     arguments = parser.parse_args(vllm_arguments(options))
     if arguments.model_tag is not None:
         raise UserError(f"grpo serve: {arguments.model_tag} belongs to no option")
@@ -248,6 +255,7 @@ def http_options(arguments: Namespace) -> dict[str, Any]:
     same = ("host", "port", "enable_ssl_refresh", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
             "ssl_ciphers", "h11_max_incomplete_event_size", "h11_max_header_count")  # fmt: skip
     return {name: getattr(arguments, name) for name in same} | {
+        "http": "h11",  # the faster parser has no limits: whoever reaches the port could fill the memory
         "log_level": arguments.uvicorn_log_level,
         "access_log": not arguments.disable_uvicorn_access_log,
         "timeout_graceful_shutdown": 5,  # what waits for a dead engine waits for ever
@@ -259,14 +267,14 @@ async def build_app(engine: Any, store: Any, arguments: Namespace, key: str | No
     from vllm.entrypoints.launchers.api_server.app_state import init_app_state
     from vllm.entrypoints.launchers.app import build_app as build_vllm_app
 
-    from grpo_cli.serve.routes import Gate, grpo_routes
+    from grpo_cli.serve.routes import BodyLimit, Gate, grpo_routes
 
     tasks = await engine.get_supported_tasks()
     app = build_vllm_app(arguments, tasks, engine.model_config)
     await init_app_state(engine, app.state, arguments, tasks)
     app.include_router(grpo_routes(engine, store))
     # Outside of everything, error handlers included: nothing is answered without the key.
-    app.middleware_stack = Lock(Gate(app.build_middleware_stack(), store), key)
+    app.middleware_stack = Lock(Gate(BodyLimit(app.build_middleware_stack()), store), key)
     return app
 
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Awaitable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fastapi import HTTPException
 
 from grpo_cli.errors import one_line
 from grpo_cli.serve import wire
+from grpo_cli.serve.own_folder import OwnFolder
 from grpo_cli.serve.protocol import (
     STAGING_FILE,
     BeginWeights,
@@ -29,7 +26,7 @@ from grpo_cli.serve.protocol import (
 ALIVE_CHECK_S = 1.0
 """Between two looks at whether an engine that has not answered is still there."""
 
-FOLDER_PREFIX, PROBE = "grpo-serve-", "instance"
+FOLDER_PREFIX = "grpo-serve-"
 
 Answer = TypeVar("Answer")
 
@@ -53,13 +50,9 @@ class WeightStore:
         """Whether generation has stopped: what is asked for now waits for the next whole set."""
         self._begun: BeginWeights | None = None
         self._lock = asyncio.Lock()
-        sweep(memory_folder())
-        self._folder = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=memory_folder()))  # mode 0700
-        self.probe = self._folder / PROBE
-        self._probe_file = self.probe.open("w")
-        fcntl.flock(self._probe_file, fcntl.LOCK_EX)  # until this process ends, however it does
-        self._probe_file.write(self.instance)
-        self._probe_file.flush()
+        # A whole model lies in it, so that what killed servers have left must go.
+        self._folder = OwnFolder(FOLDER_PREFIX, memory_folder(), self.instance)
+        self.probe = self._folder.owner
 
     async def begin(self, request: BeginWeights) -> Staging:
         """Finish what is in flight, stop generating, and make room for a set of weights."""
@@ -75,7 +68,7 @@ class WeightStore:
             return Staging(path=path)
 
     def _make_room(self, size: int) -> str:
-        path = self._folder / STAGING_FILE
+        path = self._folder.path / STAGING_FILE
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
             try:
@@ -101,7 +94,7 @@ class WeightStore:
                 "digest": request.digest,
             }
             if begun.rendezvous is None:
-                update["path"] = str(self._folder / STAGING_FILE)
+                update["path"] = str(self._folder.path / STAGING_FILE)
             else:
                 update["rendezvous"] = begun.rendezvous.model_dump()
                 update["timeout_s"] = begun.rendezvous.timeout_s
@@ -124,9 +117,7 @@ class WeightStore:
             return Committed(weights=request.weights, digest=digests[0])
 
     def close(self) -> None:
-        self._probe_file.close()
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self._folder)
+        self._folder.remove()
 
 
 def label(weights: Weights) -> str:
@@ -149,13 +140,3 @@ async def while_alive(engine: Any, call: Awaitable[Answer]) -> Answer:
 def memory_folder() -> str:
     """Where files live in memory; the folder for temporary files if there is no such place."""
     return "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-
-
-def sweep(parent: str) -> None:
-    """Remove what servers of this user that were killed have left, a whole model each."""
-    for folder in Path(parent).glob(f"{FOLDER_PREFIX}*"):
-        with contextlib.suppress(OSError), (folder / PROBE).open("r+") as probe:
-            # The lock goes with its process; a file that is still empty is of a server that starts right now.
-            fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if probe.read():
-                shutil.rmtree(folder)

@@ -161,22 +161,32 @@ def join_group(
         timeout_s: of the rendezvous and of each broadcast.
         device: of this process, for nccl.
     """
+    group = make_group(backend, store, rank, world_size, host, timeout_s)
+    connect(group, backend, device)
+    return group
+
+
+def make_group(backend: str, store: Any, rank: int, world_size: int, host: str, timeout_s: float) -> Any:
+    """The first half of `join_group`, after which there is something that can be left."""
     timeout = timedelta(seconds=timeout_s)
     if backend == "nccl":
         nccl = dist.ProcessGroupNCCL
         options = nccl.Options()
         options._timeout = timeout
         with _blocking_wait():
-            group = nccl(store, rank, world_size, options)
-        # The ranks connect at the first message, which must come while the environment is right for it.
-        broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device))
-        return group
+            return nccl(store, rank, world_size, options)
     gloo = dist.ProcessGroupGloo
     options = gloo._Options()
     options._timeout = timeout
     options._threads = 2
     options._devices = [gloo.create_device(hostname=host)]
     return gloo(store, rank, world_size, options)
+
+
+def connect(group: Any, backend: str, device: torch.device) -> None:
+    """NCCL's ranks connect at the first message, which must come while the environment is right for it."""
+    if backend == "nccl":
+        broadcast(group, torch.zeros(1, dtype=torch.uint8, device=device))
 
 
 _one_at_a_time = threading.Lock()

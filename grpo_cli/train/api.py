@@ -58,6 +58,8 @@ def train(
     callbacks: Sequence[Any] = (),
     optimizer: Any = None,
     engine: Engine | None = None,
+    tools: Sequence[Callable[..., Any]] | None = None,
+    environment: Any = None,
     resume: bool = False,
     overrides: Sequence[str] = (),
     console: Console | None = None,
@@ -76,8 +78,11 @@ def train(
         callbacks: objects with methods of `grpo_cli.Callback`.
         optimizer: a torch optimizer over all of `model`'s trainable parameters, with a learning rate of its own;
             of the recipe's `optim` section `scheduler`, `warmup_ratio` and `max_grad_norm` apply.
-        engine: what generates, in place of `generation.engine`: an object with the methods of `RolloutEngine`, or
-            a function that is given the recipe's engine and returns the one to use.
+        engine: what generates, in place of `generation.engine`: an object with the methods of `TurnEngine` or
+            `RolloutEngine`, or a function that is given the recipe's engine and returns the one to use.
+        tools: functions that the policy may call, in place of `episode.tools`.
+        environment: the class of each episode's environment, or classes by name, of which each row's column
+            `environment` names one; in place of `episode.environment`.
         resume: continue from the last checkpoint in `train.output_dir`.
         overrides: `key.path=value` strings, as with `--set`.
         console: where to print.
@@ -93,7 +98,9 @@ def train(
     if optimizer is not None and model is None:
         raise UserError("optimizer: an optimizer object needs the model object whose parameters it holds")
     functions = [rewards] if callable(rewards) else rewards
-    objects = Objects(model, tokenizer, functions, train_data, eval_data, callbacks, optimizer, engine)
+    objects = Objects(
+        model, tokenizer, functions, train_data, eval_data, callbacks, optimizer, engine, tools, environment
+    )
     loaded = recipe_with_objects(recipe, objects, overrides)
     strategy = resolve_strategy(loaded.distributed, os.environ)
     ranks = Ranks.join(needs_group=STRATEGIES[strategy].needs_group)

@@ -8,30 +8,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import set_seed
 
 from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
 from grpo_cli.data.prompts import PromptDataset
-from grpo_cli.data.rows import PromptRows, load_rows
+from grpo_cli.data.rows import PromptRows, recipe_rows
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.distributed.strategies import make_strategy
+from grpo_cli.episode.cast import Cast
+from grpo_cli.episode.driver import Driver
+from grpo_cli.errors import UserError
 from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.reference import Reference, reference_model
-from grpo_cli.recipe.schema import Recipe
+from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.recipe.strategies import StrategyName
 from grpo_cli.recipe.unused import unused_settings
 from grpo_cli.reward.registry import check_columns, resolve_rewards, reward_from_callable
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.build import EngineParts, build_engine
-from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.embedded.engine import eos_token_ids
+from grpo_cli.rollout.engine import RolloutEngine, TurnEngine
 from grpo_cli.rollout.over_ranks import SplitEngine
 from grpo_cli.train.guards import autocast_for
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.loss_function import resolve_loss
+from grpo_cli.train.manifest import faults
 from grpo_cli.train.objects import Engine, Objects
 from grpo_cli.train.optim import build_optimizer, build_scheduler, check_coverage
 from grpo_cli.train.rollouts import Rollouts
@@ -60,26 +67,63 @@ def assemble(
         UserError: something that the recipe names cannot be used.
     """
     loss = resolve_loss(recipe.loss)
-    rows, eval_rows = _prompt_rows(recipe, objects)
-    scorer = _scorer(recipe, objects, [rows, eval_rows])
+    check_whole_models(recipe.model, ranks)
+    rows, eval_rows = recipe_rows(recipe, objects.train_data, objects.eval_data)
+    cast = Cast.of(recipe, objects.tools, objects.environment)
+    scorer = _scorer(recipe, objects, [rows, eval_rows], cast)
     tokenizer = load_tokenizer(recipe.model, tokenizer=objects.tokenizer)
-    template = recipe.model.chat_template_kwargs
+    template = recipe.model.chat_template_kwargs | cast.template_kwargs
     dataset = PromptDataset(rows, tokenizer, chat_template_kwargs=template)
     eval_dataset = PromptDataset(eval_rows, tokenizer, chat_template_kwargs=template) if eval_rows else None
     train = recipe.train
     num_steps = train.number_of_steps(len(dataset)) * train.num_iterations * train.optimizer_steps_per_rollout
     learner = _learner(recipe, objects, ranks, strategy, tokenizer, loss, num_steps, with_reference=with_reference)
-    engine = _engine(recipe, objects.engine, learner, note)
+    engine = _engine(recipe, objects.engine, learner, cast, note)
     sampler = PromptSampler(len(dataset), train.prompts_per_step, train.seed, recipe.data.shuffle)
     return Rollouts(recipe, ranks, engine, scorer, dataset, eval_dataset, sampler), learner
 
 
-def _engine(recipe: Recipe, given: Engine | None, learner: Learner, note: Callable[[str], None]) -> RolloutEngine:
+def check_whole_models(config: ModelConfig, ranks: Ranks) -> None:
+    """See that models which a run of ours has written, as `final/` or a checkpoint, are as they were written.
+
+    Raises:
+        UserError: a file of one is broken.
+    """
+    for setting, name in (("name", config.name), ("reference", config.reference), ("tokenizer", config.tokenizer)):
+        if name is not None:
+            check_whole(Path(name), f"model.{setting}", ranks)
+
+
+def check_whole(folder: Path, setting: str, ranks: Ranks) -> None:
+    """The same for one folder, or the folder of one file; nothing if it has no manifest.
+
+    Raises:
+        UserError: a file of it is broken.
+    """
+    folder = folder.expanduser() if folder.suffix != ".gguf" else folder.expanduser().parent
+    for fault in chain(*ranks.together(lambda: faults(folder, ranks.rank, ranks.world_size))):
+        raise UserError(f"{setting}: {folder} is damaged: {fault}; put the file back from a copy")
+
+
+def _engine(
+    recipe: Recipe, given: Engine | None, learner: Learner, cast: Cast, note: Callable[[str], None]
+) -> RolloutEngine:
     """The recipe's engine, or a caller's own: with several processes each rank's generates what the rank owns."""
     ranks = learner.ranks
-    if isinstance(given, RolloutEngine):
-        return given if ranks.world_size == 1 else SplitEngine(given, ranks, nullcontext)
-    parts = EngineParts(recipe, learner.policy, learner.tokenizer, learner.autocast, note, ranks, learner.strategy)
+
+    def drive(engine: TurnEngine) -> RolloutEngine:
+        world = cast.world(recipe, learner.tokenizer, eos_token_ids(learner.model, learner.tokenizer))
+        return Driver(engine, recipe.generation.max_completion_tokens, world, note)
+
+    if isinstance(given, RolloutEngine) and recipe.episode is not None:
+        what = f"engine: {type(given).__name__} gives whole completions, so it cannot wait for tools"
+        raise UserError(f"{what}; give it a method stream, or remove episode")
+    if isinstance(given, (RolloutEngine, TurnEngine)):
+        own = given if isinstance(given, RolloutEngine) else drive(given)
+        return own if ranks.world_size == 1 else SplitEngine(own, ranks, nullcontext)
+    parts = EngineParts(
+        recipe, learner.policy, learner.tokenizer, learner.autocast, note, ranks, learner.strategy, drive
+    )
     engine = build_engine(parts)
     return engine if given is None else given(engine)
 
@@ -119,15 +163,12 @@ def _learner(
     )
 
 
-def _prompt_rows(recipe: Recipe, objects: Objects) -> tuple[PromptRows, PromptRows | None]:
-    """The training prompts, and the held-out ones if there are any, before tokenisation."""
-    train_rows = load_rows(recipe.data, setting="data", data=objects.train_data)
-    if recipe.data.eval is None:
-        return train_rows, None
-    return train_rows, load_rows(recipe.data.eval, setting="data.eval", data=objects.eval_data)
-
-
-def _scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | None]) -> Scorer:
+def _scorer(
+    recipe: Recipe,
+    objects: Objects,
+    rows: Sequence[PromptRows | None],
+    cast: Cast,
+) -> Scorer:
     """The reward functions, checked against the columns that they will be given.
 
     Raises:
@@ -147,8 +188,9 @@ def _scorer(recipe: Recipe, objects: Objects, rows: Sequence[PromptRows | None])
         functions = resolve_rewards(recipe.rewards)
     for part in rows:
         if part is not None:
-            check_columns(functions, part.columns, part.setting)
-    return Scorer(functions)
+            check_columns(functions, part.columns, part.setting, has_environments=bool(cast.kinds))
+            cast.check_rows(part.columns, part.setting)
+    return Scorer(cast.with_rewards(functions))
 
 
 def agree_on_sharing(ranks: Ranks, models: Mapping[str, PackedModel]) -> None:

@@ -28,6 +28,7 @@ from grpo_cli.policy.export import (
 from grpo_cli.train.disk import writing
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.manifest import FileSum
+from grpo_cli.train.metrics import METRICS, write_record
 from grpo_cli.train.optim import restore_schedule
 from grpo_cli.train.run_folder import list_checkpoints
 from grpo_cli.train.whole_files import seal, write_whole
@@ -79,6 +80,7 @@ def save_checkpoint(
             with writing(partial / "scheduler.pt"):
                 torch.save(learner.scheduler.state_dict(), partial / "scheduler.pt")
             (partial / "position.json").write_text(json.dumps(asdict(position)), encoding="utf-8")
+            write_record(partial, folder / METRICS)
         # By who has written it: rank 0 could not flush it to a shared disk, and would have to fetch it first.
         return seal(partial, [part])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from grpo_cli.errors import EXPECTED_ERRORS, one_line
+from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.metrics import Metrics
 
@@ -92,8 +93,9 @@ class Display:
         for index in range(min(limit, len(rollout.prompts))):
             row = index * rollout.num_generations
             scores = [f"{score:.3g}" for score in rewards[row].tolist()]
-            prompt, completion = rollout.prompts[index].content, rollout.completions[row].text
-            table.add_row(ending(prompt), beginning(completion), *scores)
+            completion = rollout.completions[row]
+            prompt = completion.prompt or rollout.prompts[index]
+            table.add_row(ending(prompt.content), conversation(completion), *scores)
         self.console.print(table)
 
 
@@ -112,6 +114,24 @@ def ending(content: str | list[dict[str, Any]]) -> str:
 def beginning(text: str) -> str:
     """The first characters of a completion, safe to print."""
     return printable(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
+
+
+def conversation(completion: Completion) -> str:
+    """The first characters of what was said, or of each message of an episode, safe to print."""
+    if completion.messages is None or len(completion.messages) == 1:
+        return beginning(completion.text)
+    lines = []
+    for message in completion.messages:
+        called = [as_call(**one["function"]) for one in message.get("tool_calls", [])]
+        said = [str(message["content"])] if message["content"] else []
+        lines.append(f"{message.get('name') or message['role']}: {beginning(' '.join([*said, *called]))}")
+    ended = "" if completion.finish_reason == "stop" else f"\n({completion.finish_reason})"
+    return "\n".join(lines) + ended
+
+
+def as_call(name: str, arguments: Mapping[str, Any]) -> str:
+    """`add(a=1, b=2)`."""
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,7 @@ from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, RolloutEngine
 from grpo_cli.rollout.rollout import generate_rollout
-from grpo_cli.train.metrics import Metrics, completion_metrics, reward_metrics
+from grpo_cli.train.metrics import Metrics, completion_metrics, episode_metrics, reward_metrics
 
 EVAL_STREAM = 1
 """Evaluations draw from their own stream of random numbers, the same at every step, so that they compare."""
@@ -62,7 +62,7 @@ def evaluate(
         completions.extend(rollout.completions)
     all_rewards = torch.cat(rewards)  # (N, K)
     metrics = reward_metrics(all_rewards, scorer.names, scorer.weights, num_generations)
-    metrics |= completion_metrics(completions)
+    metrics |= completion_metrics(completions) | episode_metrics(completions)
     total = weighted_sum(all_rewards, scorer.weights).view(-1, num_generations)  # (P, G)
     for k in pass_at or sorted({1, num_generations}):
         metrics[f"pass@{k}"] = pass_at_k(total, k, pass_reward)

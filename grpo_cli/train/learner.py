@@ -35,7 +35,7 @@ from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.guards import Autocast
 from grpo_cli.train.metrics import MetricMeans, Metrics
 from grpo_cli.train.not_finite import BackwardPass, NotFinite
-from grpo_cli.train.step_data import OldLogprobs, StepData, rows_of, share
+from grpo_cli.train.step_data import OldLogprobs, StepData, share
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Learner:
         parts = []
         for places in plan_minibatches(len(data.kept), self.recipe.train.optimizer_steps_per_rollout):
             part = [data.kept[place] for place in places]
-            mask = data.mask[rows_of(part, generation.num_generations)]
+            mask = data.mask[data.rows_of(part)]
             normalizer = loss_normalizer(mask, loss, generation.max_completion_tokens)
             parts.append(Part(self._packs([groups[i] for i in part if data.forwarded[i]]), normalizer))
         return parts
@@ -90,7 +90,7 @@ class Learner:
         Groups stay whole. Where the ranks must run alike, all have as many packs, at least one.
         """
         configured = self.recipe.train.max_tokens_per_microbatch
-        longest = max((len(group.prompt) for group in groups), default=0)
+        longest = max((len(context) for group in groups for context in group.contexts), default=0)
         budget = configured or automatic_microbatch_tokens(self.ranks.device.type, longest)
         own = deal_groups(groups, self.ranks.world_size)[self.ranks.rank]
         packs = pack_groups(own, budget, shared_prompt=self.policy.shares_prompts)
@@ -100,7 +100,7 @@ class Learner:
         return packs
 
     def reference_logprobs(self, groups: Sequence[Group], shape: torch.Size) -> torch.Tensor | None:
-        """(N, T) log π_ref of these groups' tokens, 0 elsewhere; None without a reference."""
+        """(R, T) log π_ref of these groups' tokens, 0 elsewhere; None without a reference."""
         if self.reference is None:
             return None
         packs = self._packs(groups)
@@ -146,7 +146,7 @@ class Learner:
         packs: Sequence[Pack],
         shape: torch.Size,
     ) -> torch.Tensor:
-        """(N, T) log-probabilities or entropies of the packs' tokens under `model`, 0 elsewhere."""
+        """(R, T) log-probabilities or entropies of the packs' tokens under `model`, 0 elsewhere."""
         found = []
         with evaluating(model.model):
             for pack in packs:
@@ -235,7 +235,7 @@ class Learner:
             # A schedule that goes on before the optimizer's first step is taken for a mistake.
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             return
-        found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, data.advantages)))
+        found = NotFinite.joined(self.ranks.gather(NotFinite.of(self._passes, data.row_advantages)))
         raise RunError(
             f"step {data.step + 1}: numbers are not finite in {count} optimizer step{'s in a row' * (count > 1)}, "
             f"one more than train.max_skipped_steps ({most}) allows; the weights are those from before. "

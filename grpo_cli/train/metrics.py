@@ -7,12 +7,13 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from grpo_cli.algorithm.advantages import flat_groups, nan_std, weighted_sum
 from grpo_cli.algorithm.losses import LossOutput, MeasuredLoss
@@ -24,6 +25,12 @@ from grpo_cli.train.disk import writing
 from grpo_cli.train.whole_files import write_text
 
 Metrics = dict[str, float]
+
+METRICS, RECORD = "metrics.jsonl", "record.json"
+"""The file of a run, and the file of a checkpoint that says what that held."""
+
+TIMES = ("time/", "tokens_per_second")
+"""How the names of those metrics begin that differ from run to run."""
 
 
 class MetricMeans:
@@ -135,15 +142,34 @@ def _std_or_nan(values: torch.Tensor) -> float:
 
 
 def completion_metrics(completions: Sequence[Completion]) -> Metrics:
-    """Lengths in tokens, of all completions and of those that ended by themselves."""
-    lengths = [len(completion.token_ids) for completion in completions]
-    terminated = [len(c.token_ids) for c in completions if c.finish_reason == "stop"]
-    metrics = {"completions/clipped_ratio": 1 - len(terminated) / len(completions)}
+    """Lengths in sampled tokens, of all completions and of those that were not cut off at their limit."""
+    played = [completion for completion in completions if completion.finish_reason != "lost"] or completions
+    lengths = [completion.num_sampled for completion in played]
+    terminated = [one.num_sampled for one in played if one.finish_reason != "length"]
+    metrics = {"completions/clipped_ratio": 1 - len(terminated) / len(played)}
     for kind, values in (("", lengths), ("terminated_", terminated or [0])):
         metrics[f"completions/mean_{kind}length"] = statistics.fmean(values)
         metrics[f"completions/min_{kind}length"] = min(values)
         metrics[f"completions/max_{kind}length"] = max(values)
     return metrics
+
+
+def episode_metrics(completions: Sequence[Completion]) -> Metrics:
+    """What episodes did; nothing where completions are single turns. Names beginning with `tools/` are TRL's."""
+    if all(completion.messages is None for completion in completions):
+        return {}
+    played = [completion for completion in completions if completion.finish_reason != "lost"] or completions
+    calls = sum(completion.tools.calls for completion in played)
+    return {
+        "rollout/turns_mean": statistics.fmean(completion.turns for completion in played),
+        "rollout/lost_completions": len([one for one in completions if one.finish_reason == "lost"]),
+        "tools/call_frequency": calls / len(played),
+        "tools/failure_frequency": sum(one.tools.failures for one in played) / max(calls, 1),
+        "tools/latency_s": sum(one.tools.seconds for one in played) / max(calls, 1),
+        "tools/unknown_name_total": sum(one.tools.unknown_names for one in played),
+        "tools/timeout_total": sum(one.tools.timeouts for one in played),
+        "env/reset_s": statistics.fmean(one.reset_s for one in played),
+    }
 
 
 class MetricsFile:
@@ -169,6 +195,39 @@ class MetricsFile:
         rows = read_metrics(self.path)
         rows[-1] |= finite_or_none(metrics)
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_record(checkpoint: Path, metrics: Path) -> None:
+    """Note in a checkpoint what `metrics.jsonl` says of the steps up to it, if there is such a file."""
+    if metrics.exists():
+        (checkpoint / RECORD).write_text(json.dumps(_record_of(read_metrics(metrics))), encoding="utf-8")
+
+
+def check_record(checkpoint: Path, metrics: Path, note: Callable[[str], None]) -> None:
+    """See that `metrics.jsonl` still says what it said when a checkpoint was written.
+
+    Checkpoints of older versions do not tell. `note` is told of a file that is gone, and begins anew.
+
+    Raises:
+        RunError: it says something else.
+    """
+    if not (checkpoint / RECORD).exists():
+        return
+    if not metrics.exists():
+        return note(f"{metrics} is gone: it begins anew after {checkpoint.name}")
+    written = json.loads((checkpoint / RECORD).read_text(encoding="utf-8"))
+    if _record_of(read_metrics(metrics)[: written["rows"]]) != written:
+        rows = written["rows"]
+        raise RunError(
+            f"--resume: {metrics} is damaged: its first {rows} rows are not those of {checkpoint.name}; "
+            "put it back from a copy; or remove it, and the run goes on without the rows of the steps before"
+        )
+
+
+def _record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Number and checksum of rows, without times, so that the checkpoints of a run do not differ by them."""
+    timeless = [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+    return {"rows": len(rows), "xxh3_128": xxhash.xxh3_128_hexdigest(json.dumps(timeless).encode())}
 
 
 def finite_or_none(metrics: Metrics) -> dict[str, float | None]:

@@ -26,7 +26,7 @@ class BackwardPass:
 
 @dataclass(frozen=True)
 class NotFinite:
-    """Places of completions in the step's tensors, by what was not finite about them."""
+    """Places of rows in the step's tensors, by what was not finite about them."""
 
     advantages: list[int]
     logprobs: list[int]
@@ -35,7 +35,7 @@ class NotFinite:
 
     @classmethod
     def of(cls, passes: Sequence[BackwardPass], advantages: torch.Tensor) -> NotFinite:
-        """What is not finite in the passes of one optimizer step, with the step's (N,) advantages."""
+        """What is not finite in the passes of one optimizer step, with the step's (R,) advantages."""
         found = cls([], [], [])
         for one in passes:
             found.advantages.extend(one.samples[~advantages[one.samples].isfinite()].tolist())
@@ -83,10 +83,11 @@ class NotFinite:
 def _places(rows: Sequence[int], rollout: Rollout) -> str:
     """`prompt 2 (completions 1, 3), prompt 5 (completion 1), ...`, counted from 1, and the first prompt's end."""
     size = rollout.num_generations
+    places = list(dict.fromkeys(rollout.row_owners[row] for row in rows))
     named = []
-    for prompt, of_prompt in groupby(rows, lambda row: row // size):
-        numbers = [str(row % size + 1) for row in of_prompt]
+    for prompt, of_prompt in groupby(places, lambda place: place // size):
+        numbers = [str(place % size + 1) for place in of_prompt]
         named.append(f"prompt {prompt + 1} (completion{'s' * (len(numbers) > 1)} {', '.join(numbers)})")
     more = f" and {len(named) - MOST_PROMPTS} more prompts" if len(named) > MOST_PROMPTS else ""
-    first = ending(rollout.prompts[rows[0] // size].content)
+    first = ending(rollout.prompts[places[0] // size].content)
     return f"{', '.join(named[:MOST_PROMPTS])}{more} of this step; the first of these prompts ends in {first!r}"

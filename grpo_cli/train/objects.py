@@ -11,14 +11,14 @@ from grpo_cli.errors import UserError
 from grpo_cli.recipe.load import read_recipe, validate
 from grpo_cli.recipe.overrides import apply_override
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.engine import RolloutEngine, TurnEngine
 
 IN_MEMORY = "in-memory"
 """Stands in the written recipe for a model or data that came as an object."""
 
 
-Engine = RolloutEngine | Callable[[RolloutEngine], RolloutEngine]
-"""A rollout engine, or a function that makes it of the recipe's."""
+Engine = RolloutEngine | TurnEngine | Callable[[RolloutEngine], RolloutEngine]
+"""What generates whole completions or turns, or a function that makes it of the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class Objects:
     callbacks: Sequence[Any] = ()
     optimizer: Any = None
     engine: Engine | None = None
+    tools: Sequence[Callable[..., Any]] | None = None
+    environment: Any = None
 
 
 def recipe_with_objects(
@@ -61,6 +63,7 @@ def recipe_with_objects(
             raise UserError("model: a model object without a name needs its tokenizer too; pass tokenizer=")
     if objects.engine is not None:
         _check_engine(objects.engine, values)
+    _name_episode(objects, values)
     if objects.train_data is not None:
         values["data"] = {"name": IN_MEMORY, **(values.get("data") or {})}
     if objects.eval_data is not None:
@@ -82,14 +85,28 @@ def recipe_with_objects(
     return validate(raw)
 
 
+def _name_episode(objects: Objects, values: dict[str, Any]) -> None:
+    """Name tools and environments that came as objects in the recipe's `episode`."""
+    if objects.tools is None and objects.environment is None:
+        return
+    episode = dict(values.get("episode") or {})
+    if objects.tools is not None:
+        episode["tools"] = [path_of(tool) for tool in objects.tools]
+    if isinstance(objects.environment, Mapping):
+        episode["environment"] = {name: path_of(one) for name, one in objects.environment.items()}
+    elif objects.environment is not None:
+        episode["environment"] = path_of(objects.environment)
+    values["episode"] = episode
+
+
 def _check_engine(engine: Engine, values: Mapping[str, Any]) -> None:
     """Raise UserError for an object that is no engine, or one beside an engine that the recipe names."""
-    if not isinstance(engine, RolloutEngine):
+    if not isinstance(engine, (RolloutEngine, TurnEngine)):
         if callable(engine):
             return
         raise UserError(
-            f"engine: {type(engine).__name__} lacks one of the methods of an engine: update_weights, generate, "
-            "release_memory, close"
+            f"engine: {type(engine).__name__} lacks one of the methods of an engine: update_weights, generate or "
+            "stream, release_memory, close"
         )
     named = [key for key in ("engine", "server", "vllm", "replay") if (values.get("generation") or {}).get(key)]
     if named:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint
 from grpo_cli.train.disk import explained, writing
 from grpo_cli.train.display import Display
 from grpo_cli.train.learner import Learner
-from grpo_cli.train.metrics import Metrics, MetricsFile, StepClock, read_metrics
+from grpo_cli.train.metrics import METRICS, Metrics, MetricsFile, StepClock, check_record, read_metrics
 from grpo_cli.train.rollouts import Rollouts
 from grpo_cli.train.run_folder import folder_of, hold_run_folder, open_run_folder, whole_checkpoint
 from grpo_cli.train.run_lock import RunLock
@@ -87,11 +88,12 @@ class Recorder:
         self._ranks.led(enter)
         self.resumed_from = whole_checkpoint(self.folder, self._ranks, self.display.note)
         if self.resumed_from is not None:
+            self._ranks.led(partial(check_record, self.resumed_from, self.folder / METRICS, self.display.note))
             self.position = load_checkpoint(self.resumed_from, learner)
         if self._ranks.is_main:
             steps_done = self._synced_steps = self.position.step
             remove_completions_after(self.folder, steps_done)
-            self._metrics_file = MetricsFile(self.folder / "metrics.jsonl", steps_done)
+            self._metrics_file = MetricsFile(self.folder / METRICS, steps_done)
             self._trackers = Trackers(self.recipe, steps_done)
 
     def start(self) -> None:
@@ -214,7 +216,7 @@ class Recorder:
 
     def _sync_record(self) -> None:
         """Flush what the steps up to here have left: after their checkpoint they are not run again."""
-        files = [self.folder / "metrics.jsonl"]
+        files = [self.folder / METRICS]
         for step in range(self._synced_steps + 1, self.position.step + 1):
             files.append(completions_file(self.folder, step))
         with explained(self.folder):

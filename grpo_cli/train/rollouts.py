@@ -18,13 +18,16 @@ from grpo_cli.algorithm.packing import Group
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.episode.environments import EnvironmentReward
+from grpo_cli.errors import RunError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer, RolloutScores
 from grpo_cli.rollout.engine import RolloutEngine
+from grpo_cli.rollout.over_ranks import LedEngine
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.evaluate import PASS_REWARD, evaluate
-from grpo_cli.train.metrics import Metrics, StepClock, completion_metrics, reward_metrics
+from grpo_cli.train.metrics import Metrics, StepClock, completion_metrics, episode_metrics, reward_metrics
 from grpo_cli.train.step_data import StepData, rows_of, token_tensors, trained_completions
 
 TRAIN_STREAM = 0
@@ -38,7 +41,7 @@ class ReferenceScorer(Protocol):
     """What a rollout needs of the learner."""
 
     def reference_logprobs(self, groups: Sequence[Group], shape: torch.Size) -> torch.Tensor | None:
-        """(N, T) log π_ref of these groups' tokens, 0 elsewhere; None without a reference."""
+        """(R, T) log π_ref of these groups' tokens, 0 elsewhere; None without a reference."""
         ...
 
 
@@ -73,7 +76,8 @@ class Rollouts:
     clock: StepClock = field(default_factory=StepClock)
 
     def __post_init__(self) -> None:
-        self._background = BackgroundScorer(self.scorer, self.ranks)
+        plays_on_main = isinstance(self.engine, LedEngine)
+        self._background = BackgroundScorer(self.scorer, self.ranks, plays_on_main=plays_on_main)
 
     @property
     def max_steps(self) -> int:
@@ -104,7 +108,7 @@ class Rollouts:
         rollout, kept = groups.rollout, groups.kept
         with self.clock("train"):
             trained = trained_completions(rollout, mask_truncated=loss.mask_truncated)  # (N,)
-            mask, sampling_logprobs = token_tensors(rollout, trained)  # (N, T)
+            mask, sampling_logprobs = token_tensors(rollout, trained)  # (R, T)
             needed = groups_to_forward(torch.zeros(len(trained)), trained, self.group_size, loss)  # (P,)
             packed = rollout.groups()
             ref_logprobs = reference.reference_logprobs([packed[i] for i in kept if needed[i]], mask.shape)
@@ -112,10 +116,12 @@ class Rollouts:
             rewards = groups.rewards()  # (N, K)
         advantages = self._advantages(rewards, kept)  # (N,)
         forwarded = groups_to_forward(advantages, trained, self.group_size, loss)  # (P,)
-        metrics = groups.metrics | completion_metrics(rollout.completions)
+        metrics = groups.metrics | completion_metrics(rollout.completions) | episode_metrics(rollout.completions)
         metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(packed)
         metrics["sync/bytes"] = sync_bytes
         metrics |= reward_metrics(rewards, self.scorer.names, self.scorer.weights, self.group_size)
+        own = [one.call for one in self.scorer.functions if isinstance(one.call, EnvironmentReward)]
+        metrics |= {"env/reward_s": sum(reward.take_seconds() for reward in own)} if own else {}
         epoch = self.sampler.epoch(step + 1)
         return StepData(
             step,
@@ -123,6 +129,7 @@ class Rollouts:
             kept,
             rewards,
             advantages,
+            torch.tensor(rollout.row_owners),
             mask,
             sampling_logprobs,
             ref_logprobs,
@@ -141,9 +148,8 @@ class Rollouts:
         drop, wanted = self.recipe.loss.drop_zero_variance_groups, self.recipe.train.prompts_per_step
         rollout, scores = self._generate(step, self.sampler.at(step), first=0)
         if not drop:
-            return SampledGroups(
-                rollout, list(range(wanted)), lambda: torch.from_numpy(scores.result(rollout)), {}
-            )
+            kept = [index for index in range(wanted) if not rollout.is_lost(index)]
+            return SampledGroups(rollout, kept, lambda: torch.from_numpy(scores.result(rollout)), {})
         rewards = self._wait(scores, rollout)
         kept = self._with_spread(rewards)
         rounds = 0
@@ -165,6 +171,8 @@ class Rollouts:
             rollout = generate_rollout(
                 self.engine, prompts, key, self.group_size, first=first, on_group=scores.add
             )
+        if all(map(rollout.is_lost, range(len(prompts)))):
+            raise RunError(f"step {step + 1}: no environment could be reset; the notes above say why")
         return rollout, scores
 
     def _wait(self, scores: RolloutScores, rollout: Rollout) -> torch.Tensor:

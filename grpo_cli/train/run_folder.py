@@ -71,7 +71,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, note: Callable[[str], None
     if changed:
         raise UserError(
             f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
-            "Change them back, or start a new run in another train.output_dir"
+            f"Change them back to what {recipe_file} says, or start a new run in another train.output_dir"
         )
 
 

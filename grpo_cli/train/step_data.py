@@ -16,7 +16,10 @@ from grpo_cli.train.metrics import Metrics
 
 @dataclass(frozen=True)
 class StepData:
-    """N completions of P prompts, at most T tokens each; tensors lie on the CPU."""
+    """N completions of P prompts in R rows of at most T tokens each; tensors lie on the CPU.
+
+    A completion is one row, unless its chat template writes the history anew.
+    """
 
     step: int
     """Counted from 0."""
@@ -26,25 +29,35 @@ class StepData:
     """The groups that the step trains on."""
     rewards: torch.Tensor  # (N, K), NaN where a function did not apply
     advantages: torch.Tensor  # (N,)
-    mask: torch.Tensor  # (N, T) 1 on tokens that are trained on
-    sampling_logprobs: torch.Tensor  # (N, T) NaN where the engine did not report one
-    ref_logprobs: torch.Tensor | None  # (N, T)
+    owners: torch.Tensor  # (R,) < N
+    mask: torch.Tensor  # (R, T) 1 on tokens that are trained on
+    sampling_logprobs: torch.Tensor  # (R, T) NaN where the engine did not report one
+    ref_logprobs: torch.Tensor | None  # (R, T)
     forwarded: torch.Tensor  # (P,) False for groups without a gradient
     epoch: float
     """Passes over the prompts after this step."""
     metrics: Metrics
 
+    @property
+    def row_advantages(self) -> torch.Tensor:
+        """(R,)"""
+        return self.advantages[self.owners]
+
+    def rows_of(self, groups: Sequence[int]) -> torch.Tensor:
+        """The places of the rows of some groups."""
+        group_of = self.owners // self.rollout.num_generations  # (R,)
+        return torch.isin(group_of, torch.tensor(groups, dtype=torch.long)).nonzero()[:, 0]
+
     def of(self, pack: Pack) -> PackData:
         """The share of one pack, on its device."""
         reference = None if self.ref_logprobs is None else share(self.ref_logprobs, pack)
-        return PackData(
-            share(self.advantages, pack), share(self.mask, pack), share(self.sampling_logprobs, pack), reference
-        )
+        advantages = share(self.row_advantages, pack)
+        return PackData(advantages, share(self.mask, pack), share(self.sampling_logprobs, pack), reference)
 
 
 @dataclass(frozen=True)
 class PackData:
-    """A pack's B completions of at most T tokens; tensors lie on the pack's device."""
+    """A pack's B rows of at most T tokens; tensors lie on the pack's device."""
 
     advantages: torch.Tensor  # (B,)
     mask: torch.Tensor  # (B, T) 1 on tokens that are trained on
@@ -56,8 +69,8 @@ class OldLogprobs:
     """log π_old: of each token under the policy as it was before the step's first update.
 
     Args:
-        scored: (N, T), on the CPU.
-        is_scored: (N,), whether a completion's row of it holds something.
+        scored: (R, T), on the CPU.
+        is_scored: (R,), whether a row of it holds something.
     """
 
     def __init__(self, scored: torch.Tensor, is_scored: torch.Tensor) -> None:
@@ -82,7 +95,7 @@ class OldLogprobs:
 
 
 def share(values: torch.Tensor, pack: Pack) -> torch.Tensor:
-    """(N,) or (N, T) values of a whole step to the (B,) or (B, T) of a pack, on its device."""
+    """(R,) or (R, T) values of a whole step to the (B,) or (B, T) of a pack, on its device."""
     own = values[pack.samples]
     if own.dim() == 2:
         own = own[:, : pack.mask.shape[1]]
@@ -105,14 +118,16 @@ def token_tensors(rollout: Rollout, trained: torch.Tensor) -> tuple[torch.Tensor
     """The mask of a rollout and what its engine says of its tokens.
 
     Args:
-        rollout: N completions.
+        rollout: N completions in R rows.
         trained: (N,), from `trained_completions`.
 
     Returns:
-        (N, T) 1 on tokens that are trained on, and (N, T) log-probabilities under what sampled them.
+        (R, T) 1 on tokens that are trained on, and (R, T) log-probabilities under what sampled them.
     """
-    sampled = [torch.tensor(completion.logprobs) for completion in rollout.completions]
-    sampling_logprobs = pad_sequence(sampled, batch_first=True)  # (N, T)
-    lengths = torch.tensor([len(completion.token_ids) for completion in rollout.completions])
-    mask = (torch.arange(sampling_logprobs.shape[1]) < lengths[:, None]) & trained[:, None]
+    sampling_logprobs = pad_sequence([torch.tensor(row.logprobs) for row in rollout.rows], batch_first=True)
+    lengths = torch.tensor([len(row.token_ids) for row in rollout.rows])
+    mask = (torch.arange(sampling_logprobs.shape[1]) < lengths[:, None]) & trained[rollout.row_owners][:, None]
+    for own, row in zip(mask, rollout.rows, strict=True):
+        if row.sampled is not None:
+            own[: len(row.sampled)] &= torch.tensor(row.sampled, dtype=torch.bool)
     return mask.float(), sampling_logprobs

@@ -18,7 +18,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
-from grpo_cli.rollout.replay import completions_file
+from grpo_cli.rollout.replay import EARLIER_ROW, ROW_COLUMNS, SAMPLED, as_text, completions_file
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.disk import writing
 from grpo_cli.train.metrics import Metrics
@@ -101,7 +101,7 @@ def remove_completions_after(folder: Path, step: int) -> None:
 def save_completions(
     folder: Path, step: int, rollout: Rollout, names: Sequence[str], rewards: Any, advantages: Any
 ) -> None:
-    """Write one step's completions to `completions/step-00000N.parquet`; prompts that are chats as JSON text.
+    """Write one step's completions to `completions/step-00000N.parquet`; chats as JSON text.
 
     Token ids and their log-probabilities are what `engine: replay` trains on again.
 
@@ -114,23 +114,25 @@ def save_completions(
         advantages: (N,).
     """
     batch = rollout.scoring_batch()
-    prompt_ids = [prompt.token_ids for prompt in rollout.prompts for _ in range(rollout.num_generations)]
+    last = [rows[-1] for rows in rollout.rows_by_completion]
     columns: dict[str, Any] = {
         "step": [step] * len(rollout.completions),
         "prompt": [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in batch.prompts],
-        "completion": [completion.text for completion in rollout.completions],
-        "tokens": [len(completion.token_ids) for completion in rollout.completions],
+        "completion": [as_text(completion) for completion in rollout.completions],
+        "tokens": [completion.num_sampled for completion in rollout.completions],
         "finish_reason": [completion.finish_reason for completion in rollout.completions],
         "advantage": advantages.tolist(),
     }
     columns |= {f"reward/{name}": rewards[:, index].tolist() for index, name in enumerate(names)}
-    logprobs = [completion.logprobs for completion in rollout.completions]
-    columns |= {
-        "prompt_ids": pa.array(prompt_ids, pa.list_(pa.int32())),
-        "completion_ids": pa.array(batch.completion_ids, pa.list_(pa.int32())),
-        "logprobs": pa.array(logprobs, pa.list_(pa.float32())),
-    }
+    for name, (key, kind) in ROW_COLUMNS.items():
+        columns[name] = pa.array([vars(row)[key] for row in last], kind)
+    if any(completion.messages is not None for completion in rollout.completions):
+        columns["sampled"] = pa.array([row.sampled for row in last], SAMPLED)
+        columns["turns"] = [completion.turns for completion in rollout.completions]
+        columns["tool_calls"] = [completion.tools.calls for completion in rollout.completions]
+        earlier = [[vars(row) for row in completion.earlier] for completion in rollout.completions]
+        columns["earlier"] = pa.array(earlier, pa.list_(EARLIER_ROW))
     path = completions_file(folder, step)
     path.parent.mkdir(exist_ok=True)
     with writing(path):
-        pq.write_table(pa.table(columns), path, compression="zstd")
+        pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)

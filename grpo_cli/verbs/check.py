@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from grpo_cli.data.rows import PromptRows, load_rows
+from grpo_cli.data.rows import PromptRows, recipe_rows
+from grpo_cli.episode.cast import Cast
 from grpo_cli.errors import UserError
 from grpo_cli.plan.fit import check_fit, gpu_of, memory_rows
 from grpo_cli.plan.memory import trained_parameters
@@ -26,6 +29,7 @@ from grpo_cli.rollout.replay import check_stored
 from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
 from grpo_cli.train.loss_function import load_loss_function
+from grpo_cli.verbs.check_episode import check_episode
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
 """Completions that the reward functions are tried on. They must cope with anything that a model may write."""
@@ -43,16 +47,17 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
         UserError: something that the recipe names is missing or does not work, or the run does not fit into the
             memory of GPUs that are given or found here.
     """
-    rows = load_rows(recipe.data)
-    eval_rows = load_rows(recipe.data.eval, setting="data.eval") if recipe.data.eval else None
+    rows, eval_rows = recipe_rows(recipe)
     functions = resolve_rewards(recipe.rewards, load_models=False)
     for part in filter(None, (rows, eval_rows)):
-        check_columns(functions, part.columns, part.setting)
+        check_columns(functions, part.columns, part.setting, has_environments=bool(recipe.environments))
         for row in range(len(part)):
             part.content(row)
-    scorer = Scorer(functions)
+    cast = Cast.of(recipe)
+    scorer = Scorer(cast.with_rewards(functions))
+    environments = check_episode(recipe, cast, rows, console)
     try:
-        scores = scorer.score(sample_batch(rows), step=0)
+        scores = scorer.score(sample_batch(rows, environments), step=0)
     except RewardError as error:
         raise UserError(f"on a sample row of the data: {error}") from error
     if recipe.loss.is_function:
@@ -109,8 +114,8 @@ def check_model_files(config: ModelConfig) -> Path:
     return Path(folder)
 
 
-def sample_batch(rows: PromptRows) -> ScoringBatch:
-    """The first row with two made-up completions."""
+def sample_batch(rows: PromptRows, environments: Sequence[Any] = ()) -> ScoringBatch:
+    """The first row with two made-up completions, and the environment that it would be played in, if any."""
     prompt, columns = rows.content(0), rows.row_columns(0)
     count = len(SAMPLE_TEXTS)
     replies = [[{"role": "assistant", "content": text}] for text in SAMPLE_TEXTS]
@@ -119,6 +124,7 @@ def sample_batch(rows: PromptRows) -> ScoringBatch:
         completions=replies if rows.conversational else list(SAMPLE_TEXTS),
         completion_ids=[list(range(len(text.split()))) for text in SAMPLE_TEXTS],
         columns={name: [value] * count for name, value in columns.items()},
+        environments=list(environments) * count or None,
     )
 
 

@@ -16,7 +16,7 @@ from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.export import saved_weights
 from grpo_cli.policy.files import locate_gguf
 from grpo_cli.recipe.schema import ModelConfig, Recipe
-from grpo_cli.train.assemble import assemble
+from grpo_cli.train.assemble import assemble, check_whole
 from grpo_cli.train.guards import explained_failures
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.metrics import Metrics, finite_or_none
@@ -54,6 +54,7 @@ def eval_model(
         raise UserError(f"--pass-reward {pass_reward}: must be a finite number")
     if model is not None:
         locate_gguf(model, None, setting="--model")
+        check_whole(Path(model), "--model", Ranks())
     adapter = None
     if model is not None and (Path(model).expanduser() / "adapter_config.json").is_file():
         adapter = Path(model).expanduser()

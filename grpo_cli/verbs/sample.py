@@ -14,7 +14,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.rollout.rollout import generate_rollout
 from grpo_cli.train.assemble import assemble, notes
-from grpo_cli.train.display import beginning, ending
+from grpo_cli.train.display import conversation, ending
 from grpo_cli.train.guards import explained_failures
 from grpo_cli.train.objects import Objects
 from grpo_cli.train.rollouts import TRAIN_STREAM, Rollouts
@@ -50,5 +50,5 @@ def _sample(rollouts: Rollouts, num_prompts: int, console: Console) -> None:
         for row in range(index * size, (index + 1) * size):
             completion = rollout.completions[row]
             values = ["None" if math.isnan(score) else f"{score:.3g}" for score in scores[row].tolist()]
-            table.add_row(beginning(completion.text), str(len(completion.token_ids)), *values)
+            table.add_row(conversation(completion), str(completion.num_sampled), *values)
         console.print(table)

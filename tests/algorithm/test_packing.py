@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_cli.algorithm.branches import branches_of
 from grpo_cli.algorithm.losses import LossOutput, policy_loss
 from grpo_cli.algorithm.packing import (
     Group,
     Pack,
-    branches_of,
     deal_groups,
     empty_pack,
     pack_groups,
@@ -77,7 +77,7 @@ def input_tokens(pack: Pack, shared_prompt: bool) -> int:
     if shared_prompt:
         assert pack.attention_mask is None
         assert pack.branches is not None
-        assert pack.branches.groups[-1].end == len(pack.branches.positions) == pack.input_ids.shape[1]
+        assert pack.branches.stems[-1].end == len(pack.branches.positions) == pack.input_ids.shape[1]
     else:
         assert pack.attention_mask is not None
         assert pack.attention_mask.shape == pack.input_ids.shape
@@ -187,7 +187,7 @@ def test_a_pack_moves_to_a_device_but_for_what_indexes_tensors_on_the_host() -> 
     parts = vars(moved) | vars(moved.branches)
     tensors = {name: part for name, part in parts.items() if isinstance(part, torch.Tensor)}
     assert tensors.pop("samples").device.type == "cpu"
-    assert len(tensors) == 8 + 3
+    assert len(tensors) == 8 + 2
     assert all(tensor.device.type == "meta" for tensor in tensors.values())
 
 
@@ -204,7 +204,7 @@ def test_a_pack_knows_the_places_that_would_have_to_be_looked_for(shared_prompt:
 def test_a_window_hides_what_lies_further_back_in_the_sequence() -> None:
     branches = branches_of([3], [[2, 0, 2]])
     places = torch.arange(7)
-    assert branches.groups[0].branch_lengths == (2, 2)
+    assert branches.stems[0].branch_lengths == (2, 2)
     assert branches.positions.tolist() == [0, 1, 2, 3, 4, 3, 4]
     seen = [row.nonzero().squeeze(1).tolist() for row in branches.sees(places[:, None], places, window=3)]
     assert seen == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4], [1, 2, 5], [2, 5, 6]]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from grpo_cli.data.files import read_file
 from grpo_cli.data.rows import MAX_PROMPT, PromptRows, load_rows
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.schema import EvalDataConfig
+from grpo_cli.recipe.data_config import EvalDataConfig
 
 LONG = 10 * 2**20
 """Characters of a string that is long, but no more than a data set may hold."""

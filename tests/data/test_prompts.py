@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo_cli.data.prompts import Prompt, PromptDataset
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.schema import EvalDataConfig
+from grpo_cli.recipe.data_config import EvalDataConfig
 
 GSM8K = [
     {"question": "What is 2 + 3 ?", "answer": "Add.\n#### 5"},

@@ -11,7 +11,7 @@ import pytest
 
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.schema import EvalDataConfig
+from grpo_cli.recipe.data_config import EvalDataConfig
 
 GSM8K = [
     {"question": "What is 2 + 3 ?", "answer": "Add.\n#### 5"},

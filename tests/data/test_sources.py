@@ -18,7 +18,7 @@ import pytest
 from grpo_cli.data import sources
 from grpo_cli.data.rows import PromptRows, load_rows
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.schema import EvalDataConfig
+from grpo_cli.recipe.data_config import EvalDataConfig
 
 ROWS = [{"prompt": "a", "answer": 1}, {"prompt": "b", "answer": 2}]
 FACTORIES = """
@@ -102,12 +102,32 @@ def test_no_more_rows_than_the_limit_are_drawn_from_a_generator(folder: Path) ->
         ("factories_of_test:texts", "factories_of_test:texts: row 1 is text, not an object"),
         ("factories_of_test:breaks", "factories_of_test.py:14: ZeroDivisionError: division by zero"),
         ("factories_of_test:breaks_late", "factories_of_test.py:17: RuntimeError: no more"),
-        ("factories_of_test:needs", "TypeError: needs() missing 1 required positional argument"),
+        (
+            "factories_of_test:needs",
+            "data.params: factories_of_test:needs(argument) cannot be called with them: missing a required arg",
+        ),
     ],
 )
 def test_a_name_that_leads_nowhere_says_why(folder: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         load_rows(config(name))
+
+
+def test_a_factory_is_called_with_its_parameters(folder: Path) -> None:
+    rows = load_rows(config("factories_of_test:needs", params={"argument": 1}))
+    assert contents(rows) == ["a", "b"]
+    wrong = config("factories_of_test:needs", params={"argument": 1, "size": 2})
+    message = r"^data\.eval\.params: .*:needs\(argument\) cannot be called.*unexpected keyword argument 'size'"
+    with pytest.raises(UserError, match=message):
+        load_rows(wrong, setting="data.eval")
+
+
+@pytest.mark.parametrize("name", ["data/rows.jsonl", "data", "owner/name"])
+def test_parameters_of_what_is_no_factory_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.params: only a module:factory has parameters, not {name}; rem"):
+        load_rows(config(name, params={"size": 2}))
+    with pytest.raises(UserError, match=r"^data\.params: the data are an object"):
+        load_rows(config(name, params={"size": 2}), data=ROWS)
 
 
 def test_a_configuration_of_a_factory_is_refused(folder: Path) -> None:
@@ -222,7 +242,7 @@ LOAD = """
 import sys
 from grpo_cli.data.rows import load_rows
 from grpo_cli.errors import UserError
-from grpo_cli.recipe.schema import EvalDataConfig
+from grpo_cli.recipe.data_config import EvalDataConfig
 try:
     print(load_rows(EvalDataConfig(name="owner/name")).content(0))
 except UserError as error:

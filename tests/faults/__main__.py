@@ -14,24 +14,27 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.conftest import byte_tokenizer, tiny_llama
-from tests.faults.harness import SYSTEMS, Bench, Case, table
+from tests.faults.harness import SERVED, SYSTEMS, Bench, Case, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Kill and resume runs; compare how they end.")
     parser.add_argument("--points", type=int, default=1000, help="stop after so many faults")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--system", choices=SYSTEMS, action="append", help="[all]")
+    parser.add_argument("--system", choices=SYSTEMS, action="append", help="[all but vllm_server]")
     parser.add_argument("--only", type=int, help="this case of each system")
     options = parser.parse_args()
     began = time.monotonic()
     cases: list[Case] = []
     with tempfile.TemporaryDirectory(prefix="grpo-faults-") as name:
-        model = Path(name) / "model"
-        tiny_llama().save_pretrained(model)
-        byte_tokenizer().save_pretrained(model)
+        models = {False: Path(name) / "model", True: Path(name) / "model-for-vllm"}
+        tiny_llama().save_pretrained(models[False])
+        tiny_llama(hidden_size=64, num_attention_heads=2, num_key_value_heads=1).save_pretrained(models[True])
+        for model in models.values():
+            byte_tokenizer().save_pretrained(model)
+        chosen = options.system or [system for system in SYSTEMS if system != SERVED]
         benches = [
-            Bench(system, model, Path(name) / str(index)) for index, system in enumerate(options.system or SYSTEMS)
+            Bench(system, models[system == SERVED], Path(name) / str(index)) for index, system in enumerate(chosen)
         ]
         with suppress(KeyboardInterrupt):  # the table then has what was done until then
             for number in itertools.count() if options.only is None else [options.only]:

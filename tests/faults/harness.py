@@ -22,9 +22,20 @@ import yaml
 
 from grpo_cli.errors import RunError
 from grpo_cli.launch.failures import EXIT_REQUEUE
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.train.metrics import TIMES, read_metrics
 from tests.faults.disk import lose_power, start_watching
-from tests.faults.points import KILLS, POINTS, POWER_LOSS, TORN_WRITE, Fault, Plan, run_with
+from tests.faults.points import (
+    KILLS,
+    POINTS,
+    POWER_LOSS,
+    SERVER_KILLS,
+    SERVER_POINTS,
+    TORN_WRITE,
+    Fault,
+    Plan,
+    run_with,
+)
+from tests.faults.served import served_difference
 from tests.processes import Command, free_port
 
 MOST_FAULTS = 3
@@ -36,10 +47,14 @@ ONLY_RESUMED = {"resume": 2}
 LARGEST_TEAR_BITS = 20
 """A megabyte, which is more than any file of the tiny run has."""
 
-TIMES = ("time/", "tokens_per_second")
+SERVED = "vllm_server"
+"""The system that generates on a server of its own, which may be killed, too."""
 
 PATIENCE_S = 120.0
 """How long one start of a run may take on a busy machine."""
+
+SERVED_PATIENCE_S = 500.0
+"""The same where a server starts, which imports vLLM in three processes."""
 
 SYSTEMS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {}),
@@ -47,6 +62,7 @@ SYSTEMS: dict[str, tuple[int, dict[str, Any]]] = {
     "bfloat16": (1, {"model.dtype": "bfloat16"}),
     "ddp": (2, {"distributed.strategy": "ddp"}),
     "zero3": (2, {"distributed.strategy": "zero3"}),
+    "vllm_server": (1, {"generation.engine": "vllm_server", "generation.server": {"spawn": True}}),
 }
 """Name to processes and settings that differ from those of `recipe_for`."""
 
@@ -112,6 +128,7 @@ class Bench:
 
     def __init__(self, system: str, model: Path, folder: Path) -> None:
         self.system = system
+        self.is_served = system == SERVED
         self.folder = folder
         self.processes, settings = SYSTEMS[system]
         folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +139,7 @@ class Bench:
         session = self.session(Plan(whole, notes, counts=True))
         assert session.codes == [0] * self.processes, session.output
         self.moments = [json.loads((notes / f"moments-{rank}.json").read_text()) for rank in range(self.processes)]
+        self.whole = whole
         self.wanted = state_of(whole)
 
     def session(self, plan: Plan, struck_rank: int = 0) -> Session:
@@ -132,13 +150,14 @@ class Bench:
         processes = []
         for rank in range(self.processes):
             environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            environment |= {"VLLM_CPU_KVCACHE_SPACE": "1"}
             if self.processes > 1:
                 ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.processes}
                 ranks |= {"LOCAL_WORLD_SIZE": self.processes, "MASTER_PORT": port}
                 environment |= {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in ranks.items()}
             own = plan if rank == struck_rank else _without_fault(plan)
             processes.append(Command(*arguments, environment=environment, main=partial(run_with, own)))
-        codes = _ends(processes, plan)
+        codes = _ends(processes, plan, SERVED_PATIENCE_S if self.is_served else PATIENCE_S)
         output = "".join(process.printed()[0] for process in processes)
         return Session(codes, output, (plan.notes / "struck").exists())
 
@@ -175,11 +194,12 @@ class Bench:
                 lose_power(run, plan.notes, random.Random(rng.random()))
                 if wrong := _what_was_promised(session.output, run):
                     return wrong
-        (folder / "notes").mkdir()
-        session = self.session(Plan(run, folder / "notes"))
+        if not self.is_served or any(session.codes):  # a server is not started for a run that is done
+            (folder / "notes").mkdir()
+            session = self.session(Plan(run, folder / "notes"))
         if any(session.codes) or "Traceback" in session.output:
             return f"the last start ended with {session.codes}: {session.output[-3000:]}"
-        return difference(state_of(run), self.wanted)
+        return served_difference(run, self.whole) if self.is_served else difference(state_of(run), self.wanted)
 
     def _draw(self, rng: random.Random, number: int, start: int) -> tuple[Fault, int]:
         """A fault and the rank that it hits. First faults of successive cases go through all points and kills."""
@@ -187,9 +207,10 @@ class Bench:
         moments = self.moments[rank]
         if start:
             moments = moments | ONLY_RESUMED
-        points = [name for name in POINTS if name in moments]
+        points = [name for name in POINTS | SERVER_POINTS if name in moments]
+        kills = KILLS + SERVER_KILLS if self.is_served else KILLS
         point = rng.choice(points) if start else points[number % len(points)]
-        by = rng.choice(KILLS) if start else KILLS[(number + number // len(points)) % len(KILLS)]
+        by = rng.choice(kills) if start else kills[(number + number // len(points)) % len(kills)]
         moment = rng.randint(1, max(1, moments[point] // (start + 1)))  # a resumed run has fewer
         return Fault(point, moment, by, int(2 ** rng.uniform(0, LARGEST_TEAR_BITS))), rank
 
@@ -203,6 +224,7 @@ class Bench:
                 "SIGTERM": {EXIT_REQUEUE, -signal.SIGTERM},
                 "SIGUSR1": {EXIT_REQUEUE, -signal.SIGUSR1},
                 TORN_WRITE: {-signal.SIGXFSZ},
+                **{kill: {0} for kill in SERVER_KILLS},
             }.get(fault.by, {-signal.SIGKILL})
         own = [code for code in session.codes if code != -signal.SIGKILL] if self.processes > 1 else session.codes
         if not set(own) <= allowed:
@@ -214,9 +236,9 @@ def _without_fault(plan: Plan) -> Plan:
     return Plan(plan.run, plan.notes, watches_disk=plan.watches_disk, counts=plan.counts)
 
 
-def _ends(processes: Sequence[Command], plan: Plan) -> list[int]:
+def _ends(processes: Sequence[Command], plan: Plan, patience_s: float) -> list[int]:
     """Exit codes. As their launcher does, the others are killed when one ends with a failure."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while time.monotonic() < deadline:
         codes = [process.poll() for process in processes]
         if all(code is not None for code in codes):
@@ -228,7 +250,7 @@ def _ends(processes: Sequence[Command], plan: Plan) -> list[int]:
     else:
         for process in processes:
             process.kill()
-        raise NoEnd(f"{plan.fault}: no end after {PATIENCE_S} s: {[p.printed()[0] for p in processes]}")
+        raise NoEnd(f"{plan.fault}: no end after {patience_s} s: {[p.printed()[0] for p in processes]}")
     return [process.wait() for process in processes]
 
 
@@ -274,10 +296,10 @@ def table(cases: Sequence[Case]) -> Iterator[str]:
                 for column in (fault.by, "total"):
                     counts["all"][f"{row}/{column}"] += 1
                     counts["same"][f"{row}/{column}"] += case.wrong is None
-    columns = [*KILLS, "total"]
+    columns = [*KILLS, *SERVER_KILLS, "total"]
     yield "| place | " + " | ".join(columns) + " |"
     yield "|---|" + "---:|" * len(columns)
-    for row in [*POINTS, "total"]:
+    for row in [*POINTS, *SERVER_POINTS, "total"]:
         cells = [f"{counts['same'][f'{row}/{column}']}/{counts['all'][f'{row}/{column}']}" for column in columns]
         yield f"| {row} | " + " | ".join(cells) + " |"
     for case in cases:

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from grpo_cli import cli
 from tests.faults.disk import Watch
 
@@ -54,6 +56,14 @@ POINTS = {
 """Name of a point to the function, as `module:name` where it is looked up. "any call" is each call of any Python
 function of the main thread, wherever it is."""
 
+SERVER_POINTS = {
+    "server request": "grpo_cli.rollout.server.connection:ServerConnection._call",
+    "server start": "grpo_cli.rollout.server.spawned_server:SpawnedServer.ensure_running",
+    "weights to server": "grpo_cli.rollout.server.connection:fill_memory",
+}
+"""Points of a run that generates on a server of its own. Requests come from several threads: which of them is the
+n-th is not always the same."""
+
 TORN_WRITE = "torn write"
 """The next file that grows beyond some size ends the process in the middle of that write."""
 
@@ -62,6 +72,9 @@ POWER_LOSS = "power loss"
 
 KILLS = ("SIGKILL", "SIGTERM", POWER_LOSS, "SIGUSR1", TORN_WRITE)
 """What a run is stopped by."""
+
+SERVER_KILLS = ("server killed", "engine killed")
+"""SIGKILL for the server that the process has started, or for the process of its engine; the trainer lives on."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +85,7 @@ class Fault:
     moment: int
     """Of the point, counted from 1: odd ones are before a call, even ones after it."""
     by: str
-    """One of `KILLS`, the name of an errno, or `folder deleted`."""
+    """One of `KILLS` or `SERVER_KILLS`, the name of an errno, or `folder deleted`."""
     tear: int = 0
     """Bytes that a file may still have, for a torn write."""
 
@@ -112,7 +125,7 @@ def run_with(plan: Plan) -> None:
         if fault is not None and moments[point] == fault.moment:
             _strike(fault, plan, [argument for argument in arguments if isinstance(argument, str | bytes | Path)])
 
-    for point in POINTS if fault is None else [fault.point]:
+    for point in POINTS | SERVER_POINTS if fault is None else [fault.point]:
         if fault is not None or plan.counts:
             _watch(point, pass_by)
     try:
@@ -124,6 +137,9 @@ def run_with(plan: Plan) -> None:
 
 
 def _strike(fault: Fault, plan: Plan, files: Sequence[str | bytes | Path]) -> None:
+    if fault.by in SERVER_KILLS:
+        _kill_server(fault.by == "engine killed", plan.notes / "struck")
+        return
     (plan.notes / "struck").touch()
     if fault.by in ("SIGKILL", POWER_LOSS):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -138,6 +154,15 @@ def _strike(fault: Fault, plan: Plan, files: Sequence[str | bytes | Path]) -> No
         os.kill(os.getpid(), signal.Signals[fault.by])
 
 
+def _kill_server(engine_only: bool, struck: Path) -> None:
+    """Kill this process's server, or its engine, if it has come so far."""
+    for server in psutil.Process().children():
+        engines = [child for child in server.children() if "EngineCore" in " ".join(child.cmdline())]
+        for process in engines if engine_only else [server] if "serve" in server.cmdline() else []:
+            struck.touch()
+            process.kill()
+
+
 def _watch(point: str, pass_by: Callable[..., None]) -> None:
     """Have `pass_by` called before and after each call of a point's function."""
     if point == "any call":
@@ -148,7 +173,7 @@ def _watch(point: str, pass_by: Callable[..., None]) -> None:
 
         sys.setprofile(profile)
         return
-    module, _, path = POINTS[point].partition(":")
+    module, _, path = (POINTS | SERVER_POINTS)[point].partition(":")
     *outer, name = path.split(".")
     owner: Any = importlib.import_module(module)
     for part in outer:

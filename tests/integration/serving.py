@@ -17,9 +17,22 @@ import httpx2
 import psutil
 import torch
 
+from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server.connection import ServerConnection
 from grpo_cli.rollout.server.spawned_server import free_port
-from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, Weights
+from grpo_cli.rollout.server.weight_transfer import fill_memory
+from grpo_cli.serve import wire
+from grpo_cli.serve.protocol import (
+    BEGIN_WEIGHTS,
+    COMMIT_WEIGHTS,
+    BeginWeights,
+    Committed,
+    CommitWeights,
+    GenerateRequest,
+    GenerateResponse,
+    Staging,
+    Weights,
+)
 
 ROOT = Path(__file__).parents[2]
 START_TIMEOUT_S = 240
@@ -145,6 +158,22 @@ def generate(server: ServerConnection, weights: Weights | None = None, **changes
         "weights": weights,
     }
     return server.generate(GenerateRequest(**(settings | changes)))
+
+
+def send_set(
+    client: ServerConnection,
+    weights: Weights,
+    policy: PolicyWeights,
+    leave_out: str = "",
+    digest: str | None = None,
+) -> Committed:
+    """As `send_weights` through memory, with something wrong."""
+    specs = [spec for spec in policy.specs("float32") if spec.name != leave_out]
+    staging = client._call(Staging, "POST", BEGIN_WEIGHTS, BeginWeights(weights=weights, tensors=specs))
+    assert staging.path is not None
+    counted = fill_memory(staging.path, wire.plan_buckets(specs), policy)
+    commit = CommitWeights(weights=weights, digest=digest or counted)
+    return client._call(Committed, "POST", COMMIT_WEIGHTS, commit)
 
 
 @torch.no_grad()

@@ -81,10 +81,10 @@ def test_log_probabilities_of_sampling_are_the_policys_but_for_noise(recipe: Pat
             if "lora_B" in name:
                 parameter.normal_(std=0.1)
     assert learner.policy.shares_prompts
-    prompts = [rollouts.dataset[index].token_ids for index in range(6)]
+    prompts = [rollouts.dataset[index] for index in range(6)]
     groups = rollouts.engine.generate(prompts, [(1, index) for index in range(6)], 4)
     packed = [
-        Group(prompt, [completion.token_ids for completion in group], range(4 * index, 4 * index + 4))
+        Group(prompt.token_ids, [completion.token_ids for completion in group], range(4 * index, 4 * index + 4))
         for index, (prompt, group) in enumerate(zip(prompts, groups, strict=True))
     ]
     for shared_prompt in (True, False):

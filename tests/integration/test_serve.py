@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import copy
 import json
 import os
@@ -12,6 +13,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from grpo_cli import cli
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server import connection
 from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
+from grpo_cli.rollout.server.weight_transfer import SendingGroup
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import (
     BEGIN_WEIGHTS,
@@ -36,7 +39,7 @@ from grpo_cli.serve.protocol import (
     Staging,
     Weights,
 )
-from tests.integration.serving import PROMPT, Serve, drift, generate, wait_until
+from tests.integration.serving import PROMPT, Serve, drift, generate, send_set, wait_until
 from tests.processes import Command
 
 pytest.importorskip("vllm")
@@ -303,24 +306,6 @@ def test_begin_without_commit_refuses_until_a_whole_set_comes(
     assert_recovers(client, perturbed, weights)
 
 
-def send_set(
-    client: ServerConnection,
-    weights: Weights,
-    policy: PolicyWeights,
-    leave_out: str = "",
-    digest: str | None = None,
-) -> Committed:
-    """As `send_weights` through memory, with something wrong."""
-    specs = [spec for spec in policy.specs("float32") if spec.name != leave_out]
-    staging = client._call(Staging, "POST", BEGIN_WEIGHTS, BeginWeights(weights=weights, tensors=specs))
-    assert staging.path is not None
-    from grpo_cli.rollout.server.weight_transfer import fill_memory
-
-    counted = fill_memory(staging.path, wire.plan_buckets(specs), policy)
-    commit = CommitWeights(weights=weights, digest=digest or counted)
-    return client._call(Committed, "POST", COMMIT_WEIGHTS, commit)
-
-
 def test_wrong_bytes_are_refused(server: Serve, perturbed: Any, request: pytest.FixtureRequest) -> None:
     client, weights, policy = server.client(), weights_of(request), PolicyWeights(perturbed)
     with pytest.raises(ServerAway, match="digest"):
@@ -359,38 +344,71 @@ def test_a_set_without_one_tensor_is_refused_by_the_layers_name(
 
 
 def dying_trainer() -> None:
-    """Sends weights by broadcasts until it has sent as many as the last argument says."""
+    """Sends weights by broadcasts until it has sent as many as an argument says.
+
+    Then it is killed: its connections close, or a child of it holds all but those of its store, as if the network
+    had lost them. The child's process id is printed.
+    """
     from transformers import AutoModelForCausalLM
 
-    url, key_file, model, last = sys.argv[1:]
-    sent, broadcast = [], wire.broadcast
+    url, key_file, model, last, silently = sys.argv[1:]
+    sent, broadcast, ports, begin = [], wire.broadcast, [], SendingGroup.start_sending
+
+    def begin_noted(group: Any, *rest: Any) -> Any:
+        ports.append(group.rendezvous.port)
+        return begin(group, *rest)
 
     def dying(group: Any, flat: torch.Tensor) -> None:
         if len(sent) == int(last):
+            if silently and not os.fork():
+                close_connections(ports[0])
+                print("left", os.getpid(), flush=True)
+                time.sleep(120)
+                os._exit(0)
+            time.sleep(1)
             os.kill(os.getpid(), signal.SIGKILL)
         sent.append(flat)
         broadcast(group, flat)
 
-    wire.broadcast = dying
+    wire.broadcast, SendingGroup.start_sending = dying, begin_noted  # type: ignore[method-assign]
     connection.shares_memory = lambda info: False
     policy = PolicyWeights(AutoModelForCausalLM.from_pretrained(model))
     ServerConnection(url, Path(key_file).read_text().strip(), 60).send_weights(DYING, policy)
 
 
+def close_connections(port: int) -> None:
+    """Close what listens at a port in this process, and what has come in there."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found[int(name)] = socket.socket(fileno=os.dup(int(name)))
+    internet = {number: s for number, s in found.items() if s.family in (socket.AF_INET, socket.AF_INET6)}
+    for number, one in internet.items():
+        if one.getsockname()[1] == port:
+            os.close(number)
+    for one in found.values():
+        one.close()
+
+
 DYING = Weights(run="dying", version=1)
 
 
+@pytest.mark.parametrize("silently", ["", "silently"], ids=["with its connections", "silently"])
 @pytest.mark.parametrize("last", [0, 1], ids=["before the tensors", "before the digest"])
 def test_a_trainer_that_dies_in_a_broadcast_leaves_a_server_that_refuses(
-    server: Serve, perturbed: Any, vllm_model_dir: Path, last: int, monkeypatch: pytest.MonkeyPatch
+    server: Serve, perturbed: Any, vllm_model_dir: Path, last: int, silently: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = [server.url, server.key_file, vllm_model_dir, str(last)]
+    arguments = [server.url, server.key_file, vllm_model_dir, str(last), silently]
     trainer = Command(*arguments, environment=server.environment, main=dying_trainer)
     output, _ = trainer.communicate(timeout=120)
     assert trainer.returncode == -signal.SIGKILL, output
     client = server.client()
-    wait_until(lambda: "did not arrive whole" in (client.info().refusing or ""), 60)
-    assert_refuses(server, DYING, "did not arrive whole")
+    try:
+        wait_until(lambda: "did not arrive whole" in (client.info().refusing or ""), 30)
+        assert_refuses(server, DYING, "has gone in the middle of it" if silently else "did not arrive whole")
+    finally:
+        for pid in re.findall(r"^left (\d+)$", trainer.printed()[0], re.MULTILINE):
+            os.kill(int(pid), signal.SIGKILL)
     assert_recovers(client, perturbed, Weights(run="next", version=1))
     monkeypatch.setattr("grpo_cli.rollout.server.connection.shares_memory", lambda info: False)
     assert_recovers(client, other_weights(perturbed, "again"), Weights(run="next", version=2))

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from grpo_cli.train.metrics import read_metrics
+from tests.rollout.driving import Driven
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.slow, pytest.mark.gpu]
@@ -66,11 +67,11 @@ def test_sleeping_frees_the_memory_that_generation_took(vllm_model_dir: Path) ->
     engine.update_weights(0)
     awake, _ = torch.cuda.mem_get_info()
     assert asleep - awake > 0.1 * total
-    (first,) = engine.generate([[5, 6, 7]], [(0,)], 2)
+    (first,) = Driven(engine).generate([[5, 6, 7]], [(0,)], 2)
     engine.release_memory()
     assert torch.cuda.mem_get_info()[0] > asleep - 0.05 * total
     engine.update_weights(1)  # level 2 discards the weights: they must have come back
-    (second,) = engine.generate([[5, 6, 7]], [(0,)], 2)
+    (second,) = Driven(engine).generate([[5, 6, 7]], [(0,)], 2)
     assert [one.token_ids for one in first] == [one.token_ids for one in second]
     engine.close()
 

@@ -289,11 +289,16 @@ def test_a_second_signal_stops_at_once(launch: Callable[..., Launch]) -> None:
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_killed_leaves_no_worker(launch: Callable[..., Launch]) -> None:
+def test_a_launcher_that_is_killed_leaves_no_worker_and_its_folder_to_the_next(
+    launch: Callable[..., Launch],
+) -> None:
     run = launch(2, "hang")
     pids = run.told("pid", 2)
     run.process.kill()
     wait_gone(pids)
+    assert [path.name.startswith("grpo-launch-") for path in run.temporary.iterdir()] == [True]
+    code, errors = launch(2, "ranks").end()  # which sees that nothing is left
+    assert code == 0, errors
 
 
 # --- several nodes, here all on one machine ---

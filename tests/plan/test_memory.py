@@ -150,7 +150,7 @@ def test_without_checkpointing_a_pack_of_the_72b_model_needs_hundreds_of_gibibyt
 def test_the_block_mask_of_a_long_pack_is_counted() -> None:
     import torch
 
-    from grpo_cli.algorithm.packing import branches_of
+    from grpo_cli.algorithm.branches import branches_of
     from grpo_cli.policy.block_mask import block_mask
 
     mask = block_mask(branches_of([2000], [[1500] * 20]), None)

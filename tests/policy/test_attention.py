@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from grpo_cli.algorithm.packing import Branches, branches_of
+from grpo_cli.algorithm.branches import Branches, branches_of
 from grpo_cli.errors import RunError
 from grpo_cli.policy import attention
 from grpo_cli.policy.attention import (

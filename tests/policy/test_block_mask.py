@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_cli.algorithm.packing import Branches, branches_of
+from grpo_cli.algorithm.branches import Branches, branches_of
 from grpo_cli.policy.block_mask import block_mask
 from grpo_cli.recipe.limits import MASK_BLOCK, mask_length
 from tests.policy.test_attention import HEADS, SCALE, dense, inputs
@@ -37,18 +37,14 @@ WINDOWS = [None, 1, 2, 100, 128, 129, 300, 5000]
 def expected_mask(branches: Branches, window: int | None) -> BlockMask:
     """torch's own, from every pair of tokens."""
     length = mask_length(len(branches.positions))
-    padding = (0, length - len(branches.positions))
-    row = Branches(
-        branches.groups,
-        pad(branches.group_ids, padding, value=-1),
-        pad(branches.branch_ids, padding),
-        pad(branches.positions, padding),
-    )
+    tokens = len(branches.positions)
+    ends = torch.cat([branches.ends, torch.arange(tokens, length) + 1])
+    row = Branches(branches.stems, ends, pad(branches.positions, (0, length - tokens)))
     return create_block_mask(lambda b, h, q, k: row.sees(q, k, window), None, None, length, length, device="cpu")
 
 
-def assert_says_the_same(row: Row, window: int | None) -> None:
-    branches = branches_of(*row)
+def assert_is_the_mask(branches: Branches, window: int | None) -> None:
+    """The block mask is torch's own, block by block and in all that it shows."""
     actual, expected = block_mask(branches, window), expected_mask(branches, window)
     assert actual.BLOCK_SIZE == expected.BLOCK_SIZE == (MASK_BLOCK, MASK_BLOCK)
     assert actual.seq_lengths == expected.seq_lengths
@@ -85,7 +81,7 @@ def visible_pairs(mask: BlockMask) -> torch.Tensor:
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("name", ROWS)
 def test_blocks_are_those_that_every_pair_of_tokens_gives(name: str, window: int | None) -> None:
-    assert_says_the_same(ROWS[name], window)
+    assert_is_the_mask(branches_of(*ROWS[name]), window)
 
 
 lengths = st.one_of(st.integers(1, 40), st.integers(100, 300), st.sampled_from([127, 128, 129, 256, 384]))
@@ -99,7 +95,8 @@ lengths = st.one_of(st.integers(1, 40), st.integers(100, 300), st.sampled_from([
 def test_blocks_of_any_row_are_those_that_every_pair_of_tokens_gives(
     groups: list[tuple[int, list[int]]], window: int | None
 ) -> None:
-    assert_says_the_same(([prompt for prompt, _ in groups], [branches for _, branches in groups]), window)
+    row = [prompt for prompt, _ in groups], [branches for _, branches in groups]
+    assert_is_the_mask(branches_of(*row), window)
 
 
 @pytest.mark.parametrize("window", [None, 4, 300])

@@ -34,6 +34,7 @@ from grpo_cli.policy.logprobs import PackedModel
 from grpo_cli.policy.model import without_dropout
 from grpo_cli.policy.output_head import LogitForm, OutputHead
 from tests.conftest import tiny_llama
+from tests.trees import sampled_of
 
 BASE: dict[str, Any] = {
     "vocab_size": 97,
@@ -158,14 +159,16 @@ def one_by_one(
     all_logprobs, all_entropies = torch.zeros(count, width), torch.zeros(count, width)
     model.zero_grad(set_to_none=False)
     for group in groups:
-        for sample, completion in zip(group.samples, group.completions, strict=True):
+        rows = zip(group.samples, group.contexts, group.completions, sampled_of(group), strict=True)
+        for sample, context, completion, sampled in rows:
             if not completion:
                 continue
-            ids = torch.tensor([[*group.prompt, *completion]])
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(group.prompt) - 1 : -1]
+            ids = torch.tensor([[*context, *completion]])
+            logits = model(input_ids=ids, use_cache=False).logits[0, len(context) - 1 : -1]
             distribution = (logits.float() / 0.7).log_softmax(-1)  # (T, V)
             logprobs = distribution[torch.arange(len(completion)), torch.tensor(completion)]
-            entropies = -(distribution.exp() * distribution).sum(-1)
+            logprobs = logprobs * torch.tensor(sampled)
+            entropies = -(distribution.exp() * distribution).sum(-1) * torch.tensor(sampled)
             share = weights[:, sample, : len(completion)]
             loss = (share[0] * logprobs).sum()
             if entropy_gradient:

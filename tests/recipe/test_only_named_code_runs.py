@@ -19,7 +19,10 @@ from grpo_cli.recipe.raw import KeyPath
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.verbs.check import check
 
-NAMES_CODE = {"data.name", "data.eval.name", "rewards.0.path", "loss.type", "optim.name", "train.callbacks"}
+NAMES_CODE = {
+    "data.name", "data.eval.name", "rewards.0.path", "episode.tools", "episode.environment",
+    "episode.environment.path", "loss.type", "optim.name", "train.callbacks",
+}  # fmt: skip
 """The keys whose pages say that they take `module:name`."""
 
 TEXTS = (
@@ -114,3 +117,15 @@ def test_no_other_text_of_a_recipe_or_a_data_set_is_executed(world: Path) -> Non
         assert "evil" not in sys.modules, (key, value)
         assert not (world / "ran").exists(), (key, value)
     assert accepted > 30
+
+
+@pytest.mark.parametrize("engine", ["vllm", "vllm_server"])
+@pytest.mark.parametrize(
+    "arguments", [{"worker_cls": "evil.touch"}, {"kv_transfer_config": {"kv_connector_module_path": "evil"}}]
+)
+def test_vllm_is_handed_no_code_to_run(world: Path, engine: str, arguments: dict[str, Any]) -> None:
+    server = ["generation.server.spawn=true"] if engine == "vllm_server" else []
+    (name,) = arguments
+    with pytest.raises(UserError, match=rf"generation\.vllm\.{name} names code for vLLM to run"):
+        look(f"generation.engine={engine}", *server, f"generation.vllm={json.dumps(arguments)}")
+    assert "evil" not in sys.modules

@@ -69,7 +69,7 @@ class Engine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -169,6 +169,30 @@ def test_groups_are_scored_by_their_ranks_and_what_sees_all_on_the_first(groups:
         assert sorted(scored.prompts) == [[prompt, prompt] for prompt in own[::2]]
         assert model.prompts == ([own] if own else [])
         assert at_once.prompts == ([[f"p{index // 2}" for index in range(2 * groups)]] if rank == 0 else [])
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_environments_are_asked_on_the_rank_that_played_with_them(workers: int) -> None:
+    whole = rollout(5)
+    expected = [[float(ord(one.text[-1]) + 10 * one.token_ids[0])] for one in whole.completions]
+
+    def points(environments: list[list[float] | None]) -> list[float]:
+        assert None not in environments, "those of other ranks stay there"
+        return [environment[0] for environment in environments if environment is not None]
+
+    def of_rank(rank: int) -> Rollout:
+        def seen(place: int, one: Completion) -> Completion:
+            own = expected[place] if place // 2 % 3 == rank else None
+            return replace(one, messages=[{"role": "assistant", "content": one.text}], environment=own)
+
+        return replace(whole, completions=[seen(place, one) for place, one in enumerate(whole.completions)])
+
+    said: list[Any] = [np.zeros((len(range(rank, 5, 3)), 2, 1)) for rank in range(3)]
+    for rank in range(3):
+        scorer = Scorer([reward(points, workers=workers)])
+        with BackgroundScorer(scorer, OneOfMany(rank, said, [])).begin(1) as scores:
+            result = scores.result(of_rank(rank))
     np.testing.assert_array_equal(result, expected)
 
 

@@ -24,6 +24,10 @@ ALONE = Ranks()
 KEY = "correct-horse-battery-staple"
 
 
+def as_it_is(engine: Any) -> Any:
+    return engine
+
+
 @pytest.fixture
 def build(tiny_recipe: dict[str, Any]) -> Any:
     """Build the engine of a recipe with these `generation` settings; return it and what the user was told."""
@@ -33,8 +37,10 @@ def build(tiny_recipe: dict[str, Any]) -> Any:
         notes: list[str] = []
         recipe = Recipe.model_validate(tiny_recipe)
         policy = PackedModel.checked(tiny_llama())
+        strategy = Replicated(ALONE, 1.0)
+
         engine = build_engine(
-            EngineParts(recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, Replicated(ALONE, 1.0))
+            EngineParts(recipe, policy, byte_tokenizer(), nullcontext, notes.append, ALONE, strategy, as_it_is)
         )
         return engine, notes
 
@@ -158,5 +164,6 @@ def test_a_model_that_vllm_cannot_be_given_is_refused_at_once(tiny_recipe: dict[
                 print,
                 ALONE,
                 Replicated(ALONE, 1.0),
+                as_it_is,
             )
         )

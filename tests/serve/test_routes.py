@@ -228,6 +228,21 @@ def test_who_names_no_weights_gets_those_that_are_loaded(client: TestClient, sto
     assert (answer.weights, len(answer.completions)) == (None, 1)
 
 
+def test_weights_that_came_meanwhile_are_not_taken_for_those_of_the_start(
+    client: TestClient, store: Store, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, store.weights = engine.generate, None
+
+    def late(*arguments: Any) -> AsyncIterator[Any]:
+        store.weights = LOADED
+        return generate(*arguments)
+
+    monkeypatch.setattr(engine, "generate", late)
+    answer = client.post(protocol.GENERATE, json=BODY | {"weights": None})
+    response = GenerateResponse.model_validate_json(answer.content)
+    assert (response.completions, response.interrupted) == ([], "the weights changed while it was generated")
+
+
 @pytest.mark.parametrize(
     ("parts", "reason"),
     [
@@ -385,6 +400,23 @@ def test_what_nobody_waits_for_is_not_generated_any_longer(
 
     sent = asyncio.run(leave())
     assert b"".join(message.get("body", b"") for message in sent).strip() == b""
+
+
+def test_what_nobody_waits_for_from_the_start_is_given_up_before_the_first_sign_of_life(
+    app: Any, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 10 * PATIENCE_S)
+    engine.answers_needed = 10**9
+
+    async def leave() -> None:
+        has_left = asyncio.Event()
+        has_left.set()
+        await stream(app, has_left)
+        async with asyncio.timeout(PATIENCE_S):
+            while not engine.is_cancelled:
+                await asyncio.sleep(0)
+
+    asyncio.run(leave())
 
 
 def test_an_engine_that_died_ends_the_answer_without_a_document(

@@ -195,6 +195,14 @@ def test_web_pages_that_the_user_names_are_allowed(option: str) -> None:
     assert parsed(f'{option}=["http://x"]').allowed_origins == ["http://x"]
 
 
+def test_a_request_s_head_is_limited_before_its_key_is_known() -> None:
+    limited = server.http_options(parsed())
+    # Of uvicorn's parsers only this one has limits.
+    assert (limited["http"], limited["h11_max_incomplete_event_size"]) == ("h11", 65536)
+    told = server.http_options(parsed("--h11-max-incomplete-event-size", "9000"))
+    assert told["h11_max_incomplete_event_size"] == 9000
+
+
 def test_the_web_server_takes_the_user_s_limits_and_certificates_and_is_quiet() -> None:
     quiet = server.http_options(parsed())
     assert (quiet["host"], quiet["port"]) == ("127.0.0.1", 8000)

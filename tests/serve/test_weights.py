@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import stat
 import tempfile
@@ -357,19 +356,6 @@ def test_memory_is_used_where_there_is_any(monkeypatch: pytest.MonkeyPatch) -> N
     assert weights_module.memory_folder() == "/dev/shm"
     monkeypatch.setattr(weights_module.os, "access", lambda path, mode: False)
     assert weights_module.memory_folder() == tempfile.gettempdir()
-
-
-def test_what_killed_servers_left_is_removed_and_what_runs_is_not(tmp_path: Path) -> None:
-    left, running, starting = (tmp_path / f"grpo-serve-{name}" for name in ("left", "running", "starting"))
-    for folder in (left, running, starting):
-        folder.mkdir()
-        (folder / "instance").write_text("" if folder is starting else "0123")
-    with (running / "instance").open("r+") as probe:
-        fcntl.flock(probe, fcntl.LOCK_EX)
-        weights_module.sweep(str(tmp_path))
-    assert not left.exists()
-    assert running.exists()
-    assert starting.exists()
 
 
 def test_a_call_on_an_engine_that_dies_ends(monkeypatch: pytest.MonkeyPatch) -> None:

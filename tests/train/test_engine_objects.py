@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 
 import grpo_cli
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import UserError
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
+from grpo_cli.rollout.engine import Completion, OnGroup, OnTurn, SampledTurn, SampleKey, Turn
 from tests.train.test_loop import numbers
 
 
@@ -27,7 +29,7 @@ class Parrot:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -53,12 +55,50 @@ def test_an_object_generates_in_place_of_the_recipe_s_engine(tiny_recipe: dict[s
     assert parrot.closed
 
 
+class Echo:
+    """Says a prompt's last token again, on a thread that has nothing else to do."""
+
+    def __init__(self) -> None:
+        self.asked: list[Turn] = []
+
+    def update_weights(self, version: int) -> int:
+        return 0
+
+    @contextmanager
+    def stream(self, on_turn: OnTurn) -> Iterator[Any]:
+        class Stream:
+            def ask(_, turns: Sequence[Turn]) -> None:
+                self.asked += turns
+                for turn in turns:
+                    said = [turn.token_ids[-1]] * (turn.sample + 1)
+                    on_turn(turn.completion, SampledTurn(said, [-1.0] * len(said), "stop", "&" * len(said)))
+
+            def advance(_) -> bool:
+                return False
+
+            def forget(_, completion: int) -> None: ...
+
+        yield Stream()
+
+    def release_memory(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_an_object_that_gives_turns_is_an_engine_too(tiny_recipe: dict[str, Any]) -> None:
+    echo = Echo()
+    result = grpo_cli.train(tiny_recipe, engine=echo)
+    assert [row["completions/max_length"] for row in result.metrics] == [4, 4, 4]
+    assert [turn.sample for turn in echo.asked[:4]] == [0, 1, 2, 3]
+    assert {turn.may_go_on for turn in echo.asked} == {False}
+
+
 def test_a_function_is_given_the_recipe_s_engine(tiny_recipe: dict[str, Any]) -> None:
     given: list[Any] = []
     straight = grpo_cli.train(tiny_recipe)
     tiny_recipe["train"]["output_dir"] += "-wrapped"
     wrapped = grpo_cli.train(tiny_recipe, engine=lambda engine: given.append(engine) or engine)
-    assert isinstance(given[0], EmbeddedEngine)
+    assert isinstance(given[0].engine, EmbeddedEngine)
     files = [result.output_dir / "metrics.jsonl" for result in (straight, wrapped)]
     assert numbers(files[0]) == numbers(files[1])
 

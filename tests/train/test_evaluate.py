@@ -60,7 +60,7 @@ class LengthEngine:
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         keys: Sequence[SampleKey],
         num_generations: int,
         *,
@@ -73,7 +73,7 @@ class LengthEngine:
                 Completion([7] * (p + j), [0.0] * (p + j), "stop" if j else "length", "x" * (p + j))
                 for j in range(2)
             ]
-            for (p,) in prompts
+            for p in (prompt.token_ids[0] for prompt in prompts)
         ]
         assert on_group is not None
         for index in reversed(range(len(groups))):

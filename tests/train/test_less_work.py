@@ -14,9 +14,9 @@ import torch
 
 import grpo_cli
 from grpo_cli.data.sampler import PromptSampler
+from grpo_cli.episode.driver import Driver
 from grpo_cli.errors import RunError
 from grpo_cli.recipe.loss_types import LOSS_TYPES
-from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.train import learner, rollouts
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.rollouts import MAX_RESAMPLE_ROUNDS
@@ -67,14 +67,14 @@ class Forwards(grpo_cli.Callback):
 
 @pytest.fixture(autouse=True)
 def generation_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    generate = EmbeddedEngine.generate
+    generate = Driver.generate
 
     def generating(*arguments: Any, **options: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(Forwards, "is_generating", True)
             return generate(*arguments, **options)
 
-    monkeypatch.setattr(EmbeddedEngine, "generate", generating)
+    monkeypatch.setattr(Driver, "generate", generating)
 
 
 def trained(recipe: dict[str, Any], name: str, **changes: Any) -> tuple[Any, Forwards]:

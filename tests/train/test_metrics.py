@@ -18,12 +18,16 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.metrics import (
+    METRICS,
+    RECORD,
     MetricMeans,
     MetricsFile,
     StepClock,
+    check_record,
     completion_metrics,
     read_metrics,
     reward_metrics,
+    write_record,
 )
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "trl_advantages.json").read_text())["cases"]
@@ -216,3 +220,29 @@ def test_a_damaged_row_is_named_and_not_dropped(tmp_path: Path, damaged: bytes) 
     with pytest.raises(RunError, match=r"metrics\.jsonl:2: is damaged.*mend or remove the line, then --resume"):
         MetricsFile(path, 3)
     assert damaged in path.read_bytes()
+
+
+def test_a_checkpoint_knows_what_the_rows_before_it_say(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = tmp_path / METRICS
+    write_record(tmp_path, path)
+    check_record(tmp_path, path, notes.append)
+    assert not (tmp_path / RECORD).exists(), "as in checkpoints of older versions"
+    rows = [{"step": step, "reward": step / 3, "time/step": 0.1} for step in (1, 2)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_record(tmp_path, path)
+    with path.open("a") as file:
+        file.write('{"step": 3}\n{"st')
+    check_record(tmp_path, path, notes.append)
+    path.write_text("".join(json.dumps(row | {"time/step": 9.0}) + "\n" for row in rows))
+    check_record(tmp_path, path, notes.append)
+    for changed in (rows[:1], [rows[0], rows[1] | {"reward": 0.7}], [rows[0], rows[1] | {"uime/step": 1}]):
+        path.write_text("".join(json.dumps(row) + "\n" for row in changed))
+        with pytest.raises(
+            RunError, match=f"{path} is damaged: its first 2 rows are not those of {tmp_path.name}"
+        ):
+            check_record(tmp_path, path, notes.append)
+    assert not notes
+    path.unlink()
+    check_record(tmp_path, path, notes.append)
+    assert "is gone: it begins anew" in notes[0]

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
+from grpo_cli.algorithm.branches import branches_of
 from grpo_cli.algorithm.losses import MeasuredLoss, measured_loss, policy_loss
-from grpo_cli.algorithm.packing import Group, Pack, branches_of, pack_groups
+from grpo_cli.algorithm.packing import Group, Pack, pack_groups
 from grpo_cli.algorithm.sampler_correction import sampler_ratio
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.policy.block_mask import block_mask

@@ -12,6 +12,7 @@ import torch
 
 import grpo_cli
 from grpo_cli.algorithm.losses import LossOutput
+from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import RunError
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
@@ -204,10 +205,10 @@ def test_rewards_that_are_too_large_are_told_with_their_completions(tiny_recipe:
 
 
 def test_the_message_names_few_prompts_of_many() -> None:
-    prompts: Any = [type("Prompt", (), {"content": f"question {index}"}) for index in range(9)]
+    prompts = [Prompt(index, f"question {index}", [1], {}) for index in range(9)]
     passes = [BackwardPass(torch.arange(18), torch.tensor(1.0), torch.arange(18) % 2 == 0)]
     found = NotFinite.joined([NotFinite.of(passes, torch.zeros(18)), NotFinite([], [], [])])
-    text = found.described(Rollout(prompts, [], 2), "norm nan")
+    text = found.described(Rollout(prompts, [Completion([5], [-1.0], "stop", "&")] * 18, 2), "norm nan")
     places = "prompt 1 (completion 2), prompt 2 (completion 2), prompt 3 (completion 2) and 6 more prompts"
     assert text.startswith(
         f"the log-probabilities of {places} of this step; the first of these prompts ends in 'que"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import grpo_cli
-from grpo_cli.rollout.embedded.engine import EmbeddedEngine
+from grpo_cli.episode.driver import Driver
 from grpo_cli.train.metrics import read_metrics
 from tests.conftest import byte_tokenizer, tiny_llama
 
@@ -40,17 +40,17 @@ def unknown(logprobs: list[float]) -> list[float]:
 @pytest.fixture
 def train(tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Train one step by gradient descent; the engine reports what `report` makes of its log-probabilities."""
-    generate = EmbeddedEngine.generate
+    generate = Driver.generate
     runs: list[Path] = []
 
     def run(report: Report | None, loss: dict[str, Any], **train_settings: Any) -> Any:
-        def reporting(self: EmbeddedEngine, *args: Any, **kwargs: Any) -> Any:
+        def reporting(self: Driver, *args: Any, **kwargs: Any) -> Any:
             groups = generate(self, *args, **kwargs)
             if report is None:
                 return groups
             return [[replace(one, logprobs=report(one.logprobs)) for one in group] for group in groups]
 
-        monkeypatch.setattr(EmbeddedEngine, "generate", reporting)
+        monkeypatch.setattr(Driver, "generate", reporting)
         values = json.loads(json.dumps(tiny_recipe))
         runs.append(tmp_path / f"run{len(runs)}")
         values["loss"] = loss

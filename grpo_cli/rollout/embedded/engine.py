@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import groupby
 from typing import Any
 
 from grpo_cli.policy.logprobs import PackedModel, steady_positions
@@ -15,7 +16,7 @@ from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.memory import Memory, RowMemory
 from grpo_cli.rollout.embedded.shared_prompt_memory import SharedPromptMemory
 from grpo_cli.rollout.embedded.stop_strings import StopStrings
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths, decoded
+from grpo_cli.rollout.engine import OnTurn, SampledTurn, Turn, check_lengths, decoded
 
 
 class EmbeddedEngine:
@@ -58,89 +59,151 @@ class EmbeddedEngine:
     def close(self) -> None:
         """Nothing to let go of."""
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Sequence[SampleKey],
-        num_generations: int,
-        *,
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`.
-
-        Raises:
-            UserError: a sequence may become longer than the model's rotary embeddings are the same for.
-        """
-        self._check_lengths(prompts)
-        groups: list[list[Completion]] = [[] for _ in prompts]
-        batch = Batch(prompts, keys, num_generations, self.sampling, self._ends, self.policy.device)
-        unfinished = [num_generations] * len(prompts)
-        # Prompts of like length are in memory together, so that little of it is empty; the longest come first, so
-        # that a memory that is too small shows at once.
-        waiting = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-        with self._computing():
-            memory = self._memory(prompts, num_generations)
-            while waiting or batch.rows:
-                count = memory.room([prompts[index] for index in waiting])
-                if count:
-                    begun, waiting = waiting[:count], waiting[count:]
-                    batch.begin(memory.prefill([prompts[index] for index in begun]), begun)
-                else:
-                    batch.append(memory.decode(batch.last))
-                    if not batch.must_look():
-                        continue
-                finished, places = batch.retire()
-                if finished:
-                    memory.keep(places)
-                for row in finished:
-                    group = row // num_generations
-                    unfinished[group] -= 1
-                    if not unfinished[group]:
-                        groups[group] = self._completions(batch, group)
-                        if on_group is not None:
-                            on_group(group, groups[group])
-        return groups
-
     @contextmanager
-    def _computing(self) -> Iterator[None]:
-        """What forward passes of a rollout are made in."""
+    def stream(self, on_turn: OnTurn) -> Iterator[EmbeddedStream]:
+        """See `TurnEngine.stream`."""
         model = self.policy.model
         with evaluating(model), weights_cast_once(model, self.autocast):
             try:
-                yield
+                yield EmbeddedStream(self, on_turn)
             finally:
                 if self.graphs is not None:
                     self.graphs.release()
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+    def check_lengths(self, turns: Sequence[Turn]) -> None:
+        """Raise UserError if a turn may become longer than the model's rotary embeddings are the same for."""
         limit = steady_positions(self.policy.model)
         if limit is not None:
             what_to_do = (
                 f"{limit}, beyond which this model's rotary embeddings depend on what is computed beside a "
                 "completion; lower data.max_prompt_tokens or generation.max_completion_tokens"
             )
-            check_lengths(prompts, self.sampling.max_completion_tokens, limit, what_to_do)
+            check_lengths(turns, limit, what_to_do)
 
-    def _memory(self, prompts: Sequence[Sequence[int]], num_generations: int) -> Memory:
+    def memory(self, prompts: Sequence[Sequence[int]], group_size: int) -> Memory:
+        """For groups of so many rows at most, of prompts such as these."""
         limit = self.sampling.max_completion_tokens
         if self.policy.shares_prompts:
-            return SharedPromptMemory(self.policy.model, prompts, num_generations, limit, self.graphs)
-        return RowMemory(self.policy.model, num_generations, limit)
+            return SharedPromptMemory(self.policy.model, prompts, group_size, limit, self.graphs)
+        return RowMemory(self.policy.model, group_size, limit)
 
-    def _ends(self, token_ids: list[int]) -> bool:
+    def ends(self, token_ids: list[int]) -> bool:
         """Whether the last token is one that ends completions, or completes a stop string."""
         return token_ids[-1] in self.eos_token_ids or self.stop_strings.completed_by_last(token_ids)
 
-    def _completions(self, batch: Batch, group: int) -> list[Completion]:
-        """A finished group, each text up to a stop string."""
-        size = batch.group_size
-        completions = []
-        for row in range(group * size, (group + 1) * size):
-            reason = batch.reasons[row]
-            assert reason is not None
-            text = decoded(self.tokenizer, batch.tokens[row], self.sampling.stop)
-            completions.append(Completion(batch.tokens[row], batch.logprobs[row], reason, text))
-        return completions
+
+class EmbeddedStream:
+    """A `TurnStream`: one forward pass at a time, of new groups, of rows that read on, or of all rows.
+
+    Args:
+        engine: whose policy generates.
+        on_turn: told of each finished turn, on the thread that advances.
+    """
+
+    def __init__(self, engine: EmbeddedEngine, on_turn: OnTurn) -> None:
+        self._engine = engine
+        self._on_turn = on_turn
+        self._batch = Batch(engine.sampling, engine.ends, engine.policy.device)
+        self._memory: Memory | None = None
+        self._groups: list[list[Turn]] = []
+        """Not begun yet."""
+        self._further: list[Turn] = []
+        """Of rows that wait in memory."""
+        self._read: dict[int, list[int]] = {}
+        """What the waiting rows have read, by completion."""
+
+    def ask(self, turns: Sequence[Turn]) -> None:
+        """See `TurnStream.ask`.
+
+        Raises:
+            UserError: a turn may become longer than the model's rotary embeddings are the same for.
+        """
+        self._engine.check_lengths(turns)
+        first = [turn for turn in turns if not turn.number]
+        self._groups += [list(group) for _, group in groupby(first, key=lambda turn: turn.group)]
+        # Prompts of like length are in memory together, so that little of it is empty; the longest come first, so
+        # that a memory that is too small shows at once.
+        self._groups.sort(key=lambda group: -len(group[0].token_ids))
+        self._further += [turn for turn in turns if turn.number]
+
+    def advance(self) -> bool:
+        """See `TurnStream.advance`."""
+        if self._memory is None:
+            if not self._groups:
+                return False
+            prompts, size = [group[0].token_ids for group in self._groups], max(map(len, self._groups))
+            self._memory = self._engine.memory(prompts, size)
+        memory, batch = self._memory, self._batch
+        if self._further and self._read_on(memory, batch):
+            pass
+        elif count := memory.room([group[0].token_ids for group in self._groups]):
+            begun, self._groups = self._groups[:count], self._groups[count:]
+            logits = memory.prefill([group[0].token_ids for group in begun], list(map(len, begun)))
+            batch.begin(logits, [turn for group in begun for turn in group])
+        elif batch.rows:
+            batch.append(memory.decode(batch.last))
+            if not batch.must_look():
+                return True
+        else:
+            return False
+        self._retire(memory, batch)
+        return True
+
+    def _read_on(self, memory: Memory, batch: Batch) -> bool:
+        """Compute what has been answered, for all rows at once; return whether there was any.
+
+        A turn that does not go on from what its row has read is begun anew, alone.
+        """
+        turns, self._further = self._further, []
+        held = [self._held(memory, turn) for turn in turns]
+        kept = [(turn, count) for turn, count in zip(turns, held, strict=True) if count is not None]
+        for turn, count in zip(turns, held, strict=True):
+            if count is None:
+                self.forget(turn.completion)
+                self._groups.append([turn])
+        if kept:
+            new = [turn.token_ids[count:] for turn, count in kept]
+            logits = memory.extend([turn.completion for turn, _ in kept], [count for _, count in kept], new)
+            batch.begin(logits, [turn for turn, _ in kept])
+        return bool(kept)
+
+    def _held(self, memory: Memory, turn: Turn) -> int | None:
+        """How many of the turn's tokens its row holds; None if it cannot go on from there."""
+        prompt_length = memory.prompt_length(turn.completion)
+        if prompt_length is None:
+            return None
+        common = common_length(self._read.pop(turn.completion), turn.token_ids)
+        return common if common >= prompt_length else None
+
+    def _retire(self, memory: Memory, batch: Batch) -> None:
+        """Give out the turns that have finished; rows of completions that may go on wait in memory."""
+        places, staying = batch.retire()
+        if not places:
+            return
+        finished = [(place, batch.rows[place]) for place in places]
+        parked = {row.turn.completion: place for place, row in finished if row.turn.may_go_on}
+        memory.keep(staying, parked)
+        batch.keep(staying)
+        for _, row in finished:
+            if row.turn.may_go_on:
+                self._read[row.turn.completion] = [*row.turn.token_ids, *row.tokens[:-1]]
+            assert row.reason is not None
+            text = decoded(self._engine.tokenizer, row.tokens, self._engine.sampling.stop)
+            self._on_turn(row.turn.completion, SampledTurn(row.tokens, row.logprobs, row.reason, text))
+
+    def forget(self, completion: int) -> None:
+        """See `TurnStream.forget`."""
+        self._read.pop(completion, None)
+        if self._memory is not None:
+            self._memory.drop(completion)
+
+
+def common_length(read: Sequence[int], token_ids: Sequence[int]) -> int:
+    """How many tokens of `token_ids`, but for its last, `read` begins with."""
+    limit = min(len(read), len(token_ids) - 1)
+    if list(read[:limit]) == list(token_ids[:limit]):
+        return limit
+    return next(place for place in range(limit) if read[place] != token_ids[place])
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> set[int]:

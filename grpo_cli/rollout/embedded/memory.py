@@ -1,13 +1,14 @@
 """Keeps the keys and values of the rows that are being generated.
 
-There are R rows, one for each unfinished completion, in the same order as in the batch: `prefill` adds the rows of
-new groups at the end, `keep` drops finished ones.
+There are R rows, one for each turn that is being generated, in the same order as in the batch: `prefill` adds the
+rows of new groups at the end, `keep` drops finished ones. Rows whose completion may go on wait until `extend`
+adds them again, behind the others.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,23 +27,48 @@ class Memory(Protocol):
         """How many of the waiting prompts' groups can be added now; at least one when no row is left."""
         ...
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Add the rows of these groups, each prompt computed once; return their (R_new, V) next logits."""
+    def prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
+        """Add counts[i] rows for prompt i, which is computed once; return their (R_new, V) next logits."""
         ...
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """Add the (R,) tokens, one to each row; return (R, V) logits of the next."""
         ...
 
-    def keep(self, places: np.ndarray) -> None:
-        """Move row places[i] to i and drop all other rows."""
+    def keep(self, places: np.ndarray, parked: Mapping[int, int]) -> None:
+        """Move row places[i] to i and drop all other rows.
+
+        Args:
+            parked: names of rows that wait from now on, if this memory can keep them, and their places.
+        """
+        ...
+
+    def prompt_length(self, name: int) -> int | None:
+        """Tokens of a waiting row's prompt, which stay as they are; None if it does not wait."""
+        ...
+
+    def extend(
+        self, names: Sequence[int], held: Sequence[int], token_ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Add waiting rows again, behind the others; return their (r, V) next logits.
+
+        Args:
+            names: of the rows.
+            held: tokens from the beginning, the prompt included, that each of them keeps of what it has read.
+            token_ids: what each of them reads after those, at least one token.
+        """
+        ...
+
+    def drop(self, name: int) -> None:
+        """Let go of a waiting row, if there is one of this name."""
         ...
 
 
 class RowMemory:
     """transformers' own cache, a padded row for each completion: for models that cannot share prompts.
 
-    Such a cache takes no new rows beside old ones, so a set of groups is finished before the next is begun.
+    Such a cache takes no new rows beside old ones, so a set of groups is finished before the next is begun, and
+    rows cannot wait: a later turn is computed from its beginning.
     """
 
     def __init__(self, model: Any, num_generations: int, max_completion_tokens: int) -> None:
@@ -67,7 +93,20 @@ class RowMemory:
             count += 1
         return count
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prompt_length(self, name: int) -> int | None:
+        """See `Memory.prompt_length`."""
+        return None
+
+    def extend(
+        self, names: Sequence[int], held: Sequence[int], token_ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """See `Memory.extend`."""
+        raise AssertionError("no row of this memory waits")
+
+    def drop(self, name: int) -> None:
+        """See `Memory.drop`."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
         """See `Memory.prefill`.
 
         Raises:
@@ -91,7 +130,7 @@ class RowMemory:
                 f"generation.engine: transformers cannot generate with {type(self.model).__name__}, which does "
                 "not hand out its cache; use another model"
             )
-        rows = torch.arange(len(prompts), device=device).repeat_interleave(self.num_generations)
+        rows = on_device(np.arange(len(prompts)).repeat(counts), device)
         self.cache.reorder_cache(rows)
         self.attention_mask = mask[rows]
         self.positions = mask.sum(-1)[rows]
@@ -113,7 +152,7 @@ class RowMemory:
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 
-    def keep(self, places: np.ndarray) -> None:
+    def keep(self, places: np.ndarray, parked: Mapping[int, int]) -> None:
         """See `Memory.keep`."""
         kept = on_device(places, self.positions.device)
         self.attention_mask = self.attention_mask[kept]

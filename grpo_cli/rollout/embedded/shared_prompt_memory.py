@@ -7,21 +7,34 @@ where everything is and how long, and never has to ask the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import pad
 
-from grpo_cli.algorithm.packing import branches_of
+from grpo_cli.algorithm.branches import branches_of
 from grpo_cli.policy.attention import LAYOUT, LayerInputs, RowLayout
 from grpo_cli.recipe import limits
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs, bucketed
 from grpo_cli.rollout.embedded.decode_layout import DecodeLayout, DecodeShape, LayerMemory, grid_cells
+from grpo_cli.rollout.embedded.extend_layout import ExtendLayout
 from grpo_cli.rollout.embedded.memory import filled_holes, on_device
 
 PREFILL_TOKENS = 8_192
-"""Prompt tokens in one forward pass; a longer prompt has one of its own."""
+"""Tokens that are read in one forward pass; a longer prompt has one of its own."""
+
+
+@dataclass
+class WaitingRow:
+    """A row whose completion may go on."""
+
+    place: int
+    """Where it lies."""
+    group: int
+    """< A."""
 
 
 class SharedPromptMemory:
@@ -57,7 +70,8 @@ class SharedPromptMemory:
         self.lengths = none  # (R,) tokens of the row's own
         # The device's copy of what the rows are, at addresses that recorded steps read: their lengths, the lengths
         # of their prompts, their cells in the grid of groups, and their cells in the padded grid.
-        capacity = self.slots * num_generations
+        self.capacity = capacity = self.slots * num_generations
+        self.waiting: dict[int, WaitingRow] = {}
         self.told = torch.zeros(4, capacity, dtype=torch.long, device=model.device)
         self.fed = torch.zeros(capacity, dtype=torch.long, device=model.device)
         self.has_full_grid = True
@@ -67,18 +81,19 @@ class SharedPromptMemory:
         """See `Memory.room`."""
         return min(len(waiting), self.slots - len(self.prompt_lengths))
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
         """See `Memory.prefill`."""
-        logits = []
-        start = 0
-        for end in range(1, len(prompts) + 1):
-            if end == len(prompts) or sum(map(len, prompts[start : end + 1])) > PREFILL_TOKENS:
-                logits.append(self._prefill(prompts[start:end]))
-                start = end
+        self._widen(max(map(len, prompts)))
+        self._move(*self._make_way(len(self.group_of) + sum(counts)), self._row_buffers(self.row_width))
+        logits = torch.cat(
+            [self._prefill(prompts[part], counts[part]) for part in passes([len(prompt) for prompt in prompts])]
+        )
         self._tell_device()
-        return torch.cat(logits).repeat_interleave(self.group_size, 0)
+        if len(set(counts)) == 1:
+            return logits.repeat_interleave(counts[0], 0)
+        return logits[on_device(np.arange(len(counts)).repeat(counts), logits.device)]
 
-    def _prefill(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
         """(P, V)"""
         device = self.model.device
         first = len(self.prompt_lengths)
@@ -92,9 +107,20 @@ class SharedPromptMemory:
         )
         groups = np.arange(first, first + len(prompts))
         self.prompt_lengths = np.concatenate([self.prompt_lengths, lengths])
-        self.group_of = np.concatenate([self.group_of, groups.repeat(self.group_size)])
-        self.lengths = np.concatenate([self.lengths, np.zeros(len(prompts) * self.group_size, dtype=np.int64)])
+        self.group_of = np.concatenate([self.group_of, groups.repeat(counts)])
+        self.lengths = np.concatenate([self.lengths, np.zeros(sum(counts), dtype=np.int64)])
         return logits[0]
+
+    def _widen(self, prompt_width: int) -> None:
+        """Have room for a prompt of so many tokens, which may be longer than all that were announced."""
+        if prompt_width <= self.prompt_width:
+            return
+        if self.graphs is not None:
+            self.graphs.release()  # recorded steps read where the prompts were
+        for index, layer in self.layers.items():
+            keys, values = (pad(part, (0, 0, 0, prompt_width - self.prompt_width)) for part in layer.prompts)
+            self.layers[index] = replace(layer, prompts=(keys, values))
+        self.prompt_width = prompt_width
 
     def decode(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `Memory.decode`."""
@@ -189,31 +215,107 @@ class SharedPromptMemory:
         self.told[:, : padded.rows] = on_device(told, self.told.device)
         self.has_full_grid = np.array_equal(cells, np.arange(exact.groups * exact.widest))
 
-    def keep(self, places: np.ndarray) -> None:
+    def keep(self, places: np.ndarray, parked: Mapping[int, int]) -> None:
         """See `Memory.keep`."""
-        longest = int(self.lengths.max())
-        self._move(places, [part[:, :, :longest] for layer in self.layers.values() for part in layer.rows])
-        self.lengths = self.lengths[places]
-        group_of = self.group_of[places]
+        longest = int(self.lengths.max(initial=0))
+        targets, sources = list(range(len(places))), places.tolist()
+        for name, place in parked.items():
+            row = self.waiting[name] = WaitingRow(self._free_place(), int(self.group_of[place]))
+            targets.append(row.place)
+            sources.append(place)
+        self._move(targets, sources, self._row_buffers(longest))
+        self.lengths, self.group_of = self.lengths[places], self.group_of[places]
+        self._drop_groups()
+
+    def _free_place(self) -> int:
+        """The last one that no waiting row has: at the end they are in nobody's way.
+
+        There are no more rows than places, so no row that is being generated is there once all have moved.
+        """
+        taken = {row.place for row in self.waiting.values()}
+        return next(place for place in reversed(range(self.capacity)) if place not in taken)
+
+    def _make_way(self, end: int) -> tuple[list[int], list[int]]:
+        """Targets and sources of the waiting rows that must leave the places before `end`."""
+        targets, sources = [], []
+        for row in self.waiting.values():
+            if row.place < end:
+                sources.append(row.place)
+                row.place = self._free_place()
+                targets.append(row.place)
+        return targets, sources
+
+    def _drop_groups(self) -> None:
+        """Let go of the prompts that no row reads any more."""
         is_alive = np.zeros(len(self.prompt_lengths), dtype=bool)
-        is_alive[group_of] = True
+        is_alive[self.group_of] = True
+        is_alive[[row.group for row in self.waiting.values()]] = True
         if not is_alive.all():
             groups = filled_holes(is_alive)
-            self._move(groups, [part for layer in self.layers.values() for part in layer.prompts])
+            buffers = [part for layer in self.layers.values() for part in layer.prompts]
+            self._move(range(len(groups)), groups.tolist(), buffers)
             self.prompt_lengths = self.prompt_lengths[groups]
             new_place = np.zeros(len(is_alive), dtype=np.int64)
             new_place[groups] = np.arange(len(groups))
-            group_of = new_place[group_of]
-        self.group_of = group_of
+            self.group_of = new_place[self.group_of]
+            for row in self.waiting.values():
+                row.group = int(new_place[row.group])
         self._tell_device()
 
-    def _move(self, places: np.ndarray, buffers: list[torch.Tensor]) -> None:
-        """Move entry places[i] of each buffer to i."""
-        moved = (places != np.arange(len(places))).nonzero()[0]
-        if len(moved):
-            targets, sources = on_device(np.stack([moved, places[moved]]), self.told.device)
+    def prompt_length(self, name: int) -> int | None:
+        """See `Memory.prompt_length`."""
+        row = self.waiting.get(name)
+        return None if row is None else int(self.prompt_lengths[row.group])
+
+    def extend(
+        self, names: Sequence[int], held: Sequence[int], token_ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """See `Memory.extend`."""
+        places = range(len(self.group_of), len(self.group_of) + len(names))
+        rows = [self.waiting.pop(name) for name in names]
+        targets, sources = self._make_way(places.stop)
+        groups = [row.group for row in rows]
+        prompt_lengths = self.prompt_lengths[groups].tolist()
+        kept = [count - length for count, length in zip(held, prompt_lengths, strict=True)]
+        counts = list(map(len, token_ids))
+        longest = max(self.row_width if targets else 0, *kept)
+        self._move([*targets, *places], [*sources, *(row.place for row in rows)], self._row_buffers(longest))
+        logits = []
+        for part in passes(counts):
+            layout = ExtendLayout(
+                self.layer,
+                places[part],
+                groups[part],
+                prompt_lengths[part],
+                kept[part],
+                counts[part],
+                self.model.device,
+            )
+            tokens = on_device([[token for own in token_ids[part] for token in own]], self.model.device)
+            positions = layout.positions[None]
+            logits.append(self._forward(tokens, positions, layout, logits_to_keep=layout.ends)[0])
+        self.group_of = np.concatenate([self.group_of, groups])
+        self.lengths = np.concatenate([self.lengths, np.array(kept) + counts])
+        self._tell_device()
+        return torch.cat(logits)
+
+    def drop(self, name: int) -> None:
+        """See `Memory.drop`."""
+        if self.waiting.pop(name, None) is not None:
+            self._drop_groups()
+
+    def _row_buffers(self, longest: int) -> list[torch.Tensor]:
+        """What rows of at most so many tokens have in each layer."""
+        return [part[:, :, :longest] for layer in self.layers.values() for part in layer.rows]
+
+    def _move(self, targets: Sequence[int], sources: Sequence[int], buffers: list[torch.Tensor]) -> None:
+        """Copy entry sources[i] of each buffer to targets[i], all at once."""
+        moves = np.array([targets, sources])
+        moves = moves[:, moves[0] != moves[1]]
+        if moves.size:
+            to, origin = on_device(moves, self.told.device)
             for buffer in buffers:
-                buffer[targets] = buffer[sources]
+                buffer[to] = buffer[origin]
 
     def layer(self, index: int, like: torch.Tensor) -> LayerMemory:
         """The memory of a layer, allocated on first use for keys of such a shape (…, K, L, D) and dtype."""
@@ -241,6 +343,15 @@ class _PrefillLayout(RowLayout):
         """See `TokenLayout.attend`."""
         buffers = self.owner.layer(inputs.layer, inputs.key).prompts
         for part, buffer in zip((inputs.key, inputs.value), buffers, strict=True):
-            for slot, group in enumerate(self.branches.groups, start=self.first):
-                buffer[slot, :, : group.prompt_length] = part[0, :, group.start : group.end]
+            for slot, stem in enumerate(self.branches.stems, start=self.first):
+                buffer[slot, :, : stem.length] = part[0, :, stem.start : stem.end]
         return super().attend(inputs)
+
+
+def passes(lengths: Sequence[int]) -> Iterator[slice]:
+    """Parts of what is read, each of at most PREFILL_TOKENS if it can be."""
+    start = 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or sum(lengths[start : end + 1]) > PREFILL_TOKENS:
+            yield slice(start, end)
+            start = end

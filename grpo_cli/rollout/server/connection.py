@@ -23,7 +23,6 @@ from grpo_cli.rollout.server.attempts import LONGEST_PAUSE_S
 from grpo_cli.rollout.server.weight_transfer import (
     SendingGroup,
     fill_memory,
-    in_background,
     shares_memory,
 )
 from grpo_cli.serve import protocol, wire
@@ -39,6 +38,7 @@ from grpo_cli.serve.protocol import (
     Staging,
     Weights,
 )
+from grpo_cli.serve.sender import in_background
 
 CONNECT_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 512

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import queue
 import secrets
-import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from grpo_cli.distributed.outcome import outcome_of, result_of
 from grpo_cli.errors import RunError, ServerLost, ServerNeverReached
 from grpo_cli.recipe.sampling import Sampling
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
+from grpo_cli.rollout.engine import OnTurn, SampledTurn, Turn, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server.attempts import Attempts
 from grpo_cli.rollout.server.connection import LinkBroken, ServerAway, ServerConnection, WrongWeights
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
-from grpo_cli.rollout.with_vllm import completion, seed_of
+from grpo_cli.rollout.server.stream import Lane, ServerStream, daemon
+from grpo_cli.rollout.with_vllm import sampled_turn, seed_of
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
 
 
@@ -59,6 +58,8 @@ class ServerEngine:
         self._infos: dict[str, ServerInfo] = {}
         self._has_taken: set[str] = set()
         """Servers that have been sent weights."""
+        self._told: set[str] = set()
+        """Servers of whose failures the user was told since the last update."""
 
     def update_weights(self, version: int) -> int:
         """Give every server the policy's present weights; return the bytes that were moved.
@@ -70,9 +71,10 @@ class ServerEngine:
             ServerNeverReached: it has not answered once, or no weights have reached it.
         """
         self.weights = Weights(run=self.run, version=version)
+        self._told.clear()
         moved: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for server in self.servers:
-            _daemon(partial(self._update_one, server, moved))
+            daemon(partial(self._update_one, server, moved))
         return sum(result_of(moved.get()) for _ in self.servers)
 
     def _update_one(self, server: ServerConnection, moved: queue.SimpleQueue[Any]) -> None:
@@ -130,71 +132,34 @@ class ServerEngine:
             hint = "is grpo serve running there?" if own is None else f"its log is {own.log}"
             raise ServerNeverReached(f"generation.server: {error}; {hint}") from error
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Sequence[SampleKey],
-        num_generations: int,
-        *,
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. `update_weights` comes first.
+    @contextmanager
+    def stream(self, on_turn: OnTurn) -> Iterator[ServerStream]:
+        """See `TurnEngine.stream`. `update_weights` comes first.
 
-        Raises:
-            UserError: a prompt is longer than the servers take.
-            ServerLost: as `update_weights`.
-            RunError: a prompt fails every time, while the link is well.
+        The outcome of a turn may be a ServerLost, as of `update_weights`, or a RunError: it fails every time.
         """
-        assert self.weights is not None, "update_weights comes before generate"
-        self._check_lengths(prompts)
-        requests = [
-            generate_request(self.sampling, self.eos_token_ids, prompt, key, num_generations, self.weights)
-            for prompt, key in zip(prompts, keys, strict=True)
-        ]
-        work = _Work(requests)
-        self._start_threads(work, num_generations)
-        groups: list[list[Completion]] = [[] for _ in prompts]
+        assert self.weights is not None, "update_weights comes before stream"
+        lanes = [Lane(server, self._infos[server.url].max_num_seqs) for server in self.servers]
+        stream = ServerStream(lanes, self._send, on_turn, self._check_lengths)
         try:
-            for _ in requests:
-                index, outcome = work.outcomes.get()
-                response = result_of(outcome)
-                groups[index] = [completion(part, self.sampling, self.tokenizer) for part in response.completions]
-                if on_group is not None:
-                    on_group(index, groups[index])
+            yield stream
         finally:
-            work.stopped.set()
-        return groups
+            stream.stop()
 
-    def _start_threads(self, work: _Work, num_generations: int) -> None:
-        """Each server takes as many prompts at a time as it can hold, and another one whenever one is done."""
-        share = math.ceil(len(work.requests) / len(self.servers))
-        for server in self.servers:
-            room = max(1, self._infos[server.url].max_num_seqs // num_generations)
-            for _ in range(min(room, share)):
-                _daemon(partial(self._take_work, server, work))
+    def _send(self, server: ServerConnection, turns: Sequence[Turn]) -> list[SampledTurn]:
+        request = generate_request(self.sampling, self.eos_token_ids, turns, self.weights)
+        response = self._generate(server, request)
+        return [sampled_turn(part, self.sampling, self.tokenizer) for part in response.completions]
 
-    def _take_work(self, server: ServerConnection, work: _Work) -> None:
-        while not work.stopped.is_set():
-            try:
-                index = work.waiting.get_nowait()
-            except queue.Empty:
-                return
-            outcome = outcome_of(partial(self._generate, server, work, work.requests[index]), (Exception,))
-            work.outcomes.put((index, outcome))
-            if isinstance(outcome, Exception):
-                return
-
-    def _generate(self, server: ServerConnection, work: _Work, request: GenerateRequest) -> GenerateResponse:
+    def _generate(self, server: ServerConnection, request: GenerateRequest) -> GenerateResponse:
         attempts = Attempts(server.timeout_s)
         while True:
             instance = self._infos[server.url].instance
             try:
                 response = server.generate(request)
             except (ServerAway, WrongWeights) as error:
-                if work.stopped.is_set():
-                    raise  # nobody waits for it any more
-                if server.url not in work.told:
-                    work.told.add(server.url)
+                if server.url not in self._told:
+                    self._told.add(server.url)
                     self.note(f"{error}; asking again")
                 self._bring_up_to_date(server)
                 # One that has started anew may have ended of the prompt.
@@ -207,14 +172,14 @@ class ServerEngine:
                 self.spawned.has_generated()
             return response
 
-    def _check_lengths(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _check_lengths(self, turns: Sequence[Turn]) -> None:
         for server in self.servers:
             limit = self._infos[server.url].max_model_len
             what_to_do = (
                 f"the --max-model-len {limit} of {server.url}; raise it there, or lower data.max_prompt_tokens or "
                 "generation.max_completion_tokens"
             )
-            check_lengths(prompts, self.sampling.max_completion_tokens, limit, what_to_do)
+            check_lengths(turns, limit, what_to_do)
 
     def release_memory(self) -> None:
         """Nothing: the servers have memory of their own."""
@@ -228,42 +193,16 @@ class ServerEngine:
 
 
 def generate_request(
-    sampling: Sampling,
-    eos_token_ids: set[int],
-    prompt: Sequence[int],
-    key: SampleKey,
-    num_generations: int,
-    weights: Weights | None = None,
+    sampling: Sampling, eos_token_ids: set[int], turns: Sequence[Turn], weights: Weights | None = None
 ) -> GenerateRequest:
-    """What a server is asked for one prompt's group."""
+    """What a server is asked for turns that all begin alike: one, or the first ones of a group."""
+    first = turns[0]
+    settings = sampling.model_dump(include=set(Sampling.model_fields))
     return GenerateRequest(
-        token_ids=list(prompt),
-        n=num_generations,
-        seed=seed_of(key),
+        token_ids=list(first.token_ids),
+        n=len(turns),
+        seed=seed_of(first),
         stop_token_ids=sorted(eos_token_ids),
         weights=weights,
-        **sampling.model_dump(include=set(Sampling.model_fields)),
+        **(settings | {"max_completion_tokens": first.max_tokens}),
     )
-
-
-def _daemon(target: Callable[[], None]) -> None:
-    """Run in a thread that does not keep an ending process alive, as one that waits for a hung server would."""
-    threading.Thread(target=target, daemon=True).start()
-
-
-@dataclass
-class _Work:
-    """The prompts of one call, which threads take from and report to."""
-
-    requests: list[GenerateRequest]
-    waiting: queue.SimpleQueue[int] = field(default_factory=queue.SimpleQueue)
-    outcomes: queue.SimpleQueue[tuple[int, GenerateResponse | Exception]] = field(
-        default_factory=queue.SimpleQueue
-    )
-    stopped: threading.Event = field(default_factory=threading.Event)
-    told: set[str] = field(default_factory=set)
-    """Servers whose failures the user was told of."""
-
-    def __post_init__(self) -> None:
-        for index in range(len(self.requests)):
-            self.waiting.put(index)

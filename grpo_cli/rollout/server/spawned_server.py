@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
+import secrets
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from grpo_cli.distributed.environment import as_if_not_launched
 from grpo_cli.errors import RunError, ServerLost
-from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import ServerConfig
+from grpo_cli.rollout.with_vllm import save_for_vllm
 from grpo_cli.serve.engine_arguments import SHARED_GPU_MEMORY, as_options, refuse_splitting
 from grpo_cli.serve.environment import prepare
-from grpo_cli.serve.lock import make_key_file
+from grpo_cli.serve.own_folder import OwnFolder
 
 MAX_STARTS = 3
 """Starts in a row without anything generated in between, after which the server is given up."""
@@ -69,17 +68,16 @@ class SpawnedServer:
             os.environ.get("CUDA_VISIBLE_DEVICES"),
             training,
         )
-        self._folder = Path(tempfile.mkdtemp(prefix="grpo-train-"))  # mode 0700
-        self.key_file = self._folder / "key"
-        self.key = make_key_file(self.key_file)
-        base_model(model).config.save_pretrained(self._folder / "model")
-        tokenizer.save_pretrained(self._folder / "model")
+        self.key = secrets.token_urlsafe(32)
+        self._key_file = _in_memory(self.key)
+        self._folder = OwnFolder("grpo-train-")
+        save_for_vllm(model, tokenizer, self._folder.path / "model")
         if torch.cuda.is_available() and self._devices is None:
             arguments = {"gpu_memory_utilization": SHARED_GPU_MEMORY, **arguments}
         self._command = [
             sys.executable, "-m", "grpo_cli.cli", "serve",
-            "--model", str(self._folder / "model"), "--load-format", "dummy",
-            "--port", str(self.port), "--api-key-file", str(self.key_file),
+            "--model", str(self._folder.path / "model"), "--load-format", "dummy",
+            "--port", str(self.port), "--api-key-file", f"/dev/fd/{self._key_file.fileno()}",
             "--tp", str(config.tensor_parallel_size), "--stop-with-stdin",
             *as_options(arguments),
         ]  # fmt: skip
@@ -114,7 +112,7 @@ class SpawnedServer:
             # Its standard input closes when this process ends, in whatever way, and so it ends too.
             self._process = subprocess.Popen(
                 self._command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment,
-                start_new_session=True,
+                start_new_session=True, pass_fds=[self._key_file.fileno()],
             )  # fmt: skip
 
     def has_generated(self) -> None:
@@ -149,7 +147,8 @@ class SpawnedServer:
                 self._process.wait(STOP_TIMEOUT_S)
             self._kill_group()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._key_file.close()
+        self._folder.remove()
 
     def _kill_group(self) -> None:
         """End what is left of the server, after a moment in which it may end by itself and clean up."""
@@ -162,6 +161,14 @@ class SpawnedServer:
                 os.killpg(self._process.pid, 0)
                 time.sleep(0.05)
             os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _in_memory(text: str) -> BinaryIO:
+    """A file that lies on no disk: it ends with the processes that have it open."""
+    file = open(os.memfd_create("key"), "wb", buffering=0)  # noqa: SIM115
+    os.fchmod(file.fileno(), 0o600)
+    file.write(text.encode())
+    return file
 
 
 def server_devices(count: int, wanted: int, visible: str | None, training: Collection[int]) -> str | None:

@@ -6,14 +6,13 @@ import os
 import secrets
 import socket
 import stat
-import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -22,8 +21,7 @@ from grpo_cli.distributed.interfaces import address_towards
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.serve import wire
 from grpo_cli.serve.protocol import Rendezvous, ServerInfo
-
-T = TypeVar("T")
+from grpo_cli.serve.sender import in_background
 
 
 def shares_memory(info: ServerInfo) -> bool:
@@ -118,17 +116,3 @@ class SendingGroup:
         sent = digest.hexdigest()
         wire.broadcast(self.group, torch.tensor(list(sent.encode()), dtype=torch.uint8, device=device))
         return sent
-
-
-def in_background(call: Callable[[], T]) -> Future[T]:
-    """Run `call` in a daemon thread, which does not keep an ending process alive even if it hangs."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

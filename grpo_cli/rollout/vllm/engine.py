@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from grpo_cli.errors import UserError, one_line
-from grpo_cli.policy.model import base_model
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey, check_lengths
+from grpo_cli.rollout.engine import OnTurn, Turn, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.with_vllm import completion, seed_of
+from grpo_cli.rollout.with_vllm import sampled_turn, save_for_vllm, seed_of
 from grpo_cli.serve.engine_arguments import (
     HOW_TO_INSTALL,
     REQUIRED,
@@ -25,6 +23,7 @@ from grpo_cli.serve.engine_arguments import (
     refuse_splitting,
 )
 from grpo_cli.serve.environment import set_defaults
+from grpo_cli.serve.own_folder import OwnFolder
 
 
 class VllmEngine:
@@ -70,12 +69,11 @@ class VllmEngine:
             arguments["gpu_memory_utilization"] = SHARED_GPU_MEMORY
             if policy.device.index:  # left to itself, vLLM takes the first one
                 arguments["device_ids"] = [policy.device.index]
-        with tempfile.TemporaryDirectory(prefix="grpo-train-") as folder:
-            base_model(model).config.save_pretrained(Path(folder))
-            tokenizer.save_pretrained(Path(folder))
+        with OwnFolder("grpo-train-") as folder:
+            save_for_vllm(model, tokenizer, folder)
             threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
             try:
-                self._llm: Any = vllm.LLM(model=folder, **(arguments | config.vllm))
+                self._llm: Any = vllm.LLM(model=str(folder), **(arguments | config.vllm))
             except (ValueError, TypeError) as error:
                 raise UserError(
                     f"generation.vllm: vLLM refuses the model or an argument: {one_line(error)}"
@@ -110,48 +108,76 @@ class VllmEngine:
             self._llm.sleep(level=2)
             self._is_asleep = True
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        keys: Sequence[SampleKey],
-        num_generations: int,
-        *,
-        on_group: OnGroup | None = None,
-    ) -> list[list[Completion]]:
-        """See `RolloutEngine.generate`. `update_weights` comes first.
-
-        Raises:
-            UserError: a prompt is longer than vLLM was told to expect.
-        """
-        assert not self._is_asleep, "update_weights comes before generate"
-        from grpo_cli.serve.sampling import sampled_tokens, sampling_params
-
-        engine = self._llm.llm_engine
-        limit, eos = engine.model_config.max_model_len, sorted(self.eos_token_ids)
-        what_to_do = (
-            f"vLLM's limit of {limit}; raise generation.vllm.max_model_len, or lower data.max_prompt_tokens or "
-            "max_completion_tokens"
-        )
-        check_lengths(prompts, self.config.max_completion_tokens, limit, what_to_do)
-        groups: list[list[Completion]] = [[] for _ in prompts]
+    @contextmanager
+    def stream(self, on_turn: OnTurn) -> Iterator[VllmStream]:
+        """See `TurnEngine.stream`. `update_weights` comes first."""
+        assert not self._is_asleep, "update_weights comes before stream"
+        stream = VllmStream(self._llm.llm_engine, self, on_turn)
         try:
-            for index, (prompt, key) in enumerate(zip(prompts, keys, strict=True)):
-                params = sampling_params(self.config, n=num_generations, seed=seed_of(key), stop_token_ids=eos)
-                engine.add_request(str(index), {"prompt_token_ids": list(prompt)}, params)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    if output.finished:
-                        index = int(output.request_id)
-                        parts = sampled_tokens(output)
-                        groups[index] = [completion(part, self.config, self.tokenizer) for part in parts]
-                        if on_group is not None:
-                            on_group(index, groups[index])
+            yield stream
         finally:
-            if engine.has_unfinished_requests():  # they would turn up among the next call's
-                engine.abort_request([str(index) for index in range(len(prompts))])
-        return groups
+            stream.abort()
 
     def close(self) -> None:
         """Let go of vLLM's memory."""
         self._llm.llm_engine.engine_core.shutdown()
         del self._llm
+
+
+class VllmStream:
+    """A `TurnStream` over vLLM's own scheduler: what turns have read and said stays in its prefix cache.
+
+    Args:
+        engine: vLLM's, in this process.
+        owner: whose settings hold.
+        on_turn: told of each finished turn, on the thread that advances.
+    """
+
+    def __init__(self, engine: Any, owner: VllmEngine, on_turn: OnTurn) -> None:
+        self._engine = engine
+        self._owner = owner
+        self._on_turn = on_turn
+        self._running: set[str] = set()
+
+    def ask(self, turns: Sequence[Turn]) -> None:
+        """See `TurnStream.ask`.
+
+        Raises:
+            UserError: a turn may become longer than vLLM was told to expect.
+        """
+        from grpo_cli.serve.sampling import sampling_params
+
+        limit, eos = self._engine.model_config.max_model_len, sorted(self._owner.eos_token_ids)
+        what_to_do = (
+            f"vLLM's limit of {limit}; raise generation.vllm.max_model_len, or lower data.max_prompt_tokens or "
+            "max_completion_tokens"
+        )
+        check_lengths(turns, limit, what_to_do)
+        for turn in turns:
+            settings = self._owner.config.model_copy(update={"max_completion_tokens": turn.max_tokens})
+            params = sampling_params(settings, n=1, seed=seed_of(turn), stop_token_ids=eos)
+            name = str(turn.completion)
+            self._engine.add_request(name, {"prompt_token_ids": list(turn.token_ids)}, params)
+            self._running.add(name)
+
+    def advance(self) -> bool:
+        """See `TurnStream.advance`."""
+        from grpo_cli.serve.sampling import sampled_tokens
+
+        if not self._engine.has_unfinished_requests():
+            return False
+        for output in self._engine.step():
+            if output.finished:
+                self._running.remove(output.request_id)
+                (part,) = sampled_tokens(output)
+                turn = sampled_turn(part, self._owner.config, self._owner.tokenizer)
+                self._on_turn(int(output.request_id), turn)
+        return True
+
+    def forget(self, completion: int) -> None:
+        """See `TurnStream.forget`: vLLM's cache drops what is used least by itself."""
+
+    def abort(self) -> None:
+        """Stop what runs: it would turn up among the next stream's."""
+        if self._running:
+            self._engine.abort_request(sorted(self._running))

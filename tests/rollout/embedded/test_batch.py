@@ -17,6 +17,7 @@ from grpo_cli.rollout.embedded import batch, decode_graphs
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.rollout.driving import Driven
 from tests.rollout.embedded.tape import Tape, waits_seen
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17, 18]]
@@ -47,9 +48,9 @@ def model_of(kind: str, eos: list[int]) -> Any:
     return model.eval()
 
 
-def engine_of(model: Any, autocast: Any = nullcontext, **options: Any) -> EmbeddedEngine:
+def engine_of(model: Any, autocast: Any = nullcontext, **options: Any) -> Driven:
     config = GenerationConfig(**({"max_completion_tokens": NEW_TOKENS} | options))
-    return EmbeddedEngine(PackedModel.checked(model), byte_tokenizer(), config, autocast)
+    return Driven(EmbeddedEngine(PackedModel.checked(model), byte_tokenizer(), config, autocast))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -19,6 +19,7 @@ from grpo_cli.rollout.embedded.casts import weights_cast_once
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from tests.conftest import byte_tokenizer, tiny_llama
 from tests.processes import run_processes
+from tests.rollout.driving import Driven
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 KEYS = [(7, index) for index in range(len(PROMPTS))]
@@ -56,9 +57,10 @@ class WeightCasts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def engine_of(model: Any, autocast: Any = bfloat16) -> EmbeddedEngine:
+def engine_of(model: Any, autocast: Any = bfloat16) -> Driven:
     policy = PackedModel.checked(model)
-    return EmbeddedEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=8), autocast)
+    config = GenerationConfig(max_completion_tokens=8)
+    return Driven(EmbeddedEngine(policy, byte_tokenizer(), config, autocast))
 
 
 @pytest.mark.parametrize("shares_prompts", [True, False])
@@ -132,7 +134,7 @@ def casts_of_ranks() -> dict[str, list[int]]:
         spread.prepare(model, torch.optim.AdamW(trained))
         policy = PackedModel.checked(model, spread.run, ranks.device)
         config = GenerationConfig(max_completion_tokens=8)
-        engine = EmbeddedEngine(policy, byte_tokenizer(), config, bfloat16)
+        engine = Driven(EmbeddedEngine(policy, byte_tokenizer(), config, bfloat16))
         with spread.whole_model(), WeightCasts(model) as casts:
             engine.generate(PROMPTS, KEYS, 3)
         assert sum(parameter.requires_grad for parameter in model.parameters()) == len(trained)

@@ -234,7 +234,9 @@ def test_only_a_gpu_records(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.graphs is None
     engine.policy.device = torch.device("cuda", 0)
     notes: list[str] = []
-    graphs = type(engine)(engine.policy, engine.tokenizer, engine.sampling, nullcontext, notes.append).graphs
+    graphs = type(engine.engine)(
+        engine.policy, engine.tokenizer, engine.sampling, nullcontext, notes.append
+    ).graphs
     assert graphs is not None
     logits = torch.ones(1, 2)
     assert graphs.run("shape", lambda: logits) is None, "there is none here"

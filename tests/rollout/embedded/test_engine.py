@@ -39,6 +39,7 @@ from grpo_cli.rollout.embedded.engine import EmbeddedEngine, eos_token_ids
 from grpo_cli.rollout.embedded.sampling import logits_processors, sample_tokens
 from grpo_cli.rollout.engine import Completion, SampleKey, decoded, sample_uniforms
 from tests.conftest import byte_tokenizer, tiny_llama
+from tests.rollout.driving import Driven
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17, 18]]
 KEYS: list[SampleKey] = [(42, 0, 0, index) for index in range(len(PROMPTS))]
@@ -83,9 +84,9 @@ def ragged_llama() -> Any:
     return tiny_llama(eos_token_id=RAGGED_EOS).eval()
 
 
-def engine_of(model: Any, **generation: Any) -> EmbeddedEngine:
+def engine_of(model: Any, **generation: Any) -> Driven:
     config = GenerationConfig(**({"max_completion_tokens": 12} | generation))
-    return EmbeddedEngine(PackedModel.checked(model), byte_tokenizer(), config, nullcontext)
+    return Driven(EmbeddedEngine(PackedModel.checked(model), byte_tokenizer(), config, nullcontext))
 
 
 def tokens(groups: Sequence[Sequence[Completion]]) -> list[list[list[int]]]:
@@ -158,7 +159,8 @@ def test_a_gpu_returns_the_logprobs_that_training_on_it_computes() -> None:
     model = build(config).cuda()
     policy = PackedModel.checked(model)
     assert policy.shares_prompts
-    engine = EmbeddedEngine(policy, byte_tokenizer(), GenerationConfig(max_completion_tokens=12), nullcontext)
+    config = GenerationConfig(max_completion_tokens=12)
+    engine = Driven(EmbeddedEngine(policy, byte_tokenizer(), config, nullcontext))
     groups = engine.generate(PROMPTS, KEYS, 3)
     rollout = [
         Group(prompt, [completion.token_ids for completion in group], range(3 * i, 3 * i + 3))

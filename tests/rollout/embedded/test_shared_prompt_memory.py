@@ -69,10 +69,11 @@ class Rows:
         self.memory = SharedPromptMemory(model, PROMPTS, num_generations, NEW_TOKENS, graphs)
         self.group_size = num_generations
         self.sequences: list[list[int]] = []
+        self.waiting: dict[int, list[int]] = {}
         self.generator = torch.Generator().manual_seed(0)
 
     def prefill(self, *prompts: list[int]) -> None:
-        logits = self.memory.prefill(list(prompts))
+        logits = self.memory.prefill(list(prompts), [self.group_size] * len(prompts))
         added = [list(prompt) for prompt in prompts for _ in range(self.group_size)]
         self.sequences += added
         self.check(logits, added)
@@ -84,9 +85,20 @@ class Rows:
             sequence.append(token)
         self.check(logits, self.sequences)
 
-    def keep(self, *places: int) -> None:
-        self.memory.keep(np.array(places, dtype=np.int64))
+    def keep(self, *places: int, **parked: int) -> None:
+        """Keep these rows; those in `parked` wait under their names, a digit each behind a letter."""
+        names = {int(name[1:]): place for name, place in parked.items()}
+        self.memory.keep(np.array(places, dtype=np.int64), names)
+        self.waiting |= {name: self.sequences[place] for name, place in names.items()}
         self.sequences = [self.sequences[place] for place in places]
+
+    def extend(self, new: dict[int, list[int]], forgotten: int = 0) -> None:
+        """Have waiting rows read on, but for the last `forgotten` tokens that they had read."""
+        held = [len(self.waiting[name]) - forgotten for name in new]
+        logits = self.memory.extend(list(new), held, list(new.values()))
+        added = [self.waiting.pop(name)[:count] + new[name] for name, count in zip(new, held, strict=True)]
+        self.sequences += added
+        self.check(logits, added)
 
     def check(self, logits: torch.Tensor, sequences: list[list[int]]) -> None:
         assert len(logits) == len(sequences)
@@ -130,7 +142,7 @@ def test_long_prompts_are_computed_in_several_passes(monkeypatch: pytest.MonkeyP
     rows.model.model.register_forward_pre_hook(
         lambda *_: passes.append(_[2]["input_ids"].shape[1]), with_kwargs=True
     )
-    rows.memory.prefill(PROMPTS)
+    rows.memory.prefill(PROMPTS, [2] * len(PROMPTS))
     assert passes == [4, 7, 2]
 
 
@@ -170,3 +182,56 @@ def test_the_last_fill_the_holes(alive: list[bool], expected: list[int]) -> None
     assert sorted(places) == sorted(expected)
     moved = sum(place != index for index, place in enumerate(places))
     assert moved == sum(place != index for index, place in enumerate(expected))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_rows_that_wait_read_on_from_what_they_hold(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 2 * (7 + 3 * 8))  # two groups
+    rows = Rows(build(name), 3)
+    rows.prefill(PROMPTS[0], PROMPTS[2])
+    rows.decode()
+    rows.keep(0, 5, 4, n7=1, n8=2)  # only one row of the first group goes on
+    rows.decode()
+    rows.keep(1, 2, n9=0)  # none does, and its prompt stays
+    assert rows.memory.room(PROMPTS) == 0
+    rows.extend({8: [20, 21, 22], 7: [23]})
+    rows.decode()
+    rows.keep(3, 0, n1=1, n2=2)
+    rows.extend({9: [24, 25]}, forgotten=1)  # its history was written anew from there
+    rows.decode()
+    rows.memory.drop(1)
+    rows.keep(2)
+    assert rows.memory.room(PROMPTS) == 1  # nobody reads the second prompt any more
+    rows.memory.drop(2)
+    rows.memory.drop(3)  # never heard of
+    rows.keep()
+    assert rows.memory.room(PROMPTS) == 2
+    assert rows.memory.prompt_length(2) is None
+
+
+@torch.no_grad()
+def test_waiting_rows_make_way_for_rows_that_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CACHE_TOKENS", 2 * (7 + 2 * 8))  # two groups of two: four places
+    rows = Rows(build("llama"), 2)
+    rows.prefill(PROMPTS[0])
+    rows.keep(n1=0, n2=1)
+    rows.memory.drop(1)  # the last place is free again, the one before it is not
+    rows.prefill(PROMPTS[1])
+    rows.extend({2: [30, 31]})
+    rows.decode()
+    rows.keep(2, 0, n5=1)
+    rows.decode()
+    rows.extend({5: [32]})
+    rows.decode()
+
+
+@torch.no_grad()
+def test_a_prompt_wider_than_announced_finds_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(build("mistral with a sliding window"), 2)
+    rows.prefill(PROMPTS[0], PROMPTS[1])
+    rows.decode()
+    logits = rows.memory.prefill([list(range(40, 60))], [1])
+    rows.sequences.append(list(range(40, 60)))
+    rows.check(logits, rows.sequences[-1:])
+    rows.decode()

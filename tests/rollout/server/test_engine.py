@@ -22,6 +22,7 @@ from grpo_cli.rollout.server.engine import ServerEngine, generate_request
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
 from tests.conftest import byte_tokenizer
+from tests.rollout.driving import Driven, first_turns
 from tests.rollout.server.fake_server import PATIENCE_S, FakePolicy, FakeServer, tokens_of
 
 CONFIG = GenerationConfig(num_generations=4, max_completion_tokens=8)
@@ -81,13 +82,14 @@ def update(engine: ServerEngine, version: int) -> int:
 
 
 def generate(engine: ServerEngine, count: int = 12, **kwargs: Any) -> list[list[Completion]]:
-    return engine.generate(PROMPTS[:count], KEYS[:count], SIZE, **kwargs)
+    return Driven(engine).generate(PROMPTS[:count], KEYS[:count], SIZE, **kwargs)
 
 
 def assert_from(groups: list[list[Completion]], version: int) -> None:
     """That each group is the one of its prompt, made by the weights of this version."""
     for index, group in enumerate(groups):
-        asked = generate_request(CONFIG, {256}, PROMPTS[index], KEYS[index], SIZE)
+        turns = first_turns(PROMPTS[index], KEYS[index], SIZE, CONFIG.max_completion_tokens)
+        asked = generate_request(CONFIG, {256}, turns)
         assert [one.token_ids for one in group] == [tokens_of(asked, version, i) for i in range(SIZE)]
 
 
@@ -106,13 +108,14 @@ def test_a_request_says_what_the_recipe_says() -> None:
         stop=["\n"],
     )
     weights = Weights(run="r", version=2)
-    asked = generate_request(config, {300, 2, 10}, (5, 6, 7), (1, 0, 4), 8, weights)
+    asked = generate_request(config, {300, 2, 10}, first_turns((5, 6, 7), (1, 0, 4), 8, 9), weights)
     assert asked.model_dump(exclude={"seed"}) == {
         "token_ids": [5, 6, 7], "n": 8, "max_completion_tokens": 9, "temperature": 0.7, "top_p": 0.9, "top_k": 5,
         "min_p": 0.1, "repetition_penalty": 1.2, "stop": ["\n"], "stop_token_ids": [2, 10, 300],
         "weights": {"run": "r", "version": 2},
     }  # fmt: skip
-    assert asked.seed == generate_request(Sampling(temperature=0.5), {256}, (5,), (1, 0, 4), 2).seed
+    other = generate_request(Sampling(temperature=0.5), {256}, first_turns((5,), (1, 0, 4), 2, 9))
+    assert asked.seed == other.seed
 
 
 def test_groups_come_back_in_the_order_of_their_prompts(fake: FakeServer, connect: Any) -> None:
@@ -505,7 +508,7 @@ def test_a_prompt_that_a_server_cannot_take_is_named_before_anything_is_generate
 
 
 def test_nothing_is_generated_before_weights_were_sent(fake: FakeServer, connect: Any) -> None:
-    with pytest.raises(AssertionError, match="update_weights comes before generate"):
+    with pytest.raises(AssertionError, match="update_weights comes before stream"):
         generate(connect(fake))
 
 

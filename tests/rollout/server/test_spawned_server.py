@@ -7,6 +7,7 @@ import signal
 import socket
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -146,20 +147,58 @@ def test_an_argument_that_splits_prompts_is_refused_by_its_key(
         spawn(arguments={"enable-chunked-prefill": True})
 
 
-def test_key_and_model_are_for_the_user_alone_and_gone_afterwards(spawn: Any) -> None:
+def test_the_model_is_for_the_user_alone_and_gone_afterwards(spawn: Any) -> None:
     server = spawn(STAYS)
     server.ensure_running()
-    assert stat.S_IMODE(server.key_file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(server.key_file.parent.stat().st_mode) == 0o700
+    folder = server._folder.path
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     server.stop()
-    assert not server.key_file.parent.exists()
+    assert not folder.exists()
     server.stop()
 
 
-def test_two_servers_have_keys_and_ports_of_their_own(spawn: Any) -> None:
+READS_KEY = """
+import os, sys
+from grpo_cli.serve.lock import read_key
+key = read_key(sys.argv[1])
+if len(sys.argv) == 2:  # as `grpo serve` starts itself again with the right environment
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], "again"])
+print("read", len(key), flush=True)
+"""
+
+
+def test_the_key_is_in_no_file_and_every_start_can_read_it(spawn: Any) -> None:
+    server = spawn()
+    named = server._command[server._command.index("--api-key-file") + 1]
+    files = [path for path in server._folder.path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if server.key.encode() in path.read_bytes()]
+    server._command = [sys.executable, "-c", READS_KEY, named]
+    for count in (1, 2):
+        server.ensure_running()
+        wait_for_end(server)
+        assert server.log.read_text().count(f"read {len(server.key)}") == count, server.log.read_text()
+
+
+def test_what_a_killed_trainer_left_goes_when_the_next_starts(
+    spawn: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    trainer = os.fork()
+    if not trainer:
+        spawn()
+        os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(trainer, 0)[1])
+    (left,) = tmp_path.glob("grpo-train-*")
+    server = spawn()
+    assert list(tmp_path.glob("grpo-train-*")) == [server._folder.path] != [left]
+
+
+def test_two_servers_have_keys_and_folders_of_their_own(spawn: Any) -> None:
     first, second = spawn(), spawn()
     assert first.key != second.key
-    assert first.key_file != second.key_file
+    assert first._folder.path != second._folder.path
 
 
 def test_a_server_that_runs_is_not_started_again(spawn: Any) -> None:
@@ -295,7 +334,7 @@ def test_a_stopped_server_is_not_started_again(spawn: Any) -> None:
     server.has_generated()
     with pytest.raises(RunError, match="was stopped"):
         server.ensure_running()
-    assert not server.key_file.parent.exists()
+    assert not server._folder.path.exists()
 
 
 def test_the_key_is_in_no_environment(spawn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
