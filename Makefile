@@ -7,7 +7,7 @@ VLLM_INSTALLED := $(VENV)/.vllm-installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test fast faults soak load lint format check docs model vllm gpu
+.PHONY: quickstart test fast faults soak load links lint format check docs model vllm gpu
 
 quickstart: model  ## train a small model until its reward has risen (10 minutes on two CPU cores)
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -33,6 +33,11 @@ LOAD ?= 10000
 
 load: $(VLLM_INSTALLED)  ## LOAD requests to a real server, good, wrong, slow and abandoned, while its weights change
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.load --requests $(LOAD)
+
+LINKS ?= 50
+
+links: $(VLLM_INSTALLED)  ## train over LINKS links that delay, drop and cut; as root by packets, else through a relay
+	$(BIN)/python -m tests.links --schedules $(LINKS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

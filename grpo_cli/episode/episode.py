@@ -35,6 +35,11 @@ class Start:
     environment: Any = None
     reset_s: float = 0.0
 
+    @property
+    def methods(self) -> set[str]:
+        """Names of the tools that are the environment's."""
+        return set() if self.kind is None else {tool.name for tool in self.kind.tools}
+
 
 @dataclass
 class Episode:

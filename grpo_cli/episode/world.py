@@ -202,9 +202,8 @@ class World:
         calls: list[Call | None] = []
         own: list[int] = []
         if turn.calls:
-            methods = {tool.name for tool in episode.start.kind.tools} if episode.start.kind else set()
             for place, call in enumerate(turn.calls):
-                is_method = call.name in methods
+                is_method = call.name in episode.start.methods
                 tool = episode.start.tools.get(call.name)
                 function = getattr(instance, call.name) if is_method else tool.function if tool else None
                 calls.append(None if call.error or function is None else partial(function, **call.arguments))
@@ -216,19 +215,20 @@ class World:
 
     def told(self, episode: Episode, turn: ParsedTurn, results: Sequence[Result]) -> Answer:
         """What the policy is told of the results."""
-        hangs = any(result.hangs for result in results)
         failures = [result.error for result in results if result.error is not None]
         failure = failures[0] if failures else None
         if not turn.calls:
             (result,) = results
+            hangs = result.hangs
             if result.error is None and result.value is None:
                 return Answer([])
             messages: list[Message] = [{"role": "user", "content": self._text(result)}]
             return Answer(messages, ToolUse(timeouts=int(hangs)), failure, hangs)
-        messages, unknown, failed = [], 0, 0
+        messages, unknown, failed, hangs = [], 0, 0, False
         timeouts = sum(result.hangs for result in results)
         for call, result in zip(turn.calls, results, strict=True):
             is_wrong = call.error is not None
+            hangs |= result.hangs and call.name in episode.start.methods
             shown = Result(error=call.error) if is_wrong else result
             unknown += is_wrong and call.name not in episode.start.tools
             failed += shown.error is not None
@@ -252,8 +252,8 @@ class World:
 
     def go_on(self, episode: Episode, answer: Answer) -> bool:
         """Add what was answered to an episode; False if it leaves no room for a further token."""
-        ended = bool(episode.token_ids) and episode.token_ids[-1] in self._end_ids
-        answered = self._template.answer_ids(answer.messages, ended=ended)
+        last = episode.token_ids[-1]
+        answered = self._template.answer_ids(answer.messages, ended=last in self._end_ids, last_id=last)
         if len(answered) >= episode.room:
             return False
         start = episode.start

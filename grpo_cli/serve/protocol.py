@@ -17,10 +17,10 @@ INFO, GENERATE = f"{PREFIX}/info", f"{PREFIX}/generate"
 BEGIN_WEIGHTS, COMMIT_WEIGHTS = f"{PREFIX}/weights/begin", f"{PREFIX}/weights/commit"
 
 HEARTBEAT_S = 5.0
-"""While a completion is generated, the server sends a blank this often if its engine still answers."""
+"""While a request is worked on, the server sends a blank this often; for completions if its engine answers."""
 
 TRANSFER_TIMEOUT_S = 600.0
-"""Longest time that a server takes to empty itself or to load weights, and longest wait for the next bucket."""
+"""Longest time that a server takes to empty itself or to load weights."""
 
 STAGING_FILE = "weights"
 """Beside the memory probe, for weights that are handed over in memory."""
@@ -90,6 +90,8 @@ class Rendezvous(Body):
     """The trainer and all workers of all replicas, which do not know of each other."""
     group: str
     """Names the group; one that the workers are in already is used again."""
+    timeout_s: float = Field(gt=0)
+    """Of the rendezvous and of each bucket, on both sides: one must not wait when the other has given up."""
 
 
 class BeginWeights(Body):
@@ -116,6 +118,13 @@ class Committed(Body):
     weights: Weights
     digest: str
     """Of the bytes that arrived, as `wire.Digest` counts them."""
+
+
+class Refused(Body):
+    """In place of an answer that took so long that its status was sent before it was known."""
+
+    status: int
+    detail: str
 
 
 class ServerInfo(Body):

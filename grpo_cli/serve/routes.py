@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable
 from typing import Any
 
 from fastapi import APIRouter, HTTPException, Request
@@ -13,12 +14,12 @@ from vllm.utils import random_uuid
 from grpo_cli.serve import protocol
 from grpo_cli.serve.protocol import (
     BeginWeights,
-    Committed,
+    Body,
     CommitWeights,
     GenerateRequest,
     GenerateResponse,
+    Refused,
     ServerInfo,
-    Staging,
     Weights,
 )
 from grpo_cli.serve.sampling import sampled_tokens, sampling_params
@@ -66,12 +67,24 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
         return StreamingResponse(_with_heartbeat(answer, engine, store), media_type="application/json")
 
     @router.post(protocol.BEGIN_WEIGHTS)
-    async def begin(request: BeginWeights) -> Staging:
-        return await store.begin(request)
+    async def begin(request: BeginWeights) -> Response:
+        return await answered(store.begin(request))
 
     @router.post(protocol.COMMIT_WEIGHTS)
-    async def commit(request: CommitWeights) -> Committed:
-        return await store.commit(request)
+    async def commit(request: CommitWeights) -> Response:
+        return await answered(store.commit(request))
+
+    transfers: set[asyncio.Future[Body]] = set()
+
+    async def answered(transfer: Awaitable[Body]) -> Response:
+        work = asyncio.ensure_future(transfer)
+        transfers.add(work)  # it goes on if the client goes: what has begun is whole afterwards, or refused
+        work.add_done_callback(transfers.discard)
+        work.add_done_callback(asyncio.Future.exception)  # which is then known, also where no client waits for it
+        done, _ = await asyncio.wait({work}, timeout=protocol.HEARTBEAT_S)
+        if done:
+            return Response(work.result().model_dump_json(), media_type="application/json")
+        return StreamingResponse(_with_blanks(work), media_type="application/json")
 
     return router
 
@@ -142,6 +155,22 @@ async def _with_heartbeat(
         yield answer.result().model_dump_json().encode()
     finally:
         answer.cancel()  # the client has gone
+
+
+async def _with_blanks(work: asyncio.Future[Body]) -> AsyncIterator[bytes]:
+    """A JSON document after blanks, so that a client can tell a long transfer from a link that carries nothing.
+
+    The store watches the engine while it waits for it. An engine that lives and hangs has `TRANSFER_TIMEOUT_S`.
+    """
+    deadline = time.monotonic() + protocol.TRANSFER_TIMEOUT_S
+    while not work.done() and time.monotonic() < deadline:
+        yield b" "
+        await asyncio.wait({work}, timeout=protocol.HEARTBEAT_S)
+    try:
+        answer = work.result() if work.done() else Refused(status=504, detail="the engine takes too long")
+    except HTTPException as error:
+        answer = Refused(status=error.status_code, detail=str(error.detail))
+    yield answer.model_dump_json().encode()
 
 
 class Gate:

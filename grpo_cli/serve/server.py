@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 from argparse import Namespace
@@ -194,6 +195,7 @@ async def _run(arguments: Namespace, key: Key) -> None:
         raise UserError(
             f"grpo serve: cannot listen on {arguments.host}:{arguments.port}: {error.strerror}"
         ) from error
+    notice_vanished_clients(listener)
     # While the engine loads, too; later vLLM's server has a handler of its own.
     signal.signal(signal.SIGTERM, _stop_while_loading)
     try:
@@ -224,6 +226,18 @@ async def _run(arguments: Namespace, key: Key) -> None:
         listener.close()
     if died:
         raise RunError("grpo serve: the engine died, its log above says why; the trainer waits for a new server")
+
+
+def notice_vanished_clients(listener: socket.socket) -> None:
+    """Make accepted connections end two minutes after their other end has gone without a farewell.
+
+    Otherwise a trainer whose machine or link is gone leaves them open for ever.
+    """
+    seconds = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 6}
+    for name, value in ({"SO_KEEPALIVE": 1, "TCP_USER_TIMEOUT": 120_000} | seconds).items():
+        if hasattr(socket, name):  # not all systems have all of them
+            level = socket.SOL_SOCKET if name.startswith("SO_") else socket.IPPROTO_TCP
+            listener.setsockopt(level, getattr(socket, name), value)
 
 
 def _stop_while_loading(number: int, frame: Any) -> NoReturn:

@@ -16,7 +16,6 @@ from grpo_cli.serve import wire
 from grpo_cli.serve.own_folder import OwnFolder
 from grpo_cli.serve.protocol import (
     STAGING_FILE,
-    TRANSFER_TIMEOUT_S,
     BeginWeights,
     Committed,
     CommitWeights,
@@ -93,12 +92,12 @@ class WeightStore:
             update: dict[str, Any] = {
                 "tensors": [spec.model_dump() for spec in begun.tensors],
                 "digest": request.digest,
-                "timeout_s": TRANSFER_TIMEOUT_S,
             }
             if begun.rendezvous is None:
                 update["path"] = str(self._folder.path / STAGING_FILE)
             else:
                 update["rendezvous"] = begun.rendezvous.model_dump()
+                update["timeout_s"] = begun.rendezvous.timeout_s
             try:
                 loading = self.engine.collective_rpc("load_weight_set", args=(update,))
                 digests = await while_alive(self.engine, loading)

@@ -191,6 +191,12 @@ class MetricsFile:
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
+    def amend(self, metrics: Metrics) -> None:
+        """Add to the last row."""
+        rows = read_metrics(self.path)
+        rows[-1] |= finite_or_none(metrics)
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
 
 def write_record(checkpoint: Path, metrics: Path) -> None:
     """Note in a checkpoint what `metrics.jsonl` says of the steps up to it, if there is such a file."""

@@ -97,8 +97,41 @@ class Recorder:
             self._trackers = Trackers(self.recipe, steps_done)
 
     def start(self) -> None:
+        """Tell the callbacks, and evaluate what a lost server has left without.
+
+        Raises:
+            ServerLost: it is still away.
+        """
         self.state.step = self.position.step
         self.notify("on_train_start")
+        if self.resumed_from is None or self._evaluate is None:
+            return
+        row = self._ranks.led(self._last_row)
+        if row is None or not self._wants_evaluation(row["step"]) or any(name.startswith("eval_") for name in row):
+            return
+        self.state.metrics = row
+        evaluation = self._evaluation(self._evaluate)
+        if self._metrics_file is not None and self._trackers is not None:
+            self._metrics_file.amend(evaluation)
+            self._trackers.log(evaluation, row["step"])
+
+    def _last_row(self) -> dict[str, Any] | None:
+        """Of the checkpoint's position, if there is one."""
+        rows = self.history()
+        return rows[-1] if rows and rows[-1]["step"] == self.position.step else None
+
+    def _wants_evaluation(self, step: int) -> bool:
+        return step == self.max_steps or _is_due(step, self.recipe.train.eval_every)
+
+    def _evaluation(self, evaluate: Callable[[int], Metrics]) -> Metrics:
+        """The metrics of the present weights on the held-out prompts, of which the callbacks are told."""
+        clock = StepClock()
+        with clock("eval"):
+            metrics = evaluate(self.position.step)
+        evaluation = metrics | {"time/eval": clock.seconds["eval"]}
+        self.state.metrics |= evaluation
+        self.notify("on_evaluate")
+        return evaluation
 
     def notify(self, event: str) -> None:
         """Call the callbacks, on rank 0; what they ask for holds for all.
@@ -128,7 +161,7 @@ class Recorder:
 
         Raises:
             StoppedEarly: after its checkpoint was written.
-            ServerLost: a rollout server stays away; the step is logged, without its evaluation.
+            ServerLost: a rollout server stays away; the step is logged, and evaluated after a resume.
             RunError: a checkpoint could not be written.
         """
         num_tokens = data.rollout.num_tokens()
@@ -142,13 +175,9 @@ class Recorder:
         self.notify("on_step_end")
         is_last = step == self.max_steps or self.state.stop
         lost: ServerLost | None = None
-        if self._evaluate is not None and (is_last or _is_due(step, self.recipe.train.eval_every)):
+        if self._evaluate is not None and (self.state.stop or self._wants_evaluation(step)):
             try:
-                clock = StepClock()
-                with clock("eval"):
-                    metrics = self._evaluate(step)
-                self.state.metrics |= metrics | {"time/eval": clock.seconds["eval"]}
-                self.notify("on_evaluate")
+                self._evaluation(self._evaluate)
             except ServerLost as error:
                 lost = error
         self._log(data)

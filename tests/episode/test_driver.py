@@ -278,6 +278,37 @@ def test_a_tool_that_hangs_is_given_up_and_another_thread_takes_its_place() -> N
     assert world.workers.abandoned == 2
 
 
+class Stuck:
+    """An environment of which a method hangs, beside a tool that does."""
+
+    released = threading.Event()
+
+    def reset(self, **columns: Any) -> None: ...
+
+    def stick(self) -> str:
+        """Hang."""
+        self.released.wait(20)
+        return "late"
+
+
+def test_only_a_call_that_hangs_in_an_environment_keeps_others_out_of_it() -> None:
+    def hang() -> str:
+        """Hang."""
+        Stuck.released.wait(20)
+        return "late"
+
+    try:
+        for name, is_lost in (("hang", False), ("stick", True)):
+            ((one,),), _, _ = play(
+                lambda turn, name=name: call(name) if turn.number == 0 else "ok",
+                tools=(hang,), environment=Stuck, size=1, timeout_s=0.1,
+            )  # fmt: skip
+            assert one.tools.timeouts == 1
+            assert (one.environment is None) == is_lost
+    finally:
+        Stuck.released.set()
+
+
 def test_async_tools_share_an_event_loop() -> None:
     import asyncio
 

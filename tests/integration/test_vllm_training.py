@@ -390,8 +390,9 @@ def test_a_run_goes_on_after_each_way_to_lose_its_server(
         assert kills == ["in a generation", "in a transfer", "between steps"]
         first, *_ = log.partition("killed in a transfer")
         # On a busy machine the last completion may have come just before the kill: then it is missed a call later.
-        assert re.search("/v1/grpo/(generate of version 1|info of version None): ServerAway", first), log
-        assert "/weights/commit of version 2: ServerAway" in log
+        away = "(ServerAway|LinkBroken)"
+        assert re.search(f"/v1/grpo/(generate of version 1|info of version None): {away}", first), log
+        assert re.search(f"/weights/commit of version 2: {away}", log), log
         assert_same_run(tmp_path / name, tmp_path / "undisturbed")
         assert_weights_move_and_the_sampler_agrees(tmp_path / name, 0)
     assert not left

@@ -26,7 +26,7 @@ from grpo_cli.serve.protocol import (
 WEIGHTS = {"run": "r", "version": 3}
 REQUEST = {"token_ids": [1, 2], "n": 2, "max_completion_tokens": 4}
 BEGIN = {"weights": WEIGHTS, "tensors": [{"name": "w", "dtype": "bfloat16", "shape": [2, 3]}]}
-RENDEZVOUS = {"backend": "gloo", "host": "127.0.0.1", "port": 1, "world_size": 2, "group": "g"}
+RENDEZVOUS = {"backend": "gloo", "host": "127.0.0.1", "port": 1, "world_size": 2, "group": "g", "timeout_s": 5.0}
 COMPLETION = {"token_ids": [1], "logprobs": [-0.5], "finish_reason": "stop"}
 INFO = {
     "instance": "i", "weights": None, "refusing": None, "dtype": "float32", "max_model_len": 8,
@@ -126,6 +126,7 @@ def test_a_log_probability_that_is_none_is_refused(value: str) -> None:
         {"rendezvous": RENDEZVOUS | {"port": 0}},
         {"rendezvous": RENDEZVOUS | {"port": 65536}},
         {"rendezvous": RENDEZVOUS | {"world_size": 1}},
+        {"rendezvous": RENDEZVOUS | {"timeout_s": 0.0}},
         {"rendezvous": RENDEZVOUS | {"pickle": ""}},
     ],
     ids=str,

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from fastapi import FastAPI, WebSocket
+from fastapi import FastAPI, HTTPException, WebSocket
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
@@ -87,13 +87,21 @@ class Store:
         self.refusing: str | None = None
         self.instance, self.probe, self.devices = "instance", "/memory/instance", ["GPU-1", "GPU-2"]
         self.taken: list[Any] = []
+        self.takes_s = 0.0
+        self.refusal: HTTPException | None = None
 
     async def begin(self, request: Any) -> Any:
-        self.taken.append(request)
+        await self._take(request)
         return protocol.Staging(path="/memory/weights")
 
-    async def commit(self, request: Any) -> Any:
+    async def _take(self, request: Any) -> None:
+        await asyncio.sleep(self.takes_s)
         self.taken.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+
+    async def commit(self, request: Any) -> Any:
+        await self._take(request)
         return protocol.Committed(weights=request.weights, digest="d")
 
 
@@ -268,6 +276,61 @@ def test_weights_go_to_the_store(client: TestClient, store: Store) -> None:
     assert commit.digest == "d"
 
 
+TRANSFERS = {
+    protocol.BEGIN_WEIGHTS: {"weights": LOADED.model_dump(), "tensors": TENSORS},
+    protocol.COMMIT_WEIGHTS: {"weights": LOADED.model_dump(), "digest": "d"},
+}
+
+
+@pytest.mark.parametrize("path", TRANSFERS)
+def test_a_long_transfer_is_told_from_a_link_that_carries_nothing(
+    client: TestClient, store: Store, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.01)
+    store.takes_s = 0.1
+    answer = client.post(path, json=TRANSFERS[path])
+    assert answer.content.startswith(b"  ")
+    assert answer.json().keys() & {"path", "digest"}
+
+
+@pytest.mark.parametrize("path", TRANSFERS)
+def test_a_transfer_that_fails_late_is_refused_in_its_body(
+    client: TestClient, store: Store, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.refusal = HTTPException(507, "no room")
+    assert client.post(path, json=TRANSFERS[path]).status_code == 507
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.01)
+    store.takes_s = 0.1
+    answer = client.post(path, json=TRANSFERS[path])
+    assert answer.status_code == 200
+    assert answer.json() == {"status": 507, "detail": "no room"}
+
+
+def test_an_engine_that_hangs_in_a_transfer_is_given_up(
+    client: TestClient, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.01)
+    monkeypatch.setattr(protocol, "TRANSFER_TIMEOUT_S", 0.05)
+    store.takes_s = PATIENCE_S
+    assert client.post(protocol.COMMIT_WEIGHTS, json=TRANSFERS[protocol.COMMIT_WEIGHTS]).json()["status"] == 504
+
+
+def test_a_transfer_goes_on_when_its_client_has_gone(
+    app: Any, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.01)
+    store.takes_s = 0.1
+
+    async def leave() -> None:
+        path = protocol.COMMIT_WEIGHTS
+        await stream(app, asyncio.Event(), path, TRANSFERS[path])
+        assert store.taken == []
+        await asyncio.sleep(0.2)
+        assert len(store.taken) == 1
+
+    asyncio.run(leave())
+
+
 def test_a_long_generation_is_told_from_a_server_that_hangs(
     client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -296,15 +359,17 @@ def test_a_request_that_came_too_late_for_the_old_weights_is_to_be_sent_again(
     assert (answer.completions, answer.interrupted) == ([], "on its way")
 
 
-async def stream(app: Any, hang_up: asyncio.Event) -> list[Any]:
+async def stream(
+    app: Any, hang_up: asyncio.Event, path: str = protocol.GENERATE, content: Any = BODY
+) -> list[Any]:
     """What the app sends for a request whose client goes when `hang_up` is set."""
     sent: list[Any] = []
     scope = {
         "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "POST",
-        "path": protocol.GENERATE, "raw_path": protocol.GENERATE.encode(), "root_path": "", "query_string": b"",
+        "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
         "headers": [(b"content-type", b"application/json")], "scheme": "http", "server": ("s", 1),
     }  # fmt: skip
-    body: list[Any] = [{"type": "http.request", "body": json.dumps(BODY).encode(), "more_body": False}]
+    body: list[Any] = [{"type": "http.request", "body": json.dumps(content).encode(), "more_body": False}]
 
     async def receive() -> Any:
         if body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import stat
 import subprocess
 import sys
@@ -14,7 +15,15 @@ import torch
 
 from grpo_cli.errors import UserError
 from grpo_cli.serve import engine_arguments, server
-from grpo_cli.serve.server import OWN_OPTIONS, ServeOptions, find_key, parse, serve, vllm_arguments
+from grpo_cli.serve.server import (
+    OWN_OPTIONS,
+    ServeOptions,
+    find_key,
+    notice_vanished_clients,
+    parse,
+    serve,
+    vllm_arguments,
+)
 
 KEY = "correct-horse-battery-staple"
 LOCAL = ServeOptions(model="folder", host="127.0.0.1", port=8000, api_key_file=None)
@@ -252,6 +261,16 @@ server._stop_with_stdin()
 print("running", flush=True)
 threading.Event().wait(20)
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere what is accepted may not be as its listener is")
+def test_connections_of_clients_that_vanished_are_looked_after() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        notice_vanished_clients(listener)
+        with socket.create_connection(listener.getsockname()), listener.accept()[0] as accepted:
+            assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 120_000
 
 
 def test_a_server_ends_when_its_standard_input_does() -> None:

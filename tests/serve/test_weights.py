@@ -29,7 +29,7 @@ from grpo_cli.serve.weights import WeightStore, label  # noqa: E402
 
 PATIENCE_S = 20.0
 TENSORS = [TensorSpec(name="a", dtype="float32", shape=[100]), TensorSpec(name="b", dtype="bfloat16", shape=[3])]
-GLOO = Rendezvous(backend="gloo", host="127.0.0.1", port=1234, world_size=2, group="g")
+GLOO = Rendezvous(backend="gloo", host="127.0.0.1", port=1234, world_size=2, group="g", timeout_s=7.0)
 
 
 class Engine:
@@ -135,7 +135,6 @@ def test_a_set_is_loaded_between_a_pause_and_a_resumption(engine: Engine, store:
     assert sent == {
         "tensors": [spec.model_dump() for spec in TENSORS],
         "digest": "sent",
-        "timeout_s": weights_module.TRANSFER_TIMEOUT_S,
         "path": staging.path,
     }
 
@@ -149,6 +148,7 @@ def test_a_broadcast_needs_no_file(engine: Engine, store: WeightStore, memory: P
     run(update)
     (sent,) = engine.updates
     assert sent["rendezvous"] == GLOO.model_dump()
+    assert sent["timeout_s"] == 7.0, "the workers give up when the trainer does"
     assert "path" not in sent
     assert [path.name for path in memory.rglob("*") if path.is_file()] == ["instance"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import ssl
 import threading
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
+from grpo_cli.rollout.server.attempts import LONGEST_PAUSE_S
 from grpo_cli.rollout.server.weight_transfer import (
     SendingGroup,
     fill_memory,
@@ -31,6 +33,7 @@ from grpo_cli.serve.protocol import (
     CommitWeights,
     GenerateRequest,
     GenerateResponse,
+    Refused,
     ServerInfo,
     Staging,
     Weights,
@@ -40,9 +43,6 @@ from grpo_cli.serve.sender import in_background
 CONNECT_TIMEOUT_S = 10.0
 MAX_CONNECTIONS = 512
 
-LONGEST_PAUSE_S = 5.0
-"""Between two attempts to reach a server that is away."""
-
 LAST_WORD_S = 5.0
 """Wait for the server's own account of a broadcast that failed on this side."""
 
@@ -51,6 +51,10 @@ Answer = TypeVar("Answer", bound=Body)
 
 class ServerAway(Exception):
     """The server cannot be reached, broke off, or says that it is not well: it may come back."""
+
+
+class LinkBroken(ServerAway):
+    """Nothing is known of the server: no connection, silence, a broken answer, or a proxy without it."""
 
 
 class NoRoom(RunError):
@@ -76,7 +80,9 @@ class ServerConnection:
         self.lock = threading.Lock()
         """Held while the server is sent weights or waited for."""
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
+        # A connection that waits for its next request may be forgotten by what lies in between, which shows only
+        # as silence. A new one costs little beside a generation.
+        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=0)
         # No proxy from the environment: weights and key are for this server alone. Its certificate is checked
         # against the authorities of the system, or of SSL_CERT_FILE.
         self._http = httpx2.Client(
@@ -112,7 +118,7 @@ class ServerConnection:
                 return self.info()
             except ServerAway as error:
                 if time.monotonic() + pause > deadline:
-                    raise ServerAway(f"{error}, and for {self.timeout_s:g} s before") from error
+                    raise type(error)(f"{error}, and for {self.timeout_s:g} s before") from error
             time.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE_S)
 
@@ -187,7 +193,7 @@ class ServerConnection:
             if self._group is None or self._group.instance != info.instance:
                 self._group = SendingGroup(self.url, backend, info, self.timeout_s)
         except OSError as error:
-            raise ServerAway(f"{self.url} cannot be reached: {error}") from error
+            raise LinkBroken(f"{self.url} cannot be reached: {error}") from error
         group = self._group
         rendezvous = begin.model_copy(update={"rendezvous": group.rendezvous})
         self._call(Staging, "POST", protocol.BEGIN_WEIGHTS, rendezvous)
@@ -218,48 +224,60 @@ class ServerConnection:
         refusal = committed.exception() if committed.done() else None
         if refusal is not None and not isinstance(refusal, ServerAway):
             raise refusal
-        raise ServerAway(f"{refusal or self.url}; the trainer: {failure}") from failure
+        kind = LinkBroken if refusal is None else type(refusal)  # a server that answers knows the cause
+        raise kind(f"{refusal or self.url}; the trainer: {failure}") from failure
 
     def _call(self, answer: type[Answer], method: str, path: str, body: Body | None = None) -> Answer:
         """Send a request and read its answer.
 
         Raises:
-            ServerAway: no connection, silence, or a status from 500.
+            LinkBroken: no connection, silence, an answer that breaks off, or a status of a proxy.
+            ServerAway: another status from 500.
             WrongWeights: status 409.
             UserError: the server wants a key, or another one.
             RunError: the server refuses the request, or is no `grpo serve` of this version.
         """
         content = None if body is None else body.model_dump_json()
         headers = {"Content-Type": "application/json"}
-        # A server says nothing while it loads weights; should its engine die of it, it answers.
-        is_transfer = path in (protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS)
-        silence = max(self.timeout_s, protocol.TRANSFER_TIMEOUT_S) if is_transfer else self.timeout_s
+        # Whatever takes a server long, it says a blank now and then.
+        silence = self.timeout_s if path == protocol.INFO else max(self.timeout_s, 2 * protocol.HEARTBEAT_S)
         timeout = httpx2.Timeout(silence, connect=min(CONNECT_TIMEOUT_S, self.timeout_s), pool=None)
         try:
             response = self._http.request(method, path, content=content, headers=headers, timeout=timeout)
         except (httpx2.TransportError, httpx2.DecodingError) as error:
-            raise ServerAway(f"{self.url} does not answer ({type(error).__name__}: {error})") from error
-        if response.status_code == 401:
+            reason = ": ".join(filter(None, [type(error).__name__, str(error)]))
+            raise LinkBroken(f"{self.url} does not answer ({reason})") from error
+        status, detail = _refusal(response)
+        if status == 401:
             raise UserError(
                 f"{self.url} wants the key of its --api-key-file; set generation.server.api_key_file to that file"
             )
-        if response.status_code == 409:
-            raise WrongWeights(f"{self.url}: {_detail(response)}")
-        if response.status_code == 507:
-            raise NoRoom(f"{self.url}: {_detail(response)}")
-        if response.status_code >= 500:
-            raise ServerAway(f"{self.url}: {_detail(response)}")
-        if response.status_code != 200:
-            raise RunError(f"{self.url}{path} answers {response.status_code}: {_detail(response)}")
+        if status == 409:
+            raise WrongWeights(f"{self.url}: {detail}")
+        if status == 507:
+            raise NoRoom(f"{self.url}: {detail}")
+        if status in (502, 504):
+            raise LinkBroken(f"{self.url}: {detail}")
+        if status >= 500:
+            raise ServerAway(f"{self.url}: {detail}")
+        if status != 200:
+            raise RunError(f"{self.url}{path} answers {status}: {detail}")
         try:
             return answer.model_validate_json(response.content)
         except ValidationError as error:
-            raise RunError(
-                f"{self.url} is no grpo serve of this version: {path} gives {_detail(response)}"
-            ) from error
+            raise RunError(f"{self.url} is no grpo serve of this version: {path} gives {detail}") from error
 
     def close(self) -> None:
         self._http.close()
+
+
+def _refusal(response: httpx2.Response) -> tuple[int, str]:
+    """The status that is meant, and the reason for it: a late one is in the body of an answer that began well."""
+    if response.status_code == 200:
+        with contextlib.suppress(ValidationError):
+            refused = Refused.model_validate_json(response.content)
+            return refused.status, refused.detail
+    return response.status_code, _detail(response)
 
 
 def _detail(response: httpx2.Response) -> str:

@@ -14,14 +14,12 @@ from grpo_cli.errors import RunError, ServerLost, ServerNeverReached
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.rollout.engine import OnTurn, SampledTurn, Turn, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
-from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
+from grpo_cli.rollout.server.attempts import Attempts
+from grpo_cli.rollout.server.connection import LinkBroken, ServerAway, ServerConnection, WrongWeights
 from grpo_cli.rollout.server.spawned_server import SpawnedServer
 from grpo_cli.rollout.server.stream import Lane, ServerStream, daemon
 from grpo_cli.rollout.with_vllm import sampled_turn, seed_of
 from grpo_cli.serve.protocol import GenerateRequest, GenerateResponse, ServerInfo, Weights
-
-MAX_ATTEMPTS = 5
-"""Attempts at a prompt or a set of weights. What fails so often is no passing fault."""
 
 
 class ServerEngine:
@@ -58,16 +56,22 @@ class ServerEngine:
         self.run = secrets.token_hex(8)
         self.weights: Weights | None = None
         self._infos: dict[str, ServerInfo] = {}
+        self._has_taken: set[str] = set()
+        """Servers that have been sent weights."""
+        self._told: set[str] = set()
+        """Servers of whose failures the user was told since the last update."""
 
     def update_weights(self, version: int) -> int:
         """Give every server the policy's present weights; return the bytes that were moved.
 
         Raises:
-            ServerLost: a server stayed away longer than `timeout_s`, or this engine's own ended again and again.
+            ServerLost: a server stayed away longer than `timeout_s`, or its link broke again and again; or this
+                engine's own ended again and again.
             RunError: it answers, but does not take the weights.
-            ServerNeverReached: it has not answered once.
+            ServerNeverReached: it has not answered once, or no weights have reached it.
         """
         self.weights = Weights(run=self.run, version=version)
+        self._told.clear()
         moved: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for server in self.servers:
             daemon(partial(self._update_one, server, moved))
@@ -79,19 +83,34 @@ class ServerEngine:
     def _bring_up_to_date(self, server: ServerConnection) -> int:
         """Wait for a server if need be, and send the weights unless it has them; return the bytes moved."""
         assert self.weights is not None
+        attempts = Attempts(server.timeout_s)
         with server.lock:
-            reason: Exception | None = None
-            for _ in range(MAX_ATTEMPTS):
+            while True:
                 try:
                     info = self._wait(server)
                     self._infos[server.url] = info
-                    if info.weights == self.weights and info.refusing is None:
-                        return 0
-                    return server.send_weights(self.weights, self.policy)
+                    moved = 0
+                    if info.weights != self.weights or info.refusing is not None:
+                        moved = server.send_weights(self.weights, self.policy)
+                    self._has_taken.add(server.url)
+                    return moved
                 except (ServerAway, WrongWeights) as error:
                     self.note(f"{error}; sending the weights again")
-                    reason = error
-            raise RunError(f"the weights could not be sent in {MAX_ATTEMPTS} attempts: {reason}")
+                    # The server's own word on a transfer that has worked before tells of the link, too.
+                    way_works = isinstance(error, ServerAway) and server.url in self._has_taken
+                    if not attempts.failed(is_link=way_works or isinstance(error, LinkBroken)):
+                        raise self._unsendable(server, attempts.count, error) from error
+
+    def _unsendable(self, server: ServerConnection, count: int, reason: Exception) -> RunError:
+        """Why a server that answers has not got the weights."""
+        text = f"the weights could not be sent in {count} attempts: {reason}"
+        if isinstance(reason, WrongWeights):
+            return RunError(text)
+        if server.url in self._has_taken:  # so it is neither the weights nor the way to send them
+            return ServerLost(text)
+        if isinstance(reason, LinkBroken):
+            return ServerNeverReached(f"generation.server: {text}; the server must reach this machine, too")
+        return RunError(text)
 
     def _wait(self, server: ServerConnection) -> ServerInfo:
         is_known = server.url in self._infos
@@ -101,13 +120,12 @@ class ServerEngine:
         # One that has answered before is started again if it ends; one that has not ends for a reason to be told.
         check = (own.ensure_running if is_known else own.check) if own is not None else lambda: None
         try:
-            if is_known or self.spawned is not None:
-                return server.wait_until_ready(check)
-            try:
-                return server.info()
-            except ServerAway:
-                self.note(f"waiting up to {server.timeout_s:g} s for {server.url}")
-                return server.wait_until_ready()
+            if own is None or is_known:
+                try:
+                    return server.info()
+                except ServerAway:
+                    self.note(f"waiting up to {server.timeout_s:g} s for {server.url}")
+            return server.wait_until_ready(check)
         except ServerAway as error:
             if is_known:
                 raise ServerLost(str(error)) from error
@@ -134,18 +152,25 @@ class ServerEngine:
         return [sampled_turn(part, self.sampling, self.tokenizer) for part in response.completions]
 
     def _generate(self, server: ServerConnection, request: GenerateRequest) -> GenerateResponse:
-        reason: Exception | None = None
-        for _ in range(MAX_ATTEMPTS):
+        attempts = Attempts(server.timeout_s)
+        while True:
+            instance = self._infos[server.url].instance
             try:
                 response = server.generate(request)
             except (ServerAway, WrongWeights) as error:
-                reason = error
+                if server.url not in self._told:
+                    self._told.add(server.url)
+                    self.note(f"{error}; asking again")
                 self._bring_up_to_date(server)
+                # One that has started anew may have ended of the prompt.
+                is_link = isinstance(error, LinkBroken) and self._infos[server.url].instance == instance
+                if not attempts.failed(is_link=is_link):
+                    kind = ServerLost if is_link else RunError
+                    raise kind(f"a prompt failed {attempts.count} times: {error}") from error
                 continue
             if self.spawned is not None:
                 self.spawned.has_generated()
             return response
-        raise RunError(f"a prompt failed {MAX_ATTEMPTS} times: {reason}")
 
     def _check_lengths(self, turns: Sequence[Turn]) -> None:
         for server in self.servers:

@@ -78,8 +78,9 @@ class SendingGroup:
             timeout=timedelta(seconds=timeout_s), master_listen_fd=listener.detach(),
         )  # fmt: skip
         self.rendezvous = Rendezvous(
-            backend=backend, host=self.host, port=port, world_size=world_size, group=secrets.token_hex(8)
-        )
+            backend=backend, host=self.host, port=port, world_size=world_size, group=secrets.token_hex(8),
+            timeout_s=timeout_s,
+        )  # fmt: skip
 
     def start_sending(self, buckets: Sequence[wire.Bucket], policy: PolicyWeights) -> Future[str]:
         """Begin to send a whole set, while the server is asked to receive it; its digest once all of it was sent.

@@ -18,7 +18,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server import connection
-from grpo_cli.rollout.server.connection import ServerAway, ServerConnection, WrongWeights
+from grpo_cli.rollout.server.connection import LinkBroken, ServerAway, ServerConnection, WrongWeights
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
 from tests.conftest import tiny_llama
@@ -32,8 +32,8 @@ UPDATE = [protocol.INFO, protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS]
 
 @pytest.fixture(autouse=True)
 def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a silent server is waited for while it loads weights: here no longer than at other times."""
-    monkeypatch.setattr(protocol, "TRANSFER_TIMEOUT_S", 0.1)
+    """What is silence while a server is at work: here no longer than at other times."""
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.05)
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ on_every_call = pytest.mark.parametrize(("path", "call"), CALLS, ids=["info", "g
 def test_a_server_that_fails_or_is_silent_is_away(
     fake: FakeServer, connect: Any, path: str, call: Any, fault: Any
 ) -> None:
-    server = connect(fake, timeout_s=0.2 if fault == "silent" else PATIENCE_S)
+    server = connect(fake, timeout_s=1.0 if fault == "silent" else PATIENCE_S)
     fake.faults[path] = [fault]
     with pytest.raises(ServerAway, match=fake.url):
         call(server)
@@ -110,6 +110,34 @@ def test_an_answer_that_waiting_does_not_change_is_an_error_of_its_own(
     with pytest.raises(error, match=reason) as caught:
         call(server)
     assert fake.url in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(409, WrongWeights), (500, ServerAway), (504, LinkBroken), (400, RunError)]
+)
+@pytest.mark.parametrize(("path", "call"), CALLS[2:], ids=["begin", "commit"])
+def test_a_late_refusal_is_one_all_the_same(
+    fake: FakeServer, server: ServerConnection, path: str, call: Any, status: int, error: Any
+) -> None:
+    fake.answers[path] = lambda answer: {"status": status, "detail": "too late"}
+    with pytest.raises(error, match=f"{fake.url}.*too late"):
+        call(server)
+
+
+def test_each_call_has_a_connection_of_its_own(
+    fake: FakeServer, server: ServerConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that waits for the next call may be forgotten on the way, and then each call would be in vain."""
+    opened, create = [], socket.create_connection
+
+    def counted(*args: Any, **kwargs: Any) -> socket.socket:
+        opened.append(args)
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(socket, "create_connection", counted)
+    server.info()
+    server.info()
+    assert len(opened) == 2
 
 
 def test_a_server_that_is_not_there_is_away(fake: FakeServer, server: ServerConnection) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
@@ -15,8 +16,9 @@ from grpo_cli.errors import RunError, ServerLost, ServerNeverReached, UserError
 from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.rollout.engine import Completion
+from grpo_cli.rollout.server.attempts import MAX_ATTEMPTS
 from grpo_cli.rollout.server.connection import ServerConnection
-from grpo_cli.rollout.server.engine import MAX_ATTEMPTS, ServerEngine, generate_request
+from grpo_cli.rollout.server.engine import ServerEngine, generate_request
 from grpo_cli.serve import protocol, wire
 from grpo_cli.serve.protocol import GenerateRequest, Weights
 from tests.conftest import byte_tokenizer
@@ -31,8 +33,8 @@ SIZE = 4
 
 @pytest.fixture(autouse=True)
 def short_transfers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a silent server is waited for while it loads weights: here no longer than at other times."""
-    monkeypatch.setattr(protocol, "TRANSFER_TIMEOUT_S", 0.1)
+    """What is silence while a server is at work: here no longer than at other times."""
+    monkeypatch.setattr(protocol, "HEARTBEAT_S", 0.05)
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_a_prompt_outlasts_a_moment_s_faults(fake: FakeServer, connect: Any, fau
     assert fake.count(protocol.GENERATE) == times + 1
 
 
-@pytest.mark.parametrize("fault", [500, "drop", 409])
+@pytest.mark.parametrize("fault", [500, 503, 409, "restart"])
 def test_a_prompt_that_fails_again_and_again_ends_the_run(fake: FakeServer, connect: Any, fault: Any) -> None:
     engine = connect(fake)
     update(engine, 2)
@@ -203,8 +205,38 @@ def test_a_prompt_that_fails_again_and_again_ends_the_run(fake: FakeServer, conn
     assert fake.count(protocol.GENERATE) == MAX_ATTEMPTS
 
 
+@pytest.mark.parametrize("fault", ["drop", 502])
+def test_a_prompt_whose_link_breaks_again_and_again_ends_the_run_with_a_checkpoint(
+    fake: FakeServer, connect: Any, notes: list[str], fault: Any
+) -> None:
+    engine = connect(fake, timeout_s=2.0)
+    update(engine, 2)
+    began, fake.always[protocol.GENERATE] = time.monotonic(), fault
+    with pytest.raises(ServerLost, match=f"a prompt failed .* times: {fake.url}"):
+        generate(engine, 1)
+    assert time.monotonic() > began + 2.0, "attempts alone would be used up in a moment"
+    assert fake.count(protocol.GENERATE) >= MAX_ATTEMPTS
+    assert len([note for note in notes if "asking again" in note]) == 1
+
+
+@pytest.mark.parametrize("fault", ["drop", 500])
 @pytest.mark.parametrize("path", [protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS])
-@pytest.mark.parametrize("fault", [500, "drop", 409])
+def test_weights_whose_link_breaks_again_and_again(fake: FakeServer, connect: Any, path: str, fault: Any) -> None:
+    """Of the user if none ever arrived, as where the server cannot reach the trainer; else the server is lost."""
+    fake.always[path] = "drop"
+    with pytest.raises(ServerNeverReached, match=r"^generation\.server: the weights could not be sent in "):
+        update(connect(fake, timeout_s=0.3), 2)
+    fake.always.clear()
+    engine = connect(fake, timeout_s=0.3)
+    update(engine, 2)
+    fake.always[path] = fault
+    with pytest.raises(ServerLost, match=r"^the weights could not be sent in ") as caught:
+        update(engine, 3)
+    assert not isinstance(caught.value, ServerNeverReached)
+
+
+@pytest.mark.parametrize("path", [protocol.BEGIN_WEIGHTS, protocol.COMMIT_WEIGHTS])
+@pytest.mark.parametrize("fault", [500, 409])
 def test_weights_that_are_never_taken_end_the_run(
     fake: FakeServer, connect: Any, notes: list[str], path: str, fault: Any
 ) -> None:
