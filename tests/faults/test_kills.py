@@ -14,7 +14,7 @@ from tests.faults.points import KILLS, POINTS
 
 pytestmark = pytest.mark.slow
 
-SEED = 14
+SEED = 17
 
 LEAST_FAULTS = 60
 
