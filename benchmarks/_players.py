@@ -62,10 +62,17 @@ class Meter:
     def _after(self, model: Any, inputs: Any, output: Any) -> None:
         self.seconds += time.perf_counter() - self._began
 
-    def played(self, seconds: float, idle: float, sequences: Sequence[Sequence[int]]) -> Played:
-        """What was measured until now, of these episodes."""
+    def played(self, seconds: float, idle: float, script: Script, sequences: Sequence[Sequence[int]]) -> Played:
+        """What was measured until now, of these episodes.
+
+        Raises:
+            RuntimeError: they are not those of the script.
+        """
         for hook in self._hooks:
             hook.remove()
+        for sequence, turns in zip(sequences, script.turns, strict=True):
+            if list(sequence[-len(turns[-1]) :]) != turns[-1]:
+                raise RuntimeError("an episode has not ended as its script does")
         distinct = distinct_tokens(sequences)
         return Played(seconds, idle, self.seconds, self.passes, self.tokens, distinct, digest(sequences))
 
@@ -149,7 +156,7 @@ def our_player(spec: Spec, model: Any, tokenizer: Any) -> Callable[[Plan, Script
             for completion in group
         ]
         driver.close()
-        return meter.played(seconds, engine.watched.idle, sequences)
+        return meter.played(seconds, engine.watched.idle, script, sequences)
 
     return play
 
@@ -223,7 +230,7 @@ def trl_player(spec: Spec, model: Any, tokenizer: Any) -> Callable[[Plan, Script
                 outputs = original(prompts)
                 seconds = time.perf_counter() - began
                 sequences = [list(before) + list(after) for before, after in zip(*outputs[:2], strict=True)]
-                kept.append(meter.played(seconds, idle, sequences))
+                kept.append(meter.played(seconds, idle, script, sequences))
                 return outputs
 
             trainer._generate = timing
