@@ -272,7 +272,7 @@ def serve() -> None:
     model, tokenizer = load(spec.model)
     tokenizer.chat_template = CHAT_TEMPLATE
     play = PLAYERS[spec.system](spec, model, tokenizer)
-    warm_up = replace(plan, turns=min(2, plan.turns), longest_wait=0.0)
+    warm_up = replace(plan, prompts=1, turns=min(2, plan.turns), longest_wait=0.0)
     play(warm_up, script_of(warm_up, tokenizer, seed=0))
     channel.send()
     while True:

@@ -23,7 +23,7 @@ from benchmarks._scripts import Plan, Played
 from benchmarks._workers import Worker
 
 MODULE = "benchmarks._players"
-SYSTEMS = ("TRL", "ours")
+SYSTEMS = ("ours", "TRL")
 COLUMNS = ("system", "in turns", "seconds", "idle s", "idle", "model s", "passes", "computed", "distinct", "ratio")
 
 
@@ -41,9 +41,10 @@ def measure(options: argparse.Namespace, plan: Plan) -> dict[str, list[Played]]:
             workers[system] = Worker(MODULE, spec, options.threads)
         for seed in range(1, options.repeats + 1):
             for system, worker in workers.items():
-                rollouts[system].append(Played(**worker.ask(seed=seed)))
-                print(f"{system}: {rollouts[system][-1].seconds:.1f} s", file=sys.stderr)
-            if len({played[-1].digest for played in rollouts.values()}) > 1:
+                played = Played(**worker.ask(seed=seed))
+                rollouts[system].append(played)
+                print(f"{system}: {played.seconds:.1f} s, of which {played.idle:.1f} idle", file=sys.stderr)
+            if len({done[-1].digest for done in rollouts.values()}) > 1:
                 raise RuntimeError("the two have not played the same episodes")
     finally:
         for worker in workers.values():
@@ -72,7 +73,7 @@ def row_of(system: str, rollouts: Sequence[Played]) -> list[str]:
 
 
 def bars_of(rollouts: dict[str, list[Played]]) -> list[Bar]:
-    trl, ours = (median(rollouts[system], lambda played: played.seconds) for system in SYSTEMS)
+    ours, trl = (median(rollouts[system], lambda played: played.seconds) for system in SYSTEMS)
     own = rollouts["ours"]
     computed = median(own, lambda played: played.computed / played.distinct)
     return [
