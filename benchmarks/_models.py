@@ -182,13 +182,18 @@ def letter_tokenizer(vocab_size: int) -> Any:
     )
 
 
+def single_words(tokenizer: Any) -> list[int]:
+    """Tokens that are a word each."""
+    return sorted(index for token, index in tokenizer.get_vocab().items() if _WORD.fullmatch(token))
+
+
 def random_prompts(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
     """Different texts of words drawn at random that are exactly `length` tokens each.
 
     Raises:
         ValueError: the tokenizer has no words to make such texts of.
     """
-    words = sorted(index for token, index in tokenizer.get_vocab().items() if _WORD.fullmatch(token))
+    words = single_words(tokenizer)
     source = random.Random(seed)
     texts: list[str] = []
     for _ in range(20 * count):

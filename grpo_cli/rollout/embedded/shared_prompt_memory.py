@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from grpo_cli.algorithm.branches import branches_of
+from grpo_cli.algorithm.branches import Branches, SortedRows
 from grpo_cli.policy.attention import LAYOUT, LayerInputs, RowLayout
 from grpo_cli.recipe import limits
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs, bucketed
@@ -94,16 +94,17 @@ class SharedPromptMemory:
         return logits[on_device(np.arange(len(counts)).repeat(counts), logits.device)]
 
     def _prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
-        """(P, V)"""
+        """(P, V). What prompts begin with alike, such as tools that they are told of, is computed once."""
         device = self.model.device
         first = len(self.prompt_lengths)
-        branches = branches_of([len(prompt) for prompt in prompts], [[]] * len(prompts)).to(device)
+        tree = SortedRows.of(prompts).tree(0)
+        branches = Branches.of(tree.stems).to(device)
         lengths = np.array([len(prompt) for prompt in prompts])
         logits = self._forward(
-            torch.tensor([[token for prompt in prompts for token in prompt]], device=device),
+            torch.tensor([tree.tokens], device=device),
             branches.positions[None],
-            _PrefillLayout(self, branches, first),
-            logits_to_keep=on_device(lengths.cumsum() - 1, device),
+            _PrefillLayout(self, branches, tree.paths, first),
+            logits_to_keep=on_device([path[-1] for path in tree.paths], device),
         )
         groups = np.arange(first, first + len(prompts))
         self.prompt_lengths = np.concatenate([self.prompt_lengths, lengths])
@@ -334,17 +335,21 @@ class SharedPromptMemory:
 class _PrefillLayout(RowLayout):
     """A row of prompts whose keys and values are stored in memory."""
 
-    def __init__(self, owner: SharedPromptMemory, branches: Any, first: int) -> None:
+    def __init__(
+        self, owner: SharedPromptMemory, branches: Branches, paths: Sequence[Sequence[int]], first: int
+    ) -> None:
         super().__init__(branches)
         self.owner = owner
+        self.places = [on_device(path, owner.model.device) for path in paths]
+        """(L,) of each prompt's tokens in the row."""
         self.first = first
 
     def attend(self, inputs: LayerInputs) -> torch.Tensor:
         """See `TokenLayout.attend`."""
         buffers = self.owner.layer(inputs.layer, inputs.key).prompts
         for part, buffer in zip((inputs.key, inputs.value), buffers, strict=True):
-            for slot, stem in enumerate(self.branches.stems, start=self.first):
-                buffer[slot, :, : stem.length] = part[0, :, stem.start : stem.end]
+            for slot, places in enumerate(self.places, start=self.first):
+                buffer[slot, :, : len(places)] = part[0, :, places]
         return super().attend(inputs)
 
 

@@ -146,6 +146,24 @@ def test_long_prompts_are_computed_in_several_passes(monkeypatch: pytest.MonkeyP
     assert passes == [4, 7, 2]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_what_prompts_begin_with_alike_is_computed_once(name: str) -> None:
+    rows = Rows(build(name), 2)
+    prompts = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 8], [5, 6, 9, 10, 11], [5, 6, 7, 8]]
+    with rows.model.register_forward_pre_hook(
+        lambda *_: computed.append(_[2]["input_ids"].numel()), with_kwargs=True
+    ):
+        computed: list[int] = []
+        rows.memory.prefill(prompts, [2] * len(prompts))
+        assert computed == [9]
+    rows = Rows(rows.model, 2)
+    rows.prefill(*prompts)
+    rows.decode()
+    rows.keep(7, 1, 2)
+    rows.decode()
+
+
 @torch.no_grad()
 def test_a_group_that_exceeds_the_memory_has_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CACHE_TOKENS", 1)
