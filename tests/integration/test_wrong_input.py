@@ -220,7 +220,9 @@ CASES = [
         "",
         "recipe.yaml:7: generation must be a section with keys of its own, not empty",
     ),
-    swap("no rewards", "  - my:score", "  []", "recipe.yaml:5: rewards is missing or empty; name a reward function"),
+    swap(
+        "no rewards", "  - my:score", "  []", "recipe.yaml:5: rewards is missing or empty; name a reward function"
+    ),
     swap(
         "the same reward twice",
         "  - my:score",
