@@ -1,6 +1,6 @@
 """Threads on which tools and environments are called, so that generation waits for none of them.
 
-Python cannot end a thread. One whose call takes too long is abandoned and counted: another takes its place, and it
+Python cannot end a thread. One whose call takes too long is abandoned: another takes its place, and it
 ends by itself if the call ever does.
 """
 
@@ -70,8 +70,6 @@ class Workers:
     """
 
     def __init__(self, count: int, timeout_s: float) -> None:
-        self.abandoned = 0
-        """Threads whose call took too long."""
         self._timeout_s = timeout_s
         self._shared = _Shared()
         self._count = count
@@ -106,7 +104,6 @@ class Workers:
             for thread in late:
                 del self._shared.running[thread]
         for job in late.values():
-            self.abandoned += 1
             self._start_thread()
             if job.awaited is not None:
                 job.awaited.cancel()

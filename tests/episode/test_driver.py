@@ -269,13 +269,13 @@ def test_a_tool_that_hangs_is_given_up_and_another_thread_takes_its_place() -> N
         return call("hang") + call("add", a=1, b=1) if turn.number < 2 else "ok"
 
     try:
-        ((one,),), _, world = play(script, tools=(hang, add), size=1, timeout_s=0.1, workers=1)
+        ((one,),), _, _ = play(script, tools=(hang, add), size=1, timeout_s=0.1, workers=1)
     finally:
         released.set()
     assert one.messages is not None
     contents = [message["content"] for message in one.messages if message["role"] == "tool"]
     assert contents == ["{'error': 'no answer within 0.1 s'}", "2"] * 2
-    assert world.workers.abandoned == 2
+    assert one.tools.timeouts == 2
 
 
 class Stuck:
