@@ -29,7 +29,7 @@ from grpo_cli.recipe.episode import EpisodeConfig
 from grpo_cli.recipe.schema import GenerationConfig, ModelConfig
 from grpo_cli.rollout.embedded.batch import Batch
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine, EmbeddedStream
-from grpo_cli.rollout.engine import OnTurn, Turn, TurnStream
+from grpo_cli.rollout.engine import Demand, OnTurn, Turn, TurnStream
 from grpo_cli.train.guards import autocast_for
 
 
@@ -122,8 +122,8 @@ class ScriptedEngine(EmbeddedEngine):
     watched: WatchedStream
 
     @contextmanager
-    def stream(self, on_turn: OnTurn) -> Iterator[Any]:
-        with super().stream(on_turn) as stream:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> Iterator[Any]:
+        with super().stream(on_turn, demand) as stream:
             assert isinstance(stream, EmbeddedStream)
             stream._batch = ScriptedBatch(self.script, self.sampling, self.ends, self.policy.device)
             self.watched = WatchedStream(stream)

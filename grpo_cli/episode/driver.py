@@ -15,6 +15,7 @@ from grpo_cli.errors import RunError, UserError
 from grpo_cli.plugins import origin
 from grpo_cli.rollout.engine import (
     Completion,
+    Demand,
     FinishReason,
     OnGroup,
     SampledTurn,
@@ -94,7 +95,10 @@ class Driver:
         def on_turn(number: int, turn: SampledTurn | Exception) -> None:
             events.put(lambda: play.sampled(number, turn))
 
-        with self.engine.stream(on_turn) as stream:
+        count = len(prompts) * num_generations
+        begins_alike = self.world is None or not self.world.has_environments
+        demand = Demand(count, len(prompts) if begins_alike else count, num_generations)
+        with self.engine.stream(on_turn, demand) as stream:
             play = Play(self, stream, prompts, keys, num_generations, on_group, events)
             try:
                 play.to_the_end()

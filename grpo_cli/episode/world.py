@@ -102,6 +102,10 @@ class World:
             name: by_name([*tools, *kind.tools], "episode.tools") for name, kind in kinds.items()
         } or {None: by_name(tools, "episode.tools")}
 
+    @property
+    def has_environments(self) -> bool:
+        return bool(self._kinds)
+
     def reset(self, prompt: Prompt, key: SampleKey) -> Future[Reset]:
         """Have an environment reset for an episode, if there are any.
 

@@ -105,7 +105,7 @@ class Completion:
     """As of `SampledTurn`; NaN on tokens that were not sampled."""
     finish_reason: FinishReason
     text: str
-    """Of a single turn, as of `SampledTurn`; of several, with what was answered."""
+    """Of a single turn, as of `SampledTurn`; of several, one after the other."""
     sampled: list[bool] | None = None
     """Which of `token_ids` the policy sampled; None for all."""
     messages: list[dict[str, Any]] | None = None
@@ -134,6 +134,17 @@ class Completion:
         """Tokens that the policy sampled."""
         last = len(self.token_ids) if self.sampled is None else sum(self.sampled)
         return last + sum(len(row.token_ids) if row.sampled is None else sum(row.sampled) for row in self.earlier)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a stream will be asked for at most, so that its memory is made once."""
+
+    completions: int
+    groups: int
+    """Of completions that begin alike; where environments may begin each otherwise, as many as completions."""
+    group_size: int
+    """Completions of the largest group."""
 
 
 OnTurn = Callable[[int, SampledTurn | Exception], None]
@@ -182,7 +193,7 @@ class TurnEngine(Protocol):
         """
         ...
 
-    def stream(self, on_turn: OnTurn) -> AbstractContextManager[TurnStream]:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> AbstractContextManager[TurnStream]:
         """Take turns in and give them out as they finish; what is unfinished at the end is dropped.
 
         The same key, tokens and weights give the same turn, whatever else is generated beside it (rounding in the

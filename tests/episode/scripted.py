@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from grpo_cli.rollout.engine import OnTurn, SampledTurn, Turn
+from grpo_cli.rollout.engine import Demand, OnTurn, SampledTurn, Turn
 
 Script = Callable[[Turn], str]
 """What is said in a turn, without its end token."""
@@ -25,6 +25,7 @@ class Scripted:
         self.tokenizer = tokenizer
         self.script = script
         self.asked: list[Turn] = []
+        self.demands: list[Demand] = []
         self.forgotten: set[int] = set()
         self.closed = 0
 
@@ -32,7 +33,8 @@ class Scripted:
         return 0
 
     @contextmanager
-    def stream(self, on_turn: OnTurn) -> Iterator[ScriptedStream]:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> Iterator[ScriptedStream]:
+        self.demands.append(demand)
         yield ScriptedStream(self, on_turn)
 
     def release_memory(self) -> None: ...

@@ -17,7 +17,7 @@ from grpo_cli.episode.tools import tool_of
 from grpo_cli.episode.world import World
 from grpo_cli.errors import RunError
 from grpo_cli.recipe.episode import EpisodeConfig
-from grpo_cli.rollout.engine import Completion, Turn
+from grpo_cli.rollout.engine import Completion, Demand, Turn
 from tests.episode.chat import chat_tokenizer
 from tests.episode.scripted import Script, Scripted
 
@@ -454,3 +454,11 @@ def test_a_rewritten_history_makes_a_turn_a_row_of_its_own() -> None:
         assert row.sampled is not None or row.token_ids
     assert "hm 0" not in engine.tokenizer.decode(rows[1].prompt_ids)
     assert one.num_sampled == sum(len(row.token_ids) for row in rows)
+
+
+def test_what_a_rollout_will_ask_for_is_said_before_its_environments_are_reset() -> None:
+    """The embedded engine makes its memory once, and resets may end one after the other."""
+    _, engine, _ = play(lambda turn: "5", tools=(), environment=Guess, size=3, prompts=2, columns={"secret": 5})
+    assert engine.demands == [Demand(completions=6, groups=6, group_size=3)]
+    _, engine, _ = play(lambda turn: "5", size=3, prompts=2)
+    assert engine.demands == [Demand(completions=6, groups=2, group_size=3)]

@@ -12,7 +12,7 @@ import grpo_cli
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import UserError
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
-from grpo_cli.rollout.engine import Completion, OnGroup, OnTurn, SampledTurn, SampleKey, Turn
+from grpo_cli.rollout.engine import Completion, Demand, OnGroup, OnTurn, SampledTurn, SampleKey, Turn
 from tests.train.test_loop import numbers
 
 
@@ -65,7 +65,7 @@ class Echo:
         return 0
 
     @contextmanager
-    def stream(self, on_turn: OnTurn) -> Iterator[Any]:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> Iterator[Any]:
         class Stream:
             def ask(_, turns: Sequence[Turn]) -> None:
                 self.asked += turns

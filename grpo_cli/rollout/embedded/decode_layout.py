@@ -34,10 +34,10 @@ class DecodeShape:
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """Keys and values of one layer, for S groups of G rows."""
+    """Keys and values of one layer, for S prompts and N rows."""
 
     prompts: tuple[torch.Tensor, torch.Tensor]  # two (S, K, W, D)
-    rows: tuple[torch.Tensor, torch.Tensor]  # two (S·G, K, T, D)
+    rows: tuple[torch.Tensor, torch.Tensor]  # two (N, K, T, D)
 
 
 def grid_cells(group_of: np.ndarray, widest: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.memory import Memory, RowMemory
 from grpo_cli.rollout.embedded.shared_prompt_memory import SharedPromptMemory
 from grpo_cli.rollout.embedded.stop_strings import StopStrings
-from grpo_cli.rollout.engine import OnTurn, SampledTurn, Turn, check_lengths, decoded
+from grpo_cli.rollout.engine import Demand, OnTurn, SampledTurn, Turn, check_lengths, decoded
 
 
 class EmbeddedEngine:
@@ -60,12 +60,12 @@ class EmbeddedEngine:
         """Nothing to let go of."""
 
     @contextmanager
-    def stream(self, on_turn: OnTurn) -> Iterator[EmbeddedStream]:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> Iterator[EmbeddedStream]:
         """See `TurnEngine.stream`."""
         model = self.policy.model
         with evaluating(model), weights_cast_once(model, self.autocast):
             try:
-                yield EmbeddedStream(self, on_turn)
+                yield EmbeddedStream(self, on_turn, demand)
             finally:
                 if self.graphs is not None:
                     self.graphs.release()
@@ -80,12 +80,12 @@ class EmbeddedEngine:
             )
             check_lengths(turns, limit, what_to_do)
 
-    def memory(self, prompts: Sequence[Sequence[int]], group_size: int) -> Memory:
-        """For groups of so many rows at most, of prompts such as these."""
+    def memory(self, prompt_width: int, demand: Demand) -> Memory:
+        """For what will be asked for, of prompts of about so many tokens."""
         limit = self.sampling.max_completion_tokens
         if self.policy.shares_prompts:
-            return SharedPromptMemory(self.policy.model, prompts, group_size, limit, self.graphs)
-        return RowMemory(self.policy.model, group_size, limit)
+            return SharedPromptMemory(self.policy.model, prompt_width, demand, limit, self.graphs)
+        return RowMemory(self.policy.model, demand.group_size, limit)
 
     def ends(self, token_ids: list[int]) -> bool:
         """Whether the last token is one that ends completions, or completes a stop string."""
@@ -98,11 +98,13 @@ class EmbeddedStream:
     Args:
         engine: whose policy generates.
         on_turn: told of each finished turn, on the thread that advances.
+        demand: what will be asked for.
     """
 
-    def __init__(self, engine: EmbeddedEngine, on_turn: OnTurn) -> None:
+    def __init__(self, engine: EmbeddedEngine, on_turn: OnTurn, demand: Demand) -> None:
         self._engine = engine
         self._on_turn = on_turn
+        self._demand = demand
         self._batch = Batch(engine.sampling, engine.ends, engine.policy.device)
         self._memory: Memory | None = None
         self._groups: list[list[Turn]] = []
@@ -131,12 +133,12 @@ class EmbeddedStream:
         if self._memory is None:
             if not self._groups:
                 return False
-            prompts, size = [group[0].token_ids for group in self._groups], max(map(len, self._groups))
-            self._memory = self._engine.memory(prompts, size)
+            longest = len(self._groups[0][0].token_ids)
+            self._memory = self._engine.memory(longest, self._demand)
         memory, batch = self._memory, self._batch
         if self._further and self._read_on(memory, batch):
             pass
-        elif count := memory.room([group[0].token_ids for group in self._groups]):
+        elif count := memory.room([(len(group[0].token_ids), len(group)) for group in self._groups]):
             begun, self._groups = self._groups[:count], self._groups[count:]
             logits = memory.prefill([group[0].token_ids for group in begun], list(map(len, begun)))
             batch.begin(logits, [turn for group in begun for turn in group])

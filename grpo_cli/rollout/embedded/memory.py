@@ -23,8 +23,12 @@ from grpo_cli.recipe import limits
 class Memory(Protocol):
     """Runs the model over new tokens beside the keys and values of old ones."""
 
-    def room(self, waiting: Sequence[Sequence[int]]) -> int:
-        """How many of the waiting prompts' groups can be added now; at least one when no row is left."""
+    def room(self, waiting: Sequence[tuple[int, int]]) -> int:
+        """How many of the waiting groups can be added now; at least one when no row is left.
+
+        Args:
+            waiting: tokens of the prompt and rows of each, in the order in which they will be added.
+        """
         ...
 
     def prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
@@ -80,14 +84,14 @@ class RowMemory:
         self.attention_mask = torch.empty(0, 0)  # (R, W + t)
         self.positions = torch.empty(0)  # (R,) of the next token
 
-    def room(self, waiting: Sequence[Sequence[int]]) -> int:
+    def room(self, waiting: Sequence[tuple[int, int]]) -> int:
         """See `Memory.room`."""
         if len(self.positions):
             return 0
-        longest, count = 0, 0
-        for prompt in waiting:
-            longest = max(longest, len(prompt))
-            rows = (count + 1) * self.num_generations
+        longest, count, rows = 0, 0, 0
+        for prompt_length, size in waiting:
+            longest = max(longest, prompt_length)
+            rows += size
             if count and rows * (longest + self.max_completion_tokens) > limits.CACHE_TOKENS:
                 break
             count += 1

@@ -7,6 +7,8 @@ where everything is and how long, and never has to ask the GPU.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +24,7 @@ from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs, bucketed
 from grpo_cli.rollout.embedded.decode_layout import DecodeLayout, DecodeShape, LayerMemory, grid_cells
 from grpo_cli.rollout.embedded.extend_layout import ExtendLayout
 from grpo_cli.rollout.embedded.memory import filled_holes, on_device
+from grpo_cli.rollout.engine import Demand
 
 PREFILL_TOKENS = 8_192
 """Tokens that are read in one forward pass; a longer prompt has one of its own."""
@@ -38,12 +41,12 @@ class WaitingRow:
 
 
 class SharedPromptMemory:
-    """Memory for S groups of G rows: W tokens of each prompt and T of each row.
+    """Memory for S prompts and R rows: W tokens of each prompt and T of each row.
 
     Args:
         model: computes attention with `shared_prompt_attention`.
-        prompts: all prompts of the rollout.
-        num_generations: G.
+        prompt_width: W; it grows where a longer prompt comes.
+        demand: of the rollout.
         max_completion_tokens: T + 1: a row's last token is never fed.
         graphs: replay decoding steps, where that is possible.
     """
@@ -51,18 +54,19 @@ class SharedPromptMemory:
     def __init__(
         self,
         model: Any,
-        prompts: Sequence[Sequence[int]],
-        num_generations: int,
+        prompt_width: int,
+        demand: Demand,
         max_completion_tokens: int,
         graphs: DecodeGraphs | None = None,
     ) -> None:
         self.model = model
         self.graphs = graphs
-        self.group_size = num_generations
-        self.prompt_width = max(map(len, prompts), default=0)
+        self.group_size = demand.group_size
+        self.prompt_width = prompt_width
         self.row_width = max(max_completion_tokens - 1, 1)
-        tokens = self.prompt_width + num_generations * self.row_width
-        self.slots = min(len(prompts), max(1, limits.CACHE_TOKENS // tokens))
+        rows_of_prompt = math.ceil(demand.completions / demand.groups)
+        tokens = self.prompt_width + rows_of_prompt * self.row_width
+        self.slots = min(demand.groups, max(1, limits.CACHE_TOKENS // tokens))
         self.layers: dict[int, LayerMemory] = {}
         none = np.zeros(0, dtype=np.int64)
         self.prompt_lengths = none  # (A,) of the groups in memory
@@ -70,16 +74,19 @@ class SharedPromptMemory:
         self.lengths = none  # (R,) tokens of the row's own
         # The device's copy of what the rows are, at addresses that recorded steps read: their lengths, the lengths
         # of their prompts, their cells in the grid of groups, and their cells in the padded grid.
-        self.capacity = capacity = self.slots * num_generations
+        self.capacity = capacity = max(self.slots * rows_of_prompt, self.group_size)
         self.waiting: dict[int, WaitingRow] = {}
         self.told = torch.zeros(4, capacity, dtype=torch.long, device=model.device)
         self.fed = torch.zeros(capacity, dtype=torch.long, device=model.device)
         self.has_full_grid = True
         """Whether every cell of the grid holds a row, row i in cell i."""
 
-    def room(self, waiting: Sequence[Sequence[int]]) -> int:
+    def room(self, waiting: Sequence[tuple[int, int]]) -> int:
         """See `Memory.room`."""
-        return min(len(waiting), self.slots - len(self.prompt_lengths))
+        free = self.capacity - len(self.group_of) - len(self.waiting)
+        sizes = itertools.accumulate(size for _, size in waiting)
+        fitting = sum(rows <= free for rows in sizes)
+        return min(fitting, self.slots - len(self.prompt_lengths))
 
     def prefill(self, prompts: Sequence[Sequence[int]], counts: Sequence[int]) -> torch.Tensor:
         """See `Memory.prefill`."""
@@ -172,7 +179,7 @@ class SharedPromptMemory:
         groups = bucketed(exact.groups, 4, self.slots)
         widest = bucketed(exact.widest, 4, self.group_size)
         return DecodeShape(
-            rows=bucketed(exact.rows, 8, groups * widest),
+            rows=bucketed(exact.rows, 8, min(groups * widest, self.capacity)),
             groups=groups,
             widest=widest,
             prompt_width=bucketed(exact.prompt_width, 64, self.prompt_width),
@@ -323,7 +330,7 @@ class SharedPromptMemory:
         if index not in self.layers:
             _, heads, _, head_dim = like.shape
             prompts = (self.slots, heads, self.prompt_width, head_dim)
-            rows = (self.slots * self.group_size, heads, self.row_width, head_dim)
+            rows = (self.capacity, heads, self.row_width, head_dim)
             self.layers[index] = LayerMemory(
                 # Zeros: places that hold no token are read too, with weight zero, and 0 * NaN would be NaN.
                 prompts=(like.new_zeros(prompts), like.new_zeros(prompts)),

@@ -12,7 +12,7 @@ from typing import Any
 from grpo_cli.distributed.outcome import outcome_of, result_of
 from grpo_cli.errors import RunError, ServerLost, ServerNeverReached
 from grpo_cli.recipe.sampling import Sampling
-from grpo_cli.rollout.engine import OnTurn, SampledTurn, Turn, check_lengths
+from grpo_cli.rollout.engine import Demand, OnTurn, SampledTurn, Turn, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.server.attempts import Attempts
 from grpo_cli.rollout.server.connection import LinkBroken, ServerAway, ServerConnection, WrongWeights
@@ -133,7 +133,7 @@ class ServerEngine:
             raise ServerNeverReached(f"generation.server: {error}; {hint}") from error
 
     @contextmanager
-    def stream(self, on_turn: OnTurn) -> Iterator[ServerStream]:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> Iterator[ServerStream]:
         """See `TurnEngine.stream`. `update_weights` comes first.
 
         The outcome of a turn may be a ServerLost, as of `update_weights`, or a RunError: it fails every time.

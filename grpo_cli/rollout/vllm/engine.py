@@ -12,7 +12,7 @@ import torch
 
 from grpo_cli.errors import UserError, one_line
 from grpo_cli.recipe.schema import GenerationConfig
-from grpo_cli.rollout.engine import OnTurn, Turn, check_lengths
+from grpo_cli.rollout.engine import Demand, OnTurn, Turn, check_lengths
 from grpo_cli.rollout.policy_weights import PolicyWeights
 from grpo_cli.rollout.with_vllm import sampled_turn, save_for_vllm, seed_of
 from grpo_cli.serve.engine_arguments import (
@@ -109,7 +109,7 @@ class VllmEngine:
             self._is_asleep = True
 
     @contextmanager
-    def stream(self, on_turn: OnTurn) -> Iterator[VllmStream]:
+    def stream(self, on_turn: OnTurn, demand: Demand) -> Iterator[VllmStream]:
         """See `TurnEngine.stream`. `update_weights` comes first."""
         assert not self._is_asleep, "update_weights comes before stream"
         stream = VllmStream(self._llm.llm_engine, self, on_turn)

@@ -22,6 +22,7 @@ from grpo_cli.rollout.embedded import shared_prompt_memory
 from grpo_cli.rollout.embedded.decode_graphs import DecodeGraphs
 from grpo_cli.rollout.embedded.memory import filled_holes
 from grpo_cli.rollout.embedded.shared_prompt_memory import SharedPromptMemory
+from grpo_cli.rollout.engine import Demand
 
 HEADS: dict[str, Any] = {
     "vocab_size": 97,
@@ -66,7 +67,8 @@ class Rows:
 
     def __init__(self, model: Any, num_generations: int, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
-        self.memory = SharedPromptMemory(model, PROMPTS, num_generations, NEW_TOKENS, graphs)
+        demand = Demand(len(PROMPTS) * num_generations, len(PROMPTS), num_generations)
+        self.memory = SharedPromptMemory(model, max(map(len, PROMPTS)), demand, NEW_TOKENS, graphs)
         self.group_size = num_generations
         self.sequences: list[list[int]] = []
         self.waiting: dict[int, list[int]] = {}
@@ -77,6 +79,9 @@ class Rows:
         added = [list(prompt) for prompt in prompts for _ in range(self.group_size)]
         self.sequences += added
         self.check(logits, added)
+
+    def room(self, waiting: list[list[int]]) -> int:
+        return self.memory.room([(len(prompt), self.group_size) for prompt in waiting])
 
     def decode(self) -> None:
         tokens = torch.randint(97, (len(self.sequences),), generator=self.generator)
@@ -115,13 +120,13 @@ def test_logits_are_those_of_plain_forwards_as_rows_come_and_go(
     monkeypatch.setattr(limits, "CACHE_TOKENS", 2 * (7 + 3 * 8))  # two groups
     rows = Rows(build(name), 3)
     rows.prefill(PROMPTS[0], PROMPTS[1])
-    assert rows.memory.room(PROMPTS[2:]) == 0
+    assert rows.room(PROMPTS[2:]) == 0
     for _ in range(3):
         rows.decode()
     rows.keep(0, 5, 2, 3)
     rows.decode()
     rows.keep(3, 1)  # the first group is gone
-    assert rows.memory.room(PROMPTS[2:]) == 1
+    assert rows.room(PROMPTS[2:]) == 1
     rows.decode()
     rows.prefill(PROMPTS[2])
     for _ in range(3):
@@ -131,7 +136,7 @@ def test_logits_are_those_of_plain_forwards_as_rows_come_and_go(
     for _ in range(4):
         rows.decode()
     rows.keep()
-    assert rows.memory.room(PROMPTS) == 2
+    assert rows.room(PROMPTS) == 2
 
 
 @torch.no_grad()
@@ -168,7 +173,7 @@ def test_what_prompts_begin_with_alike_is_computed_once(name: str) -> None:
 def test_a_group_that_exceeds_the_memory_has_it_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "CACHE_TOKENS", 1)
     rows = Rows(build("llama"), 2)
-    assert rows.memory.room(PROMPTS) == 1
+    assert rows.room(PROMPTS) == 1
 
 
 @torch.no_grad()
@@ -212,7 +217,7 @@ def test_rows_that_wait_read_on_from_what_they_hold(name: str, monkeypatch: pyte
     rows.keep(0, 5, 4, n7=1, n8=2)  # only one row of the first group goes on
     rows.decode()
     rows.keep(1, 2, n9=0)  # none does, and its prompt stays
-    assert rows.memory.room(PROMPTS) == 0
+    assert rows.room(PROMPTS) == 0
     rows.extend({8: [20, 21, 22], 7: [23]})
     rows.decode()
     rows.keep(3, 0, n1=1, n2=2)
@@ -220,11 +225,11 @@ def test_rows_that_wait_read_on_from_what_they_hold(name: str, monkeypatch: pyte
     rows.decode()
     rows.memory.drop(1)
     rows.keep(2)
-    assert rows.memory.room(PROMPTS) == 1  # nobody reads the second prompt any more
+    assert rows.room(PROMPTS) == 1  # nobody reads the second prompt any more
     rows.memory.drop(2)
     rows.memory.drop(3)  # never heard of
     rows.keep()
-    assert rows.memory.room(PROMPTS) == 2
+    assert rows.room(PROMPTS) == 2
     assert rows.memory.prompt_length(2) is None
 
 
@@ -253,3 +258,16 @@ def test_a_prompt_wider_than_announced_finds_room(monkeypatch: pytest.MonkeyPatc
     rows.sequences.append(list(range(40, 60)))
     rows.check(logits, rows.sequences[-1:])
     rows.decode()
+
+
+def test_groups_of_any_size_fit_where_each_completion_may_begin_otherwise() -> None:
+    """Environments say something else to each, or the same to all; either comes first."""
+    model = build("llama")
+    memory = SharedPromptMemory(model, 4, Demand(completions=12, groups=12, group_size=4), NEW_TOKENS)
+    assert memory.room([(4, 1)] * 20) == 12
+    with torch.no_grad():
+        memory.prefill([[5, 6], [7, 8]], [1, 4])
+        assert memory.room([(4, 4), (4, 4), (4, 1)]) == 1  # seven rows are left
+        memory.prefill([[9], [10, 11]], [4, 3])
+        assert memory.room([(4, 1)]) == 0
+        assert len(memory.decode(torch.zeros(12, dtype=torch.long))) == 12
