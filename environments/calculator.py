@@ -83,7 +83,7 @@ def _value(node: ast.AST) -> Fraction:
     """The value of a part of an expression; ValueError for what is no arithmetic."""
     match node:
         case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError("a number is too large")
             return _bounded(Fraction(value) if isinstance(value, int) else Fraction(repr(value)))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
@@ -106,9 +106,12 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
     if base < 0:
         raise ValueError("a root of a negative number")
     try:
-        return Fraction(repr(float(base) ** float(exponent)))
+        result = float(base) ** float(exponent)
     except (OverflowError, ValueError):
         raise ValueError("the result is too large") from None
+    if base and not result:
+        raise ValueError("the result is too small")
+    return Fraction(repr(result))
 
 
 def _bounded(value: Fraction) -> Fraction:

@@ -206,8 +206,8 @@ def groups_to_forward(
 
 
 def importance_ratio_of_level(log_ratio: torch.Tensor, mask: torch.Tensor, config: LossConfig) -> torch.Tensor:
-    """Policy over old policy: (B, T) per token, or (B, 1) the geometric mean of a completion (GSPO,
-    arXiv:2507.18071 eq. 7)."""
+    """Policy over old policy: (B, T) per token, or (B, 1) the geometric mean of a row (GSPO, arXiv:2507.18071 eq.
+    7), which is a completion, or one turn of it where the chat template writes the history anew."""
     if config.importance_level == "sequence":
         mean = (log_ratio * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
         return mean.exp()
@@ -221,7 +221,7 @@ def on_policy_mask(
     mask: torch.Tensor,
     threshold: float,
 ) -> torch.Tensor:
-    """Off-policy sequence masking (DeepSeek-V3.2): 0 for a completion with a negative advantage whose mean
+    """Off-policy sequence masking (DeepSeek-V3.2): 0 for a row with a negative advantage whose mean
     log(sampler / policy) exceeds `threshold`, else 1; (B, 1) or (B, T) as the advantages. NaN counts as 0."""
     drift = (sampling_logprobs - logprobs.detach()).nan_to_num(nan=0.0)
     mean_drift = (drift * mask).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)

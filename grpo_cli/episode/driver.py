@@ -103,6 +103,7 @@ class Driver:
             try:
                 play.to_the_end()
             finally:
+                play.take_back_resets()
                 self._played = play.with_environments()
         return play.groups
 
@@ -174,7 +175,7 @@ class Play:
 
     def _were_reset(self, index: int) -> None:
         assert self._world is not None
-        prompt, world, resets = self._prompts[index], self._world, self._resets.pop(index)
+        prompt, world, resets = self._prompts[index], self._world, self._resets[index]
         errors = [error for reset in resets if (error := reset.exception()) is not None]
         for error in errors:
             if isinstance(error, UserError):
@@ -185,10 +186,11 @@ class Play:
             starts = [world.start(prompt, reset) for reset in done]
             why = world.why_too_long(starts)
             if why is None:
+                del self._resets[index]
                 self._begin(index, starts)
                 return
-        for reset in done:
-            world.take_back(reset)
+        for future in self._resets.pop(index):
+            self._take_back(future)
         self._driver.note(f"a group is left out: {why}")
         for sample in range(self._size):
             self._ended[index * self._size + sample] = Completion([], [], "lost", "", messages=[])
@@ -265,6 +267,16 @@ class Play:
             self.groups[index] = [self._ended[number] for number in numbers]
             if self._on_group is not None:
                 self._on_group(index, self.groups[index])
+
+    def take_back_resets(self) -> None:
+        """Give back, now or once they are reset, the environments of groups that have not begun."""
+        for reset in (reset for resets in self._resets.values() for reset in resets):
+            reset.add_done_callback(self._take_back)
+
+    def _take_back(self, reset: Future[Reset]) -> None:
+        assert self._world is not None
+        if reset.exception() is None:
+            self._world.take_back(reset.result())
 
     def with_environments(self) -> list[Episode]:
         """The episodes whose environments are to be given back; one that still plays is left alone."""

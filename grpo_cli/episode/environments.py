@@ -49,14 +49,17 @@ class EnvironmentKind:
     """It has `respond`, which answers a turn that calls no tool."""
     has_reward: bool
     """It has `get_reward`."""
-    class_name: str
-    """Name of its reward in metrics."""
     cls: type[Any]
     """The class of its objects."""
     accepts: frozenset[str] | None
     """Names of what `reset` takes; None when it has **kwargs."""
     required: frozenset[str]
     """Names of what `reset` has no default for."""
+
+    @property
+    def class_name(self) -> str:
+        """Name of its reward in metrics."""
+        return self.cls.__name__
 
     def reset_arguments(self, prompt: Any, columns: Mapping[str, Any], seed: int) -> dict[str, Any]:
         """What to call `reset` with: the row, as in TRL, and the seed.
@@ -169,7 +172,6 @@ def environment_kind(
         takes_seed=SEED in _named(methods["reset"]),
         responds="respond" in methods,
         has_reward="get_reward" in methods,
-        class_name=cls.__name__,
         cls=cls,
         accepts=accepts,
         required=required,
@@ -263,6 +265,12 @@ class EnvironmentReward:
         """Seconds that it has taken since it was asked last."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+
+def seconds_of_environments(functions: Sequence[RewardFunction]) -> dict[str, float]:
+    """`env/reward_s`, the seconds of `get_reward` since this was asked last; nothing where there is none."""
+    own = [one.call for one in functions if isinstance(one.call, EnvironmentReward)]
+    return {"env/reward_s": sum(reward.take_seconds() for reward in own)} if own else {}
 
 
 def close_environment(instance: Any) -> None:

@@ -145,7 +145,7 @@ class World:
         async def awaited() -> Reset:
             try:
                 return Reset(kind, instance, await said, time.monotonic() - began)
-            except Exception:
+            except BaseException:  # it is cancelled where it takes too long
                 self.pool.discard(name, instance)
                 raise
 
@@ -244,7 +244,7 @@ class World:
 
     def _text(self, result: Result) -> str:
         """At most `max_result_tokens` of what the policy is told."""
-        text = result_text(result.value if result.error is None else {"error": result.error})
+        text = told_text(result)
         limit = self.config.max_result_tokens
         token_ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(token_ids) <= limit:
@@ -258,20 +258,22 @@ class World:
         """Add what was answered to an episode; False if it leaves no room for a further token."""
         last = episode.token_ids[-1]
         answered = self._template.answer_ids(answer.messages, ended=last in self._end_ids, last_id=last)
-        if len(answered) >= episode.room:
-            return False
         start = episode.start
         tools = list(start.tools.values())
-        if self._template.keeps(episode.messages[-1], answer.messages, tools):
-            episode.read(answered, answer.messages)
-            return True
-        whole = [*start.prompt.content, *episode.messages, *answer.messages]
-        context, before = self._template.prompt_ids(whole, tools), episode.context
-        if context[: len(before)] == before:
-            episode.read(context[len(before) :], answer.messages)
-        else:
-            episode.begin_anew(context, len(answered), answer.messages)
-        return episode.room > 0
+        if not self._template.keeps(episode.messages[-1], answer.messages, tools):
+            whole = [*start.prompt.content, *episode.messages, *answer.messages]
+            context, before = self._template.prompt_ids(whole, tools), episode.context
+            if context[: len(before)] != before:
+                longer = len(context) - len(start.prompt.token_ids)
+                if max(episode.spent + len(answered), longer) >= episode.limit:
+                    return False
+                episode.begin_anew(context, len(answered), answer.messages)
+                return True
+            answered = context[len(before) :]
+        if len(answered) >= episode.room:
+            return False
+        episode.read(answered, answer.messages)
+        return True
 
     def take_back(self, reset: Reset) -> None:
         """Let other episodes have an environment that was reset for one that does not begin."""
@@ -289,6 +291,22 @@ class World:
     def close(self) -> None:
         """Close the environments."""
         self.pool.close()
+
+
+def told_text(result: Result) -> str:
+    """What the policy is told of a result, whose text may be code of the user's that raises what it likes."""
+    try:
+        return result_text(result.value if result.error is None else {"error": result.error})
+    except Exception as error:
+        return result_text({"error": f"the result has no text: {said_by(error)}"})
+
+
+def said_by(error: BaseException) -> str:
+    """What an exception says; its type if it says nothing or cannot."""
+    try:
+        return str(error) or type(error).__name__
+    except Exception:
+        return type(error).__name__
 
 
 class Pending:
@@ -324,15 +342,19 @@ class Pending:
         place, *others = places
         call = self._calls[place]
         assert call is not None
-        began = time.monotonic()
+        began: list[float] = []  # not when it is submitted: it may have to wait for a thread
+
+        def timed() -> Any:
+            began.append(time.monotonic())
+            return call()
 
         def ended(done: Future[Any]) -> None:
             error = done.exception()
-            seconds = time.monotonic() - began
+            seconds = time.monotonic() - began[0] if began else 0.0
             if error is None:
                 result = Result(done.result(), None, seconds)
             else:
-                result = Result(None, str(error) or type(error).__name__, seconds, isinstance(error, CallTimeout))
+                result = Result(None, said_by(error), seconds, isinstance(error, CallTimeout))
             self._results[place] = result
             if result.hangs:  # nobody else may enter the environment meanwhile
                 for later in others:
@@ -345,4 +367,4 @@ class Pending:
             if is_over:
                 self._then(self._results)
 
-        self._workers.submit(call).add_done_callback(ended)
+        self._workers.submit(timed).add_done_callback(ended)

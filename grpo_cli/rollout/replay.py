@@ -154,9 +154,7 @@ class ReplayEngine:
     def _group(self, prompt: Prompt, step: int, place: int, size: int) -> list[Completion]:
         rows = self._rows(step)[place * size : (place + 1) * size]
         completions = [_completion(row, prompt) for row in rows]
-        # What an environment says is stored with its prompt, so that one is taken as it is.
-        given = [one for one in completions if one.prompt is None]
-        if len(rows) < size or any(one.prompt_ids is not None for one in given):
+        if len(rows) < size or not all(_is_of(completion, prompt) for completion in completions):
             path = completions_file(self._folder, step)
             raise RunError(
                 f"generation.replay: {path} does not hold {size} completions of prompt {place} of step {step}; "
@@ -189,6 +187,17 @@ def _rows_of(path: Path) -> list[dict[str, Any]]:
     table.validate(full=True)
     rows: list[dict[str, Any]] = table.to_pylist()
     return rows
+
+
+def _is_of(completion: Completion, prompt: Prompt) -> bool:
+    """Whether a completion followed this prompt, or what an environment has made of it by adding to its end."""
+    if completion.prompt is None:
+        return completion.prompt_ids is None
+    stored, given = completion.prompt.content, prompt.content
+    assert not isinstance(stored, str)  # episodes are chats
+    assert not isinstance(given, str)
+    last, own = stored[-1]["content"], given[-1]["content"]
+    return stored[:-1] == given[:-1] and last[: len(own)] == own
 
 
 def _completion(row: dict[str, Any], prompt: Prompt) -> Completion:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from vllm.utils import random_uuid
 
+from grpo_cli.errors import one_line
 from grpo_cli.serve import protocol
 from grpo_cli.serve.protocol import (
     BeginWeights,
@@ -80,7 +81,8 @@ def grpo_routes(engine: Any, store: WeightStore) -> APIRouter:
         work = asyncio.ensure_future(transfer)
         transfers.add(work)  # it goes on if the client goes: what has begun is whole afterwards, or refused
         work.add_done_callback(transfers.discard)
-        work.add_done_callback(asyncio.Future.exception)  # which is then known, also where no client waits for it
+        # An error is then known, also where no client waits for it.
+        work.add_done_callback(lambda done: done.cancelled() or done.exception())
         done, _ = await asyncio.wait({work}, timeout=protocol.HEARTBEAT_S)
         if done:
             return Response(work.result().model_dump_json(), media_type="application/json")
@@ -170,6 +172,8 @@ async def _with_blanks(work: asyncio.Future[Body]) -> AsyncIterator[bytes]:
         answer = work.result() if work.done() else Refused(status=504, detail="the engine takes too long")
     except HTTPException as error:
         answer = Refused(status=error.status_code, detail=str(error.detail))
+    except Exception as error:  # the status has been sent: this is the only way left to tell it
+        answer = Refused(status=500, detail=one_line(error))
     yield answer.model_dump_json().encode()
 
 

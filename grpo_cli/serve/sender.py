@@ -49,8 +49,9 @@ class Sender:
 
     def is_there(self) -> bool:
         """Whether the connection stands; nothing ever comes through it but its end."""
-        readable, _, _ = select.select([self._connection], [], [], 0)
-        return not readable
+        poll = select.poll()  # unlike select, for any number of open files
+        poll.register(self._connection, select.POLLIN)
+        return not poll.poll(0)
 
     def while_there(self, call: Callable[[], Value]) -> Value:
         """What `call` gives, or raises. It goes on in a thread that nobody waits for if the trainer has gone.

@@ -9,6 +9,7 @@ import torch
 
 from grpo_cli.algorithm.advantages import weighted_sum
 from grpo_cli.data.prompts import PromptDataset
+from grpo_cli.episode.environments import seconds_of_environments
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, RolloutEngine
 from grpo_cli.rollout.rollout import generate_rollout
@@ -63,6 +64,7 @@ def evaluate(
     all_rewards = torch.cat(rewards)  # (N, K)
     metrics = reward_metrics(all_rewards, scorer.names, scorer.weights, num_generations)
     metrics |= completion_metrics(completions) | episode_metrics(completions)
+    metrics |= seconds_of_environments(scorer.functions)
     total = weighted_sum(all_rewards, scorer.weights).view(-1, num_generations)  # (P, G)
     for k in pass_at or sorted({1, num_generations}):
         metrics[f"pass@{k}"] = pass_at_k(total, k, pass_reward)

@@ -226,8 +226,10 @@ def check_record(checkpoint: Path, metrics: Path, note: Callable[[str], None]) -
 
 
 def _record_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Number and checksum of rows, without times, so that the checkpoints of a run do not differ by them."""
-    timeless = [{name: value for name, value in row.items() if not name.startswith(TIMES)} for row in rows]
+    """Number and checksum of rows, without times, by which the checkpoints of a run would differ, and without
+    evaluations, which a resume adds where a lost server left one out."""
+    left_out = (*TIMES, "eval_")
+    timeless = [{name: value for name, value in row.items() if not name.startswith(left_out)} for row in rows]
     return {"rows": len(rows), "xxh3_128": xxhash.xxh3_128_hexdigest(json.dumps(timeless).encode())}
 
 

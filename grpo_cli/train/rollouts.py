@@ -18,13 +18,12 @@ from grpo_cli.algorithm.packing import Group
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.sampler import PromptSampler
 from grpo_cli.distributed.ranks import Ranks
-from grpo_cli.episode.environments import EnvironmentReward
+from grpo_cli.episode.environments import seconds_of_environments
 from grpo_cli.errors import RunError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer, RolloutScores
 from grpo_cli.rollout.engine import RolloutEngine
-from grpo_cli.rollout.over_ranks import LedEngine
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.evaluate import PASS_REWARD, evaluate
 from grpo_cli.train.metrics import Metrics, StepClock, completion_metrics, episode_metrics, reward_metrics
@@ -76,7 +75,8 @@ class Rollouts:
     clock: StepClock = field(default_factory=StepClock)
 
     def __post_init__(self) -> None:
-        plays_on_main = isinstance(self.engine, LedEngine)
+        # Rank 0 speaks with the servers, so it plays all episodes; an engine of a caller's own is each rank's.
+        plays_on_main = self.ranks.world_size > 1 and self.recipe.generation.engine == "vllm_server"
         self._background = BackgroundScorer(self.scorer, self.ranks, plays_on_main=plays_on_main)
 
     @property
@@ -116,12 +116,13 @@ class Rollouts:
             rewards = groups.rewards()  # (N, K)
         advantages = self._advantages(rewards, kept)  # (N,)
         forwarded = groups_to_forward(advantages, trained, self.group_size, loss)  # (P,)
-        metrics = groups.metrics | completion_metrics(rollout.completions) | episode_metrics(rollout.completions)
+        metrics = groups.metrics | completion_metrics(rollout.completions)
+        if self.generates:  # a replay calls nothing
+            metrics |= episode_metrics(rollout.completions)
         metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(packed)
         metrics["sync/bytes"] = sync_bytes
         metrics |= reward_metrics(rewards, self.scorer.names, self.scorer.weights, self.group_size)
-        own = [one.call for one in self.scorer.functions if isinstance(one.call, EnvironmentReward)]
-        metrics |= {"env/reward_s": sum(reward.take_seconds() for reward in own)} if own else {}
+        metrics |= seconds_of_environments(self.scorer.functions)
         epoch = self.sampler.epoch(step + 1)
         return StepData(
             step,

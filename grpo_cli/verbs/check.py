@@ -29,7 +29,7 @@ from grpo_cli.rollout.replay import check_stored
 from grpo_cli.serve.lock import read_key
 from grpo_cli.train.callbacks import load_callbacks
 from grpo_cli.train.loss_function import load_loss_function
-from grpo_cli.verbs.check_episode import check_episode
+from grpo_cli.verbs.check_episode import checked_episode
 
 SAMPLE_TEXTS = ("A short sample completion.", "Another one,\nin two lines: \\boxed{42}")
 """Completions that the reward functions are tried on. They must cope with anything that a model may write."""
@@ -49,17 +49,20 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
     """
     rows, eval_rows = recipe_rows(recipe)
     functions = resolve_rewards(recipe.rewards, load_models=False)
+    cast = Cast.of(recipe)
     for part in filter(None, (rows, eval_rows)):
         check_columns(functions, part.columns, part.setting, has_environments=bool(recipe.environments))
+        cast.check_rows(part.columns, part.setting)
         for row in range(len(part)):
             part.content(row)
-    cast = Cast.of(recipe)
     scorer = Scorer(cast.with_rewards(functions))
-    environments = check_episode(recipe, cast, rows, console)
-    try:
-        scores = scorer.score(sample_batch(rows, environments), step=0)
-    except RewardError as error:
-        raise UserError(f"on a sample row of the data: {error}") from error
+    with checked_episode(recipe, cast, rows, console) as environments:
+        if cast.kinds and not environments:  # there is nothing that these could look at
+            scorer = Scorer([one for one in scorer.functions if not one.asks_for_environments])
+        try:
+            scores = scorer.score(sample_batch(rows, environments), step=0)
+        except RewardError as error:
+            raise UserError(f"on a sample row of the data: {error}") from error
     if recipe.loss.is_function:
         load_loss_function(recipe.loss.type)
     if recipe.optim.name != "adamw":

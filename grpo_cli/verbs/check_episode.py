@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from grpo_cli.data.rows import PromptRows
 from grpo_cli.episode.cast import Cast
 from grpo_cli.episode.template import EpisodeTemplate
 from grpo_cli.episode.tools import Tool
+from grpo_cli.episode.world import Reset, World
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import origin
 from grpo_cli.recipe.schema import Recipe
@@ -27,18 +29,19 @@ SHOWN_CHARACTERS = 4_000
 """Of a prompt with tools."""
 
 
-def check_episode(recipe: Recipe, cast: Cast, rows: PromptRows, console: Console) -> list[Any]:
+@contextmanager
+def checked_episode(recipe: Recipe, cast: Cast, rows: PromptRows, console: Console) -> Iterator[list[Any]]:
     """Show tools, reset the environment of the first row, and render its prompt.
 
-    Returns:
-        The environment that was reset, for rewards to look at; none where there is none.
+    Inside it is there for rewards to look at, and is closed then. There is none where the recipe has none, and
+    where the tokenizer is not on this machine.
 
     Raises:
         UserError: an environment cannot be reset, or the chat template cannot show what the policy is answered.
     """
     if recipe.episode is None:
-        return []
-    cast.check_rows(rows.columns, rows.setting)
+        yield []
+        return
     for tool in cast.tools:
         _show(console, f"tool {tool.name}", _schema(tool))
     for kind in cast.kinds.values():
@@ -48,17 +51,33 @@ def check_episode(recipe: Recipe, cast: Cast, rows: PromptRows, console: Console
             _show(console, f"its tool {tool.name}", _schema(tool))
     tokenizer = _tokenizer(recipe, console)
     if tokenizer is None:
-        return []
+        yield []
+        return
     world = cast.world(recipe, tokenizer, {tokenizer.eos_token_id})
     assert world is not None
+    reset = _reset(recipe, world, rows)
+    try:
+        _show_prompt(recipe, world, reset, rows, tokenizer, console)
+        yield [] if reset.instance is None else [reset.instance]
+    finally:
+        world.take_back(reset)
+        world.close()
+
+
+def _reset(recipe: Recipe, world: World, rows: PromptRows) -> Reset:
     prompt = Prompt(0, rows.content(0), [], rows.row_columns(0))
     try:
-        reset = world.reset(prompt, (recipe.train.seed, 0, 0, 0)).result()
+        return world.reset(prompt, (recipe.train.seed, 0, 0, 0)).result()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"episode.environment: reset failed on the first row, twice: {origin(error)}") from error
-    start = world.start(prompt, reset)
+
+
+def _show_prompt(
+    recipe: Recipe, world: World, reset: Reset, rows: PromptRows, tokenizer: Any, console: Console
+) -> None:
+    start = world.start(Prompt(0, rows.content(0), [], rows.row_columns(0)), reset)
     content = start.prompt.content
     assert not isinstance(content, str)  # episodes need chats
     template = EpisodeTemplate(tokenizer, recipe.model.chat_template_kwargs)
@@ -69,7 +88,6 @@ def check_episode(recipe: Recipe, cast: Cast, rows: PromptRows, console: Console
     if not template.keeps_history:
         kept = "may write what was said anew; a turn after that is trained on as a row of its own"
     console.print(f"[bold]chat template[/]: {kept}", soft_wrap=True)
-    return [] if start.environment is None else [start.environment]
 
 
 def _tokenizer(recipe: Recipe, console: Console) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -310,8 +311,6 @@ def test_only_a_call_that_hangs_in_an_environment_keeps_others_out_of_it() -> No
 
 
 def test_async_tools_share_an_event_loop() -> None:
-    import asyncio
-
     loops: set[int] = set()
 
     async def look(a: int) -> int:
@@ -462,3 +461,55 @@ def test_what_a_rollout_will_ask_for_is_said_before_its_environments_are_reset()
     assert engine.demands == [Demand(completions=6, groups=6, group_size=3)]
     _, engine, _ = play(lambda turn: "5", size=3, prompts=2)
     assert engine.demands == [Demand(completions=6, groups=2, group_size=3)]
+
+
+class Wordless(Exception):
+    def __str__(self) -> str:
+        raise OSError("no words")
+
+
+class Nameless:
+    def __str__(self) -> str:
+        raise OSError("no name")
+
+
+@pytest.mark.parametrize("name", ["raises", "returns"])
+def test_what_has_no_text_is_told_too(name: str) -> None:
+    def raises() -> str:
+        """Raise what cannot be told."""
+        raise Wordless
+
+    def returns() -> Nameless:
+        """Give what cannot be told."""
+        return Nameless()
+
+    returns.__annotations__["return"] = str
+    ((one,),), _, _ = play(lambda turn: call(name) if turn.number == 0 else "ok", tools=(raises, returns), size=1)
+    assert one.messages is not None
+    told = "Wordless" if name == "raises" else "the result has no text: no name"
+    assert one.messages[1]["content"] == str({"error": told})
+    assert one.finish_reason == "stop"
+
+
+class Late:
+    """Reset after a while; ends in the middle of everything if told to."""
+
+    async def reset(self, **columns: Any) -> None:
+        await asyncio.sleep(0.2 if columns["secret"] else 0)
+
+    def respond(self, text: str) -> None:
+        raise ValueError("over")
+
+
+def test_environments_of_groups_that_have_not_begun_are_given_back() -> None:
+    tokenizer = chat_tokenizer("qwen2_5")
+    kinds = {None: environment_kind(Late, None)}
+    world = World(EpisodeConfig(on_error="raise"), [], kinds, tokenizer, {}, {tokenizer.eos_token_id})
+    driver = Driver(Scripted(tokenizer, lambda turn: "5"), 100, world)
+    prompts = [Prompt(index, QUESTION, [1, 2, 3], {"secret": index}) for index in range(2)]
+    with pytest.raises(RunError, match="a call of respond failed: over"):
+        driver.generate(prompts, [(*KEY, 0), (*KEY, 1)], 2)
+    deadline = time.monotonic() + 5
+    while len(world.pool._idle[None]) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert len(world.pool._idle[None]) == 2

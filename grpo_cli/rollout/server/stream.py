@@ -27,6 +27,8 @@ class Lane:
     """Turns that it can generate at a time."""
     further: deque[Sequence[Turn]] = field(default_factory=deque)
     threads: int = 0
+    idle: int = 0
+    """Of these, waiting for something to do."""
 
 
 class ServerStream:
@@ -77,7 +79,8 @@ class ServerStream:
         share = math.ceil(len(self._first) / len(self._lanes))
         size = max(map(len, self._first), default=1)
         for lane in self._lanes:
-            for _ in range(lane.threads, min(max(1, lane.room // size), share + len(lane.further))):
+            most, waiting = max(1, lane.room // size), share + len(lane.further) - lane.idle
+            for _ in range(min(most - lane.threads, waiting)):
                 lane.threads += 1
                 daemon(partial(self._work, lane))
 
@@ -102,7 +105,9 @@ class ServerStream:
                 waiting = lane.further or self._first
                 if waiting:
                     return waiting.popleft()
+                lane.idle += 1
                 self._changed.wait()
+                lane.idle -= 1
         return None
 
     def _work(self, lane: Lane) -> None:
