@@ -12,7 +12,7 @@ import torch
 import yaml
 
 import grpo_cli
-from grpo_cli.errors import UserError
+from grpo_cli.errors import RunError, UserError
 from grpo_cli.rollout.replay import completions_file
 from grpo_cli.train.metrics import TIMES, read_metrics
 from tests.episode.small_talk import small_talk
@@ -87,6 +87,19 @@ def test_a_replay_of_episodes_ends_with_the_same_weights(rewrites: bool, tmp_pat
     assert max(len(row["earlier"]) for row in rows) >= (2 if rewrites else 0)
     assert any(row["sampled"] and not all(row["sampled"]) for row in rows) != rewrites
     assert stored(again.output_dir, 1) == rows
+
+
+def test_a_replay_of_the_episodes_of_other_prompts_is_refused(tmp_path: Path) -> None:
+    recipe = small_talk(tmp_path / "model", tmp_path / "run")
+    rows = [{"prompt": [{"role": "user", "content": f"Day {day}."}]} for day in range(9)]
+    (tmp_path / "days.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe["data"] = {"name": str(tmp_path / "days.jsonl")}
+    train(recipe, tmp_path / "run")
+    stored_run = {"engine": "replay", "replay": str(tmp_path / "run")}
+    train(recipe, tmp_path / "the same", generation=stored_run)
+    again = recipe["train"] | {"seed": 7}
+    with pytest.raises(RunError, match=r"does not hold 4 completions of prompt \d of step 1"):
+        train(recipe, tmp_path / "again", generation=stored_run, train=again)
 
 
 def test_a_replay_of_episodes_whose_environments_did_not_say_as_much_is_refused(tmp_path: Path) -> None:

@@ -246,3 +246,18 @@ def test_a_checkpoint_knows_what_the_rows_before_it_say(tmp_path: Path) -> None:
     path.unlink()
     check_record(tmp_path, path, notes.append)
     assert "is gone: it begins anew" in notes[0]
+
+
+def test_a_checkpoint_knows_its_rows_whatever_they_took_and_whatever_evaluation_was_made_up(
+    tmp_path: Path,
+) -> None:
+    metrics, notes = tmp_path / "metrics.jsonl", []
+    row = {"step": 1, "reward": 0.5, "time/step": 1.0}
+    metrics.write_text(json.dumps(row) + "\n")
+    write_record(tmp_path, metrics)
+    metrics.write_text(json.dumps(row | {"time/step": 2.0, "eval_reward": 0.25}) + "\n")
+    check_record(tmp_path, metrics, notes.append)
+    metrics.write_text(json.dumps(row | {"reward": 0.75}) + "\n")
+    with pytest.raises(RunError, match="is damaged"):
+        check_record(tmp_path, metrics, notes.append)
+    assert notes == []

@@ -144,6 +144,54 @@ def test_a_deepspeed_file_that_is_not_there_is_found(recipe: dict[str, Any]) -> 
         plan_of(recipe, "distributed.deepspeed_config=missing.json")
 
 
+class Board:
+    """An environment that scores itself, and counts those that are open."""
+
+    open = 0
+
+    def __init__(self) -> None:
+        type(self).open += 1
+
+    def reset(self, side: str, **columns: Any) -> str:
+        return f"You are {side}."
+
+    def respond(self, text: str) -> None: ...
+
+    def get_reward(self) -> float:
+        return 0.25
+
+    def close(self) -> None:
+        type(self).open -= 1
+
+
+@pytest.fixture
+def played(recipe: dict[str, Any], tiny_model_dir: Path) -> dict[str, Any]:
+    """The recipe with an environment and no other rewards."""
+    rows = [{"prompt": [{"role": "user", "content": "Move."}], "side": side} for side in ("white", "black")]
+    Path("games.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe |= {"rewards": [], "episode": {"environment": "tests.verbs.test_check:Board"}}
+    recipe["data"] = {"name": "games.jsonl"}
+    recipe["model"] = {"name": str(tiny_model_dir)}
+    return recipe
+
+
+def test_an_environment_is_reset_shown_asked_for_its_reward_and_closed(played: dict[str, Any]) -> None:
+    assert plan_of(played)["reward"].startswith("Board, weight 1: 0.25")
+    assert Board.open == 0
+
+
+def test_an_environment_is_checked_as_far_as_can_be_without_the_tokenizer(played: dict[str, Any]) -> None:
+    played["model"]["name"] = "nobody/nothing"
+    assert "reward" not in plan_of(played)
+    assert Board.open == 0
+
+
+def test_held_out_rows_that_an_environment_cannot_begin_with_are_found(played: dict[str, Any]) -> None:
+    Path("eval.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "Move."}]}) + "\n")
+    with pytest.raises(UserError, match="reset of Board needs the column side"):
+        plan_of(played, "data.eval.name=eval.jsonl")
+
+
 def test_check_writes_nothing(recipe: dict[str, Any], tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
     plan_of(recipe)
