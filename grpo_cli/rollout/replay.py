@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.record.completions import REWARD_COLUMN, completions_file
 from grpo_cli.reward.registry import ENVIRONMENTS, RewardFunction
 from grpo_cli.rollout.engine import Completion, OnGroup, SampledRow, SampleKey
 
@@ -21,32 +22,8 @@ NEEDED_COLUMNS = ("prompt", "prompt_ids", "completion_ids", "logprobs", "finish_
 EPISODE_COLUMNS = ("sampled", "turns", "earlier")
 """That runs of episodes have, too."""
 
-ROW_COLUMNS = {
-    "prompt_ids": ("prompt_ids", pa.list_(pa.int32())),
-    "completion_ids": ("token_ids", pa.list_(pa.int32())),
-    "logprobs": ("logprobs", pa.list_(pa.float32())),
-}
-"""By column: the field of a completion's last row that it holds, and its type."""
-
-REWARD_COLUMN = "reward/{name}"
-"""By name of the reward function."""
-
-SAMPLED = pa.list_(pa.bool_())
-EARLIER_ROW = pa.struct([*ROW_COLUMNS.values(), ("sampled", SAMPLED)])
 STEP_PLACE, PROMPT_PLACE = 2, 3
 """Of a training rollout's key: (seed, stream, step, prompt)."""
-
-
-def completions_file(folder: Path, step: int) -> Path:
-    """Where a run stores the completions of a step, counted from 1."""
-    return folder / "completions" / f"step-{step:06d}.parquet"
-
-
-def as_text(completion: Completion) -> str:
-    """A completion's text, or as JSON the conversation that it is."""
-    if completion.messages is None:
-        return completion.text
-    return json.dumps(completion.messages, ensure_ascii=False, default=str)
 
 
 def check_stored(folder: Path, steps: int, functions: Sequence[RewardFunction] = ()) -> None:

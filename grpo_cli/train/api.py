@@ -18,6 +18,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import EXPECTED_ERRORS, ServerLost, ServerNeverReached, StoppedEarly, UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.strategies import STRATEGIES
+from grpo_cli.record.metrics import mean_reward
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.assemble import assemble, notes
 from grpo_cli.train.checkpoint import save_final
@@ -25,7 +26,6 @@ from grpo_cli.train.display import Display
 from grpo_cli.train.guards import deterministic_kernels, explained_failures
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.loop import train_loop
-from grpo_cli.train.metrics import mean_reward
 from grpo_cli.train.objects import Engine, Objects, recipe_with_objects
 from grpo_cli.train.recorder import Recorder
 from grpo_cli.train.rollouts import Rollouts

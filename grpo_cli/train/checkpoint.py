@@ -25,10 +25,11 @@ from grpo_cli.policy.export import (
     save_weights,
     saved_weights,
 )
+from grpo_cli.record.metrics import METRICS
 from grpo_cli.train.disk import writing
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.manifest import FileSum
-from grpo_cli.train.metrics import METRICS, write_record
+from grpo_cli.train.metrics import write_record
 from grpo_cli.train.optim import restore_schedule
 from grpo_cli.train.run_folder import list_checkpoints
 from grpo_cli.train.whole_files import seal, write_whole

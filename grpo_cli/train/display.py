@@ -14,9 +14,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from grpo_cli.errors import EXPECTED_ERRORS, one_line
+from grpo_cli.record.metrics import Metrics
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
-from grpo_cli.train.metrics import Metrics
 
 SHOWN_CHARACTERS = 300
 """Of a prompt's end and a completion's start in a table."""

@@ -10,10 +10,11 @@ import torch
 from grpo_cli.algorithm.advantages import weighted_sum
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.episode.environments import seconds_of_environments
+from grpo_cli.record.metrics import Metrics
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, RolloutEngine
 from grpo_cli.rollout.rollout import generate_rollout
-from grpo_cli.train.metrics import Metrics, completion_metrics, episode_metrics, reward_metrics
+from grpo_cli.train.metrics import completion_metrics, episode_metrics, reward_metrics
 
 EVAL_STREAM = 1
 """Evaluations draw from their own stream of random numbers, the same at every step, so that they compare."""

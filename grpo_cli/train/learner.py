@@ -32,8 +32,9 @@ from grpo_cli.policy.model import evaluating
 from grpo_cli.policy.reference import Reference
 from grpo_cli.recipe.limits import automatic_microbatch_tokens
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.record.metrics import Metrics
 from grpo_cli.train.guards import Autocast
-from grpo_cli.train.metrics import MetricMeans, Metrics
+from grpo_cli.train.metrics import MetricMeans
 from grpo_cli.train.not_finite import BackwardPass, NotFinite
 from grpo_cli.train.step_data import OldLogprobs, StepData, share
 

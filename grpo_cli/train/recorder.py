@@ -13,19 +13,21 @@ from accelerate.utils import set_seed
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.rollout.replay import completions_file
+from grpo_cli.record.completions import completions_file
+from grpo_cli.record.metrics import METRICS, Metrics, read_metrics
 from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
 from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
 from grpo_cli.train.disk import explained, writing
 from grpo_cli.train.display import Display
 from grpo_cli.train.learner import Learner
-from grpo_cli.train.metrics import METRICS, Metrics, MetricsFile, StepClock, check_record, read_metrics
+from grpo_cli.train.metrics import MetricsFile, StepClock, check_record
 from grpo_cli.train.rollouts import Rollouts
 from grpo_cli.train.run_folder import folder_of, hold_run_folder, open_run_folder, whole_checkpoint
 from grpo_cli.train.run_lock import RunLock
 from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.step_data import StepData
-from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
+from grpo_cli.train.stored_completions import remove_completions_after, save_completions
+from grpo_cli.train.trackers import Trackers
 from grpo_cli.train.whole_files import sync
 
 

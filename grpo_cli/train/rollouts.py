@@ -21,12 +21,13 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.episode.environments import seconds_of_environments
 from grpo_cli.errors import RunError
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.record.metrics import Metrics
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer, RolloutScores
 from grpo_cli.rollout.engine import RolloutEngine
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.evaluate import PASS_REWARD, evaluate
-from grpo_cli.train.metrics import Metrics, StepClock, completion_metrics, episode_metrics, reward_metrics
+from grpo_cli.train.metrics import StepClock, completion_metrics, episode_metrics, reward_metrics
 from grpo_cli.train.step_data import StepData, rows_of, token_tensors, trained_completions
 
 TRAIN_STREAM = 0

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from grpo_cli.algorithm.packing import Pack
 from grpo_cli.algorithm.transfer import to_device
+from grpo_cli.record.metrics import Metrics
 from grpo_cli.rollout.rollout import Rollout
-from grpo_cli.train.metrics import Metrics
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
-"""Sends metrics to Accelerate's trackers (TensorBoard, Weights & Biases, ...) and completions to parquet."""
+"""Sends metrics to Accelerate's trackers (TensorBoard, Weights & Biases, ...)."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import threading
@@ -11,17 +10,13 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
-from grpo_cli.rollout.replay import EARLIER_ROW, REWARD_COLUMN, ROW_COLUMNS, SAMPLED, as_text, completions_file
-from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.record.metrics import Metrics
 from grpo_cli.train.disk import writing
-from grpo_cli.train.metrics import Metrics
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -89,50 +84,3 @@ class Trackers:
     def _naming(self, tracker: Any) -> AbstractContextManager[None]:
         """TensorBoard's thread passes on what a disk said, without the file."""
         return writing(self._folder / "tensorboard") if tracker.name == "tensorboard" else nullcontext()
-
-
-def remove_completions_after(folder: Path, step: int) -> None:
-    """Remove what an earlier start of the run wrote for steps that will be run again."""
-    for path in (folder / "completions").glob("step-*.parquet"):
-        if int(path.stem.removeprefix("step-")) > step:
-            path.unlink()
-
-
-def save_completions(
-    folder: Path, step: int, rollout: Rollout, names: Sequence[str], rewards: Any, advantages: Any
-) -> None:
-    """Write one step's completions to `completions/step-00000N.parquet`; chats as JSON text.
-
-    Token ids and their log-probabilities are what `engine: replay` trains on again.
-
-    Args:
-        folder: of the run.
-        step: counted from 1.
-        rollout: N completions.
-        names: of the K reward functions.
-        rewards: (N, K).
-        advantages: (N,).
-    """
-    batch = rollout.scoring_batch()
-    last = [rows[-1] for rows in rollout.rows_by_completion]
-    columns: dict[str, Any] = {
-        "step": [step] * len(rollout.completions),
-        "prompt": [p if isinstance(p, str) else json.dumps(p, ensure_ascii=False) for p in batch.prompts],
-        "completion": [as_text(completion) for completion in rollout.completions],
-        "tokens": [completion.num_sampled for completion in rollout.completions],
-        "finish_reason": [completion.finish_reason for completion in rollout.completions],
-        "advantage": advantages.tolist(),
-    }
-    columns |= {REWARD_COLUMN.format(name=name): rewards[:, index].tolist() for index, name in enumerate(names)}
-    for name, (key, kind) in ROW_COLUMNS.items():
-        columns[name] = pa.array([vars(row)[key] for row in last], kind)
-    if any(completion.messages is not None for completion in rollout.completions):
-        columns["sampled"] = pa.array([row.sampled for row in last], SAMPLED)
-        columns["turns"] = [completion.turns for completion in rollout.completions]
-        columns["tool_calls"] = [completion.tools.calls for completion in rollout.completions]
-        earlier = [[vars(row) for row in completion.earlier] for completion in rollout.completions]
-        columns["earlier"] = pa.array(earlier, pa.list_(EARLIER_ROW))
-    path = completions_file(folder, step)
-    path.parent.mkdir(exist_ok=True)
-    with writing(path):
-        pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)

@@ -16,10 +16,10 @@ from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.export import saved_weights
 from grpo_cli.policy.files import locate_gguf
 from grpo_cli.recipe.schema import ModelConfig, Recipe
+from grpo_cli.record.metrics import Metrics, finite_or_none
 from grpo_cli.train.assemble import assemble, check_whole
 from grpo_cli.train.guards import explained_failures
 from grpo_cli.train.learner import Learner
-from grpo_cli.train.metrics import Metrics, finite_or_none
 from grpo_cli.train.objects import Objects
 
 

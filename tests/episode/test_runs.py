@@ -13,8 +13,8 @@ import yaml
 
 import grpo_cli
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.rollout.replay import completions_file
-from grpo_cli.train.metrics import TIMES, read_metrics
+from grpo_cli.record.completions import completions_file
+from grpo_cli.record.metrics import TIMES, read_metrics
 from tests.episode.small_talk import small_talk
 from tests.processes import run_ranks
 

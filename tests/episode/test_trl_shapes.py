@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 import grpo_cli
+from grpo_cli.record.metrics import read_metrics
 from grpo_cli.rollout.engine import Turn
-from grpo_cli.train.metrics import read_metrics
 from tests.episode.chat import chat_tokenizer
 from tests.episode.scripted import Scripted
 from tests.episode.small_talk import save_model

@@ -22,7 +22,7 @@ import yaml
 
 from grpo_cli.errors import RunError
 from grpo_cli.launch.failures import EXIT_REQUEUE
-from grpo_cli.train.metrics import TIMES, read_metrics
+from grpo_cli.record.metrics import TIMES, read_metrics
 from tests.episode.small_talk import STOPS
 from tests.faults.disk import lose_power, start_watching
 from tests.faults.points import (

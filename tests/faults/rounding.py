@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from grpo_cli.train.metrics import TIMES, read_metrics
+from grpo_cli.record.metrics import TIMES, read_metrics
 
 REPORTED = ("sampling/", "sync/")
 """Metrics of what the server reports, and of what it was sent, which is more after it was lost."""

@@ -14,8 +14,8 @@ import yaml
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.load import load_recipe
+from grpo_cli.record.metrics import read_metrics
 from grpo_cli.train.assemble import assemble
-from grpo_cli.train.metrics import read_metrics
 from grpo_cli.train.objects import Objects
 from tests.integration.test_cli_train import assert_same_weights, grpo, numbers, start, wait_for_step
 

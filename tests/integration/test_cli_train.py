@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.processes import ROOT, Command
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.integration.test_cli_train import (
     assert_same_weights,
     final_weights,

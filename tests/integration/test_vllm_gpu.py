@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.rollout.driving import Driven
 
 pytest.importorskip("vllm")

@@ -22,7 +22,7 @@ import torch
 import yaml
 
 from grpo_cli.recipe.schema import ModelConfig
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.integration.serving import Serve, drift, generate
 from tests.processes import ROOT, Command
 

@@ -24,9 +24,9 @@ import yaml
 from grpo_cli import cli
 from grpo_cli.errors import RunError
 from grpo_cli.launch.failures import EXIT_REQUEUE
+from grpo_cli.record.metrics import read_metrics
 from grpo_cli.rollout.server import connection
 from grpo_cli.serve.protocol import HEARTBEAT_S
-from grpo_cli.train.metrics import read_metrics
 from tests.integration.serving import Serve
 from tests.links.namespaces import enter, why_not
 from tests.links.packets import SERVER, PacketLink

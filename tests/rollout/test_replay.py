@@ -14,7 +14,7 @@ from rich.console import Console
 import grpo_cli
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.rollout.replay import completions_file
+from grpo_cli.record.completions import completions_file
 from grpo_cli.verbs.check import check
 
 TIMES = ("time/", "tokens_per_second")

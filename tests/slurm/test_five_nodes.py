@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.slurm.cluster import Cluster, Job
 
 pytest.importorskip("vllm")

@@ -14,7 +14,7 @@ import psutil
 from rich.console import Console
 
 import grpo_cli
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.soak.growth import Measure, Trend, trend
 
 SYSTEMS: Mapping[str, dict[str, Any]] = {

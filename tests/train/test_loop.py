@@ -16,8 +16,8 @@ import grpo_cli
 from grpo_cli.algorithm.packing import Group, pack_groups
 from grpo_cli.errors import UserError
 from grpo_cli.policy.logprobs import PackedModel
+from grpo_cli.record.metrics import read_metrics
 from grpo_cli.train.guards import deterministic_kernels
-from grpo_cli.train.metrics import read_metrics
 from tests.conftest import byte_tokenizer, tiny_llama
 
 TIMES = ("time/", "tokens_per_second")

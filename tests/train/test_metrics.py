@@ -16,16 +16,14 @@ from hypothesis import strategies as st
 from grpo_cli.algorithm.losses import LossOutput
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import RunError
+from grpo_cli.record.metrics import METRICS, RECORD, read_metrics
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.train.metrics import (
-    METRICS,
-    RECORD,
     MetricMeans,
     MetricsFile,
     StepClock,
     check_record,
     completion_metrics,
-    read_metrics,
     reward_metrics,
     write_record,
 )

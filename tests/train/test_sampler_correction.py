@@ -14,7 +14,7 @@ import torch
 
 import grpo_cli
 from grpo_cli.episode.driver import Driver
-from grpo_cli.train.metrics import read_metrics
+from grpo_cli.record.metrics import read_metrics
 from tests.conftest import byte_tokenizer, tiny_llama
 
 SHIFT = 0.5

@@ -14,11 +14,11 @@ from rich.console import Console
 
 import grpo_cli
 from grpo_cli.errors import ServerLost, StoppedEarly
+from grpo_cli.record.metrics import read_metrics
 from grpo_cli.rollout.embedded.engine import EmbeddedEngine
 from grpo_cli.train.api import SHOWCASE_STREAM
 from grpo_cli.train.checkpoint import read_position
 from grpo_cli.train.evaluate import EVAL_STREAM
-from grpo_cli.train.metrics import read_metrics
 from grpo_cli.train.run_folder import list_checkpoints
 
 TIMES = ("time/", "tokens_per_second")

@@ -21,7 +21,8 @@ from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
-from grpo_cli.train.trackers import Trackers, remove_completions_after, save_completions
+from grpo_cli.train.stored_completions import remove_completions_after, save_completions
+from grpo_cli.train.trackers import Trackers
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""What a run stores of its completions is read back as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import grpo_cli
+from grpo_cli.errors import RunError
+from grpo_cli.record.completions import completions_file, read_completions, stored_steps
+
+
+def test_stored_completions_are_read_group_by_group(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    tiny_recipe["train"] |= {"output_dir": str(tmp_path / "run"), "max_steps": 1}
+    size = tiny_recipe["generation"]["num_generations"]
+    result = grpo_cli.train(tiny_recipe)
+    assert stored_steps(result.output_dir) == [1]
+    read = read_completions(result.output_dir, 1, size)
+    assert [(one.group, one.sample) for one in read] == [divmod(place, size) for place in range(len(read))]
+    assert len({(one.group, str(one.prompt)) for one in read}) == len({one.group for one in read})
+    rewards = [score for one in read for score in one.rewards.values() if score is not None]
+    assert result.metrics[0]["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert all(len(one.token_ids) == len(one.logprobs) == len(one.sampled) == one.num_sampled for one in read)
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = completions_file(tmp_path, 3)
+    path.parent.mkdir()
+    path.write_bytes(b"PAR1 and nothing more")
+    with pytest.raises(RunError, match=r"step-000003.parquet cannot be read"):
+        read_completions(tmp_path, 3, 4)
