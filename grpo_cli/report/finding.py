@@ -10,8 +10,8 @@ class Finding:
     rule: str
     """Name of the function that found it."""
     badness: float
-    """From 0 to 1: the worst come first. 1 is a run that cannot learn, 0.5 one that learns less than it could, 0.2 one
-    that is slower than it could be."""
+    """From 0 to 1, the worst come first: 1 of a run that cannot learn, 0.5 of one that learns less than it could,
+    0.2 of one that is slower than it could be."""
     figure: str
     """What was seen, with its numbers: a sentence."""
     meaning: str
