@@ -25,6 +25,9 @@ app = typer.Typer(
     help="Train language models with GRPO from a YAML recipe.",
 )
 
+recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+app.add_typer(recipe_app, name="recipe")
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
 Overrides = Annotated[
     list[str] | None,
@@ -210,6 +213,21 @@ def slurm(
     )  # fmt: skip
     script = slurm_script.render(job)
     typer.echo(slurm_script.submit(script) if submit else script, nl=submit)
+
+
+@recipe_app.command("diff")
+def recipe_diff(
+    before: Annotated[Path, typer.Argument(metavar="A", help="YAML recipe, or the folder of a run.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+) -> None:
+    """Print what two recipes would do differently, defaults included, a line for each key."""
+    from grpo_cli.verbs.recipe_diff import recipe_diff as find_differences
+
+    found = find_differences(before, after)
+    for difference in found:
+        typer.echo(str(difference))
+    if not found:
+        typer.echo(f"no difference: {before} and {after} set the same values")
 
 
 @app.command()

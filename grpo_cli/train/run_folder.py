@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_cli.errors import RunError, UserError
+from grpo_cli.recipe.differences import differences
 from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.train.manifest import MANIFEST, faults, has_manifest
@@ -67,7 +68,7 @@ def check_run_folder(recipe: Recipe, *, resume: bool, note: Callable[[str], None
     if not checkpoints:
         raise UserError(f"--resume: the run in {folder} is finished and left no checkpoint to go on from")
     before = load_recipe(recipe_file)  # keys that are newer than it have their defaults
-    changed = changed_settings(before.model_dump(mode="json"), recipe.model_dump(mode="json"))
+    changed = changed_settings(before, recipe)
     if changed:
         raise UserError(
             f"--resume: the run in {folder} was started with other settings: {'; '.join(changed)}. "
@@ -154,19 +155,13 @@ def _set_aside(path: Path) -> str:
     return f"it is kept as {aside.name}"
 
 
-def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
+def changed_settings(before: Recipe, after: Recipe) -> list[str]:
     """`key was X, is Y` for each setting that differs and decides what the run computes."""
-    changed: list[str] = []
-    for key in [*before, *(key for key in after if key not in before)]:
-        dotted = f"{prefix}{key}"
-        old, new = before.get(key), after.get(key)
-        if dotted in FREE_ON_RESUME or old == new:
-            continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            changed.extend(changed_settings(old, new, f"{dotted}."))
-        else:
-            changed.append(f"{dotted} was {old!r}, is {new!r}")
-    return changed
+    return [
+        "{} was {}, is {}".format(found.key, *found.texts)
+        for found in differences(before.model_dump(mode="json"), after.model_dump(mode="json"))
+        if not any(f"{found.key}.".startswith(f"{free}.") for free in FREE_ON_RESUME)
+    ]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

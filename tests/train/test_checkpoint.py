@@ -407,18 +407,18 @@ def test_an_output_dir_that_cannot_be_used_is_one_message(tiny_recipe: dict[str,
             enter(recipe, resume=False)
 
 
-def test_changed_settings_names_each_one_that_decides_what_the_run_computes() -> None:
-    before = {"a": {"x": 1, "y": [1, 2]}, "train": {"max_steps": 3, "seed": 1}, "logging": {"every": 1}, "gone": 1}
-    after = {"a": {"x": 2, "y": [1, 2]}, "train": {"max_steps": 9, "seed": 1}, "logging": {"every": 5}, "new": "n"}
-    assert changed_settings(before, before) == []
+def test_changed_settings_names_each_one_that_decides_what_the_run_computes(tiny_recipe: dict[str, Any]) -> None:
+    before = recipe_of(tiny_recipe)
+    served = ("generation.engine=vllm_server", "generation.server={spawn: true}")
+    free = ("train.max_steps=9", "logging.every=5", "distributed.processes=1", "generation.server.port=5")
+    assert changed_settings(recipe_of(tiny_recipe, *served), recipe_of(tiny_recipe, *served, *free)) == []
+    after = recipe_of(tiny_recipe, "train.max_steps=9", "loss.epsilon=0.1", "rewards.0.params={x: 1}")
     assert changed_settings(before, after) == [
-        "a.x was 1, is 2",
-        "gone was 1, is None",
-        "new was None, is 'n'",
+        "rewards.0.params.x was absent, is 1",
+        "loss.epsilon was 0.2, is 0.1",
     ]
-    assert changed_settings({"model": {"lora": None}}, {"model": {"lora": {"r": 4}}}) == [
-        "model.lora was None, is {'r': 4}"
-    ]
+    (lora,) = changed_settings(before, recipe_of(tiny_recipe, "model.lora={r: 4}"))
+    assert lora.startswith('model.lora was empty, is {"r": 4, ')
 
 
 def test_a_small_file_is_replaced_all_at_once(tmp_path: Path) -> None:
