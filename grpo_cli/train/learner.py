@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -67,9 +67,11 @@ class Learner:
     """Called as `policy_loss`."""
     _means: MetricMeans = field(default_factory=MetricMeans)
     _means_of_part: MetricMeans = field(default_factory=MetricMeans)
-    _forwarded: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Samples and log-probabilities of the pack whose backward pass comes next."""
+    _forwarded: tuple[Pack, torch.Tensor] | None = None
+    """The pack whose backward pass comes next, and its log-probabilities."""
     _passes: list[BackwardPass] = field(default_factory=list)
+    _trained: list[tuple[Pack, torch.Tensor]] = field(default_factory=list)
+    """The packs of a step's backward passes and their log-probabilities on the host, to be read after `wait`."""
     _skipped: int = 0
     _skipped_in_a_row: int = 0
 
@@ -155,10 +157,7 @@ class Learner:
                     logprobs, entropies = model.token_logprobs(self.to_device(pack), self._temperature)
                 found.append(to_host(logprobs if what == "logprobs" else entropies))
         wait()
-        values = torch.zeros(shape)
-        for pack, of_pack in zip(packs, found, strict=True):
-            values[pack.samples, : pack.mask.shape[1]] = of_pack
-        return values
+        return _placed(zip(packs, found, strict=True), shape)
 
     @property
     def _temperature(self) -> float:
@@ -174,7 +173,7 @@ class Learner:
             logprobs, entropies = self.policy.token_logprobs(
                 pack, self._temperature, entropy_gradient=self.recipe.loss.entropy_coef > 0
             )
-        self._forwarded = pack.samples, logprobs
+        self._forwarded = pack, logprobs
         return logprobs, entropies
 
     def zero_grad(self) -> None:
@@ -187,12 +186,13 @@ class Learner:
         the norm of the gradient, which all ranks share, then tells all of them to skip the optimizer step.
         """
         assert self._forwarded is not None, "logprobs comes first"
-        (samples, logprobs), self._forwarded = self._forwarded, None
+        (pack, logprobs), self._forwarded = self._forwarded, None
         finite_rows = logprobs.detach().isfinite().all(1)  # (B,)
         is_finite = finite_rows.all() & output.loss.detach().isfinite()
         logprobs.register_hook(lambda gradient: torch.where(is_finite, gradient, math.nan))
         self.strategy.backward(output.loss)
-        self._passes.append(BackwardPass(samples, to_host(output.loss), to_host(finite_rows)))
+        self._passes.append(BackwardPass(pack.samples, to_host(output.loss), to_host(finite_rows)))
+        self._trained.append((pack, to_host(logprobs)))
         self._means_of_part.add(output)
 
     def step(self, data: StepData) -> None:
@@ -243,6 +243,15 @@ class Learner:
             f"Not finite in the last one: {found.described(data.rollout, error)}"
         ) from error
 
+    def take_logprobs(self, data: StepData) -> torch.Tensor:
+        """(R, T) log π_θ of each token when the step trained on it last, NaN where it did not."""
+        wait()
+        own, self._trained = _placed(self._trained, data.mask.shape), []
+        logprobs = self.ranks.sum(own)  # each entry is one rank's, and 0 elsewhere
+        trained = torch.zeros(len(data.mask), dtype=torch.bool)
+        trained[data.rows_of([group for group in data.kept if data.forwarded[group]])] = True
+        return torch.where(trained[:, None] & data.mask.bool(), logprobs, math.nan)
+
     def take_metrics(self) -> Metrics:
         """The means over all packs of all ranks since they were taken last, and how many steps were skipped.
 
@@ -254,3 +263,11 @@ class Learner:
         for name in ("loss", "grad_norm"):
             metrics.setdefault(name, math.nan)
         return metrics | {"train/skipped_steps": skipped}
+
+
+def _placed(found: Iterable[tuple[Pack, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
+    """(R, T) values of a whole step from the (B, T) of packs, the last where several have one, 0 elsewhere."""
+    values = torch.zeros(shape)
+    for pack, of_pack in found:
+        values[pack.samples, : pack.mask.shape[1]] = of_pack
+    return values

@@ -27,6 +27,7 @@ from grpo_cli.train.run_lock import RunLock
 from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.step_data import StepData
 from grpo_cli.train.stored_completions import remove_completions_after, save_completions
+from grpo_cli.train.token_texts import TokenTexts
 from grpo_cli.train.trackers import Trackers
 from grpo_cli.train.whole_files import sync
 
@@ -70,6 +71,7 @@ class Recorder:
         has_eval = rollouts.eval_dataset is not None
         self._evaluate: Callable[[int], Metrics] | None = rollouts.evaluate if has_eval else None
         self._reward_names = rollouts.scorer.names
+        self._token_texts = TokenTexts(learner.tokenizer)
         self._metrics_file: MetricsFile | None = None  # of rank 0, as the trackers
         self._trackers: Trackers | None = None
         self._lock: RunLock | None = None
@@ -172,8 +174,13 @@ class Recorder:
         numbers = {"step": step, "epoch": data.epoch, "num_tokens": self.position.num_tokens}
         of_step = learner.take_metrics() | data.metrics
         self.state.metrics = numbers | of_step | self.clock.result(num_tokens)
+        policy_logprobs = learner.take_logprobs(data)
         if self._ranks.is_main:
-            save_completions(self.folder, step, data.rollout, self._reward_names, data.rewards, data.advantages)
+            texts = [self._token_texts(one.token_ids) for one in data.rollout.completions]
+            save_completions(
+                self.folder, step, data.rollout, self._reward_names, data.rewards, data.advantages,
+                token_texts=texts, policy_logprobs=policy_logprobs,
+            )  # fmt: skip
         self.notify("on_step_end")
         is_last = step == self.max_steps or self.state.stop
         lost: ServerLost | None = None

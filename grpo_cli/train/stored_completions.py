@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grpo_cli.record.completions import EARLIER_ROW, REWARD_COLUMN, ROW_COLUMNS, SAMPLED, completions_file
+from grpo_cli.record.completions import (
+    EARLIER_ROW,
+    POLICY_LOGPROBS,
+    REWARD_COLUMN,
+    ROW_COLUMNS,
+    SAMPLED,
+    TOKEN_TEXTS,
+    completions_file,
+)
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.disk import writing
@@ -24,7 +33,15 @@ def remove_completions_after(folder: Path, step: int) -> None:
 
 
 def save_completions(
-    folder: Path, step: int, rollout: Rollout, names: Sequence[str], rewards: Any, advantages: Any
+    folder: Path,
+    step: int,
+    rollout: Rollout,
+    names: Sequence[str],
+    rewards: Any,
+    advantages: Any,
+    *,
+    token_texts: Sequence[Sequence[str]],
+    policy_logprobs: Any,
 ) -> None:
     """Write one step's completions to `completions/step-00000N.parquet`; chats as JSON text.
 
@@ -33,10 +50,12 @@ def save_completions(
     Args:
         folder: of the run.
         step: counted from 1.
-        rollout: N completions.
+        rollout: N completions of R rows.
         names: of the K reward functions.
         rewards: (N, K).
         advantages: (N,).
+        token_texts: of the N completions' own tokens.
+        policy_logprobs: (R, T) when they were trained on last, NaN where they were not.
     """
     batch = rollout.scoring_batch()
     last = [rows[-1] for rows in rollout.rows_by_completion]
@@ -51,6 +70,11 @@ def save_completions(
     columns |= {REWARD_COLUMN.format(name=name): rewards[:, index].tolist() for index, name in enumerate(names)}
     for name, (key, kind) in ROW_COLUMNS.items():
         columns[name] = pa.array([vars(row)[key] for row in last], kind)
+    columns[TOKEN_TEXTS] = pa.array(token_texts, pa.list_(pa.string()))
+    last_places = [end - 1 for end in accumulate(map(len, rollout.rows_by_completion))]
+    of_last = zip(policy_logprobs[last_places].numpy(), last, strict=True)
+    trained_on = [values[: len(row.token_ids)] for values, row in of_last]
+    columns[POLICY_LOGPROBS] = pa.array(trained_on, pa.list_(pa.float32()), from_pandas=True)  # NaN as null
     if any(completion.messages is not None for completion in rollout.completions):
         columns["sampled"] = pa.array([row.sampled for row in last], SAMPLED)
         columns["turns"] = [completion.turns for completion in rollout.completions]

@@ -13,7 +13,7 @@ import yaml
 
 import grpo_cli
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.record.completions import completions_file
+from grpo_cli.record.completions import completions_file, read_completions
 from grpo_cli.record.metrics import TIMES, read_metrics
 from tests.episode.small_talk import small_talk
 from tests.processes import run_ranks
@@ -35,6 +35,7 @@ def stored(folder: Path, step: int) -> list[dict[str, Any]]:
     """What was said, without its log-probabilities."""
     rows: list[dict[str, Any]] = pq.read_table(completions_file(folder, step)).to_pylist()
     for row in rows:
+        del row["policy_logprobs"]
         for part in (row, *row["earlier"]):
             del part["logprobs"]
     return rows
@@ -44,6 +45,14 @@ def assert_same_weights(one: Any, other: Any) -> None:
     weights = other.model.state_dict()
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, weights[name]), name
+
+
+def assert_on_policy(folder: Path) -> None:
+    """What was sampled in the last row of an episode is trained on with the log-probabilities that sampled it, and
+    nothing else is."""
+    for one in read_completions(folder, 1, 4):
+        for is_sampled, sampler, policy in zip(one.sampled, one.logprobs, one.policy_logprobs, strict=True):
+            assert policy == (pytest.approx(sampler, abs=1e-5) if is_sampled else None)
 
 
 def train(recipe: dict[str, Any], folder: Path, **sections: dict[str, Any]) -> Any:
@@ -87,6 +96,7 @@ def test_a_replay_of_episodes_ends_with_the_same_weights(rewrites: bool, tmp_pat
     assert max(len(row["earlier"]) for row in rows) >= (2 if rewrites else 0)
     assert any(row["sampled"] and not all(row["sampled"]) for row in rows) != rewrites
     assert stored(again.output_dir, 1) == rows
+    assert_on_policy(run.output_dir)
 
 
 def test_a_replay_of_the_episodes_of_other_prompts_is_refused(tmp_path: Path) -> None:

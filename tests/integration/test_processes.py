@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from grpo_cli.record.completions import POLICY_LOGPROBS
 from grpo_cli.record.metrics import read_metrics
 from tests.integration.test_cli_train import (
     assert_same_weights,
@@ -33,6 +34,12 @@ Adam, which divides by their size, makes the rounding of a tiny one visible."""
 
 METRIC_TOLERANCE = 1e-5
 """Relative, and absolute below 1."""
+
+LOGPROB_TOLERANCE = 1e-4
+"""Of single tokens under weights that differ by so much."""
+
+ROUNDED = ("advantage", "logprobs", POLICY_LOGPROBS)
+"""Columns that are computed."""
 
 
 @pytest.fixture(autouse=True)
@@ -102,12 +109,19 @@ def command(recipe: Path, folder: Path, strategy: str, processes: int) -> list[s
 def completions(folder: Path) -> list[dict[str, Any]]:
     files = sorted((folder / "completions").glob("*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
-    return [{name: value for name, value in row.items() if name not in ("advantage", "logprobs")} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ROUNDED} for row in rows]
+
+
+def policy_logprobs(folder: Path) -> list[float | None]:
+    files = sorted((folder / "completions").glob("*.parquet"))
+    columns = [pq.read_table(file).column(POLICY_LOGPROBS).to_pylist() for file in files]
+    return [value for column in columns for of_completion in column for value in of_completion]
 
 
 def assert_same_run(one: Path, other: Path) -> None:
     """Prompts, completions and rewards exactly; what is computed of them to rounding."""
     assert completions(one) == completions(other)
+    assert policy_logprobs(one) == pytest.approx(policy_logprobs(other), rel=0, abs=LOGPROB_TOLERANCE)
     for row, theirs in zip(numbers(one), numbers(other), strict=True):
         assert row == pytest.approx(theirs, rel=METRIC_TOLERANCE, abs=METRIC_TOLERANCE, nan_ok=True)
     assert_close_weights(one, other)

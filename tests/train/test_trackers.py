@@ -130,12 +130,22 @@ def rollout_of(contents: list[Any]) -> Rollout:
     return Rollout(prompts, completions, 2)
 
 
+def save(folder: Path, step: int, rollout: Rollout, names: list[str], rewards: Any, advantages: Any) -> None:
+    """Of each completion, only the first token was trained on."""
+    policy_logprobs = torch.full((len(rollout.rows), 4), math.nan)
+    policy_logprobs[:, 0] = -0.25
+    texts = [["é"] * len(one.token_ids) for one in rollout.completions]
+    save_completions(
+        folder, step, rollout, names, rewards, advantages, token_texts=texts, policy_logprobs=policy_logprobs
+    )
+
+
 def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) -> None:
     rewards = torch.tensor([[1.0, math.nan], [2.0, 0.5], [3.0, 0.25], [4.0, 0.125]], dtype=torch.float64)
     advantages = torch.tensor([-1.0, 1.0, -0.5, 0.5])
     rollout = rollout_of(["first", "second"])
-    save_completions(tmp_path, 12, rollout, ["length", "exact"], rewards, advantages)
-    save_completions(tmp_path, 13, rollout, ["length", "exact"], rewards, advantages)
+    save(tmp_path, 12, rollout, ["length", "exact"], rewards, advantages)
+    save(tmp_path, 13, rollout, ["length", "exact"], rewards, advantages)
     assert sorted(path.name for path in (tmp_path / "completions").iterdir()) == [
         "step-000012.parquet",
         "step-000013.parquet",
@@ -153,6 +163,8 @@ def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) 
         "prompt_ids",
         "completion_ids",
         "logprobs",
+        "token_texts",
+        "policy_logprobs",
     ]
     assert table["step"] == [12] * 4
     assert table["prompt"] == ["first", "first", "second", "second"]
@@ -163,6 +175,8 @@ def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) 
     assert table["reward/length"] == [1.0, 2.0, 3.0, 4.0]
     assert math.isnan(table["reward/exact"][0])
     assert table["reward/exact"][1:] == [0.5, 0.25, 0.125]
+    assert table["token_texts"] == [["é"] * count for count in (1, 2, 3, 4)]
+    assert table["policy_logprobs"] == [[-0.25, None, None, None][:count] for count in (1, 2, 3, 4)]
 
 
 def test_prompts_that_are_chats_of_any_shape_are_kept_as_json(tmp_path: Path) -> None:
@@ -170,14 +184,14 @@ def test_prompts_that_are_chats_of_any_shape_are_kept_as_json(tmp_path: Path) ->
         [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
         [{"role": "user", "content": [{"type": "text", "text": "Hello"}], "name": "Ann"}],
     ]
-    save_completions(tmp_path, 1, rollout_of(chats), ["length"], torch.zeros(4, 1), torch.zeros(4))
+    save(tmp_path, 1, rollout_of(chats), ["length"], torch.zeros(4, 1), torch.zeros(4))
     table = pq.read_table(tmp_path / "completions" / "step-000001.parquet").to_pydict()
     assert [json.loads(prompt) for prompt in table["prompt"][::2]] == chats
 
 
 def test_completions_of_steps_that_will_be_run_again_are_removed(tmp_path: Path) -> None:
     for step in (1, 2, 3):
-        save_completions(tmp_path, step, rollout_of(["a", "b"]), ["length"], torch.zeros(4, 1), torch.zeros(4))
+        save(tmp_path, step, rollout_of(["a", "b"]), ["length"], torch.zeros(4, 1), torch.zeros(4))
     remove_completions_after(tmp_path, 2)
     assert sorted(path.stem for path in (tmp_path / "completions").iterdir()) == ["step-000001", "step-000002"]
 
@@ -185,6 +199,6 @@ def test_completions_of_steps_that_will_be_run_again_are_removed(tmp_path: Path)
 def test_a_step_that_is_run_again_replaces_its_file(tmp_path: Path) -> None:
     for reward in (1.0, 2.0):
         rewards = torch.full((4, 1), reward)
-        save_completions(tmp_path, 1, rollout_of(["a", "b"]), ["length"], rewards, torch.zeros(4))
+        save(tmp_path, 1, rollout_of(["a", "b"]), ["length"], rewards, torch.zeros(4))
     table = pq.read_table(tmp_path / "completions" / "step-000001.parquet").to_pydict()
     assert table["reward/length"] == [2.0] * 4
