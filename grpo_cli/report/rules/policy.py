@@ -1,0 +1,162 @@
+"""Where the policy goes, and whether its updates arrive."""
+
+from __future__ import annotations
+
+from grpo_cli.report.curves import change, known, latest
+from grpo_cli.report.finding import Finding
+from grpo_cli.report.rules.learning import has_learned
+from grpo_cli.report.run import Run
+
+COLLAPSED = 0.2
+"""Share of its first entropy under which a policy has hardly a choice left. Our runs that learned in 24 steps
+ended with 0.23."""
+
+FAR = 1.0
+"""Nats a token: text of the policy is then e times likelier a token than under the reference, far from the 0.01 to
+0.2 that published runs keep."""
+
+MUCH_CLIPPED = 0.3
+"""Share of tokens without a gradient. Papers report under 0.01 for a ratio per token, and 0.15 for one per
+completion (GSPO, arXiv:2507.18071)."""
+
+FAR_OVER_LIMIT = 3.0
+"""Median of gradient norm over optim.max_grad_norm from which on the length of the update is the limit's doing."""
+
+MISMATCH = 0.05
+"""Mean |log p - log p'| of sampled tokens. bfloat16 in vLLM against float32 here makes 0.005 to 0.02."""
+
+
+def entropy_collapse(run: Run) -> Finding | None:
+    """The policy says the same whenever it is asked."""
+    entropy = change(run.series("entropy"))
+    if entropy is None or not entropy.fell or entropy.last > COLLAPSED * entropy.first:
+        return None
+    flat = latest(run.series("frac_reward_zero_std")) or 0.0
+    # A policy that has found the answer is sure of it, too.
+    badness = (0.55 if flat >= 0.5 else 0.4) if has_learned(run) else 0.85
+    beta = run.recipe.loss.beta
+    kl = "loss.beta is 0, so nothing held it near the first model, and how far it went was not measured"
+    if beta:
+        kl = f"the KL of weight loss.beta: {beta:g} did not hold it"
+    gained = "though the reward rose" if has_learned(run) else "and the reward did not rise"
+    return Finding(
+        "entropy_collapse",
+        badness,
+        f"The entropy fell {entropy} nats a token, {gained}; {flat:.0%} of the last groups have equal rewards.",
+        f"Without other completions to compare, nothing more is learned; {kl}.",
+        "Set loss.entropy_coef: 0.001, "
+        + (f"loss.beta: {4 * beta:g}" if beta else "loss.beta: 0.01")
+        + (", loss.epsilon_high: 0.28" if "clip_ratio/region_mean" in run.metric_names else "")
+        + f" or half of optim.learning_rate ({run.recipe.optim.learning_rate / 2:.3g}); or stop before.",
+    )
+
+
+def kl_running_away(run: Run) -> Finding | None:
+    """The policy is far from its reference. Without a reference there is no such number."""
+    kl = change(run.series("kl"))
+    if kl is None or kl.last < FAR:
+        return None
+    beta = run.recipe.loss.beta
+    return Finding(
+        "kl_running_away",
+        0.5 if has_learned(run) else 0.75,
+        f"The KL to the reference went {kl} nats a token.",
+        "The policy has left the language of its reference: rewards may rise by what no reader would call better.",
+        f"Raise loss.beta from {beta:g} to {4 * beta:g}, or lower optim.learning_rate from "
+        f"{run.recipe.optim.learning_rate:.3g} to {run.recipe.optim.learning_rate / 3:.2g}.",
+    )
+
+
+def clipped_ratio(run: Run) -> Finding | None:
+    """Most tokens are clipped, so they have no gradient."""
+    name = next((one for one in ("clip_ratio/region_mean", "cispo_clip_ratio") if one in run.metric_names), None)
+    share = latest(run.series(name)) if name is not None else None
+    if share is None or share < MUCH_CLIPPED:
+        return None
+    train = run.recipe.train
+    passes = train.num_iterations * train.optimizer_steps_per_rollout
+    fewer = (
+        "set train.num_iterations: 1 and train.optimizer_steps_per_rollout: 1, or "
+        if passes > 1
+        else "set loss.sampler_correction: {}, or "
+    )
+    return Finding(
+        "clipped_ratio",
+        0.4 + 0.5 * min(share, 1.0),
+        f"{share:.0%} of the tokens of the last steps were clipped ({name}).",
+        f"The policy moves past the clip range within the {passes} optimizer steps of a rollout, and then "
+        "learns nothing "
+        "from its tokens.",
+        f"Have each rollout make less of a change: {fewer}lower optim.learning_rate from "
+        f"{run.recipe.optim.learning_rate:.3g} to {run.recipe.optim.learning_rate / 3:.2g}.",
+    )
+
+
+def gradient_clipped(run: Run) -> Finding | None:
+    """The gradient is scaled down in most steps."""
+    limit, norms = run.recipe.optim.max_grad_norm, sorted(known(run.series("grad_norm")))
+    if len(norms) < 2:
+        return None
+    share, middle = sum(norm > limit for norm in norms) / len(norms), norms[len(norms) // 2]
+    if share < 0.5 or middle < FAR_OVER_LIMIT * limit:
+        return None
+    usual = norms[int(0.9 * (len(norms) - 1))]
+    is_adamw = run.recipe.optim.name == "adamw"
+    return Finding(
+        "gradient_clipped",
+        0.1 if is_adamw else 0.3,
+        f"The gradient norm is over optim.max_grad_norm ({limit:g}) in {share:.0%} of the steps, {middle:.3g} "
+        "at the "
+        "median.",
+        "Each step is scaled down, so that large gradients count no more than small ones"
+        + (": AdamW divides by their size anyway, so this seldom costs much." if is_adamw else "."),
+        f"Set optim.max_grad_norm: {usual:.2g}, which is over nine in ten steps, if the rewards are as they "
+        "should be.",
+    )
+
+
+def sampler_mismatch(run: Run) -> Finding | None:
+    """What sampled the completions does not agree with the policy about them."""
+    apart = change(run.series("sampling/sampling_logp_difference/mean"))
+    generation = run.recipe.generation
+    if apart is None or apart.last < MISMATCH or generation.engine == "replay":
+        return None
+    corrected = run.recipe.loss.sampler_correction is not None
+    grows = apart.rose and apart.last > 2 * apart.first
+    return Finding(
+        "sampler_mismatch",
+        (0.3 if corrected else 0.55) + (0.1 if grows else 0.0),
+        f"Log-probabilities of sampler and policy differ by {apart.last:.3g} on average ({apart.first:.3g} in "
+        "the first "
+        "steps).",
+        "What is trained is not quite what sampled: "
+        + (
+            "the gap grows as the policy moves, and ends many runs."
+            if grows
+            else "the gradient is biased by as much."
+        ),
+        ("" if corrected else "Set loss.sampler_correction: {}. ")
+        + "The gap itself comes from the engine: generation.vllm: {dtype: float32}, or a model.dtype as it uses.",
+    )
+
+
+def skipped_steps(run: Run) -> Finding | None:
+    """Optimizer steps were left out, since their numbers were not finite."""
+    steps, counts = run.points("train/skipped_steps")
+    skipped = sum(known(counts))
+    if skipped <= 0:
+        return None
+    train = run.recipe.train
+    total = max(len(counts) * train.num_iterations * train.optimizer_steps_per_rollout, skipped)
+    when = [step for step, count in zip(steps, counts, strict=True) if count]
+    return Finding(
+        "skipped_steps",
+        min(0.3 + skipped / total, 0.9),
+        f"{skipped:g} of {total:g} optimizer steps were skipped, the first of them in step {when[0]}.",
+        "Loss or gradient were not finite there, so nothing was learned from those completions.",
+        f"Lower optim.learning_rate from {run.recipe.optim.learning_rate:.3g} to "
+        f"{run.recipe.optim.learning_rate / 3:.2g}; set model.compute_dtype: float32 if it is bfloat16; look "
+        "for rewards "
+        "of a size out of proportion.",
+        (when[0], when[-1]),
+    )

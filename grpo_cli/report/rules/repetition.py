@@ -1,0 +1,199 @@
+"""Whether completions say the same: to other prompts, to one prompt, or what the prompt said. From a sample of
+them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from grpo_cli.record.completions import StoredCompletion
+from grpo_cli.report.finding import Finding
+from grpo_cli.report.rules.learning import has_learned
+from grpo_cli.report.run import Run
+
+SAMPLED_STEPS = 3
+"""Steps at the end of a run whose completions are read, beside the first for comparison."""
+
+SAMPLED_GROUPS, SAMPLED_OF_GROUP = 8, 8
+"""Of a step's groups, and of a group's completions, the most that are looked at."""
+
+READ_CHARACTERS = 2000
+"""Of a completion: those that are the same so far are alike."""
+
+ALIKE = 0.8
+"""Share of two texts' runs of four characters that both have, from which they count as the same. Two answers of
+the same form to different questions have about half in common, two texts on different things a tenth."""
+
+COPIED = 0.8
+"""Share of a completion's runs of eight characters that its prompt has, from which it is a copy. A summary in its
+own words has a tenth or two."""
+
+SHORTEST_COPY = 12
+"""Characters from which a text counts as a copy: shorter ones are names and numbers, which an answer has to
+repeat."""
+
+MOST = 0.6
+"""Share of pairs, or of completions, from which it is what the policy does."""
+
+GROWN = 0.3
+"""By how much more of them than in the first step: what was so from the start, the task asks for."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Of a sample of completions; None where there was nothing to compare."""
+
+    across: float | None
+    """Pairs of completions of different prompts that are alike."""
+    within: float | None
+    """Pairs of completions of one group that are alike."""
+    copies: float | None
+    """Completions that are a copy of a part of their prompt."""
+    example: str
+    """The last completion that is alike to that of another prompt, or a copy."""
+
+
+def repeated_completions(run: Run) -> Finding | None:
+    """The policy says the same to every prompt, says the prompt again, or the same each time."""
+    if len(run.stored_steps) < 2:
+        return None
+    read = run.stored_steps[1:][-SAMPLED_STEPS:]
+    first = shares([_sample(run, run.stored_steps[0])])
+    last = shares([_sample(run, step) for step in read])
+    kinds = ((last.across, first.across), (last.copies, first.copies), (last.within, first.within))
+    makers = (_same_to_all, _copies, _same_each_time)
+    for (share, before), maker in zip(kinds, makers, strict=True):
+        if share is not None and share >= MOST and share - (before or 0.0) >= GROWN:
+            return maker(run, last, f"{before or 0.0:.0%} in step {run.stored_steps[0]}", (read[0], read[-1]))
+    return None
+
+
+def _same_to_all(run: Run, last: Shares, before: str, steps: tuple[int, int]) -> Finding:
+    learned = has_learned(run)
+    return Finding(
+        "repeated_completions",
+        0.85 if learned else 0.6,
+        f"{last.across:.0%} of pairs of completions of different prompts say the same ({before}; "
+        f"{_sampled(steps)}), such "
+        f"as {last.example!r}.",
+        "The reward is had without reading the prompt"
+        + (", and it rises: this is what the reward asks for, not the task." if learned else "."),
+        "Make the reward depend on the prompt: compare with a column of the data, or take off for what other "
+        "prompts get "
+        f"as well; {_hold(run)} slows it down.",
+        steps,
+    )
+
+
+def _copies(run: Run, last: Shares, before: str, steps: tuple[int, int]) -> Finding:
+    learned = has_learned(run)
+    return Finding(
+        "repeated_completions",
+        0.8 if learned else 0.55,
+        f"{last.copies:.0%} of completions repeat a part of their prompt ({before}; {_sampled(steps)}), such as "
+        f"{last.example!r}.",
+        "The policy says what it has read"
+        + (", and the reward rises by it" if learned else "")
+        + ": well if the task is to quote, else a way around it.",
+        f"Take off for words of the prompt in a reward function, with a weight of its own; {_hold(run)} slows "
+        "it down.",
+        steps,
+    )
+
+
+def _same_each_time(run: Run, last: Shares, before: str, steps: tuple[int, int]) -> Finding:
+    return Finding(
+        "repeated_completions",
+        0.3 if has_learned(run) else 0.55,
+        f"{last.within:.0%} of pairs of completions of one prompt say the same ({before}; {_sampled(steps)}).",
+        "A group has little to compare: the policy has made up its mind.",
+        "generation.temperature: 1.0 if it is lower, loss.entropy_coef: 0.001, or a lower optim.learning_rate.",
+        steps,
+    )
+
+
+def _sampled(steps: tuple[int, int]) -> str:
+    return f"of up to {SAMPLED_OF_GROUP} of {SAMPLED_GROUPS} groups in steps {steps[0]} to {steps[1]}"
+
+
+def _hold(run: Run) -> str:
+    return f"loss.beta: {4 * run.recipe.loss.beta or 0.04:g}"
+
+
+def _sample(run: Run, step: int) -> list[list[StoredCompletion]]:
+    """Completions of a step, by group: groups from all over it."""
+    groups: dict[int, list[StoredCompletion]] = {}
+    for one in run.completions(step):
+        groups.setdefault(one.group, []).append(one)
+    chosen = list(groups.values())
+    stride = max(1, len(chosen) // SAMPLED_GROUPS)
+    return [group[:SAMPLED_OF_GROUP] for group in chosen[::stride][:SAMPLED_GROUPS]]
+
+
+def shares(steps: Sequence[Sequence[Sequence[StoredCompletion]]]) -> Shares:
+    """How much of a sample is alike.
+
+    Args:
+        steps: of each the groups, of each the completions.
+    """
+    within, across, copies = _Count(), _Count(), _Count()
+    for groups in steps:
+        said = [[_runs(_plain(one.text), 4) for one in group] for group in groups]
+        prompts = [_prompt_text(group[0]) for group in groups if group]
+        for group, texts, prompt in zip(groups, said, prompts, strict=False):
+            for one, other in combinations(texts, 2):
+                within.add(_alike(one, other))
+            for completion in group:
+                copies.add(_is_copy(_plain(completion.text), prompt), completion.text)
+        for (place, texts), (other_place, others) in combinations(enumerate(said), 2):
+            if prompts[place] != prompts[other_place]:
+                for completion, one, other in zip(groups[place], texts, others, strict=False):
+                    across.add(_alike(one, other), completion.text)
+    return Shares(across.share, within.share, copies.share, across.example or copies.example)
+
+
+@dataclass
+class _Count:
+    seen: int = 0
+    found: int = 0
+    example: str = ""
+
+    def add(self, is_so: bool, text: str = "") -> None:
+        self.seen += 1
+        if is_so:
+            self.found += 1
+            self.example = text if len(text) <= 60 else text[:60] + "…"
+
+    @property
+    def share(self) -> float | None:
+        return self.found / self.seen if self.seen else None
+
+
+def _plain(text: str) -> str:
+    """Without case and layout."""
+    return re.sub(r"\s+", " ", text[:READ_CHARACTERS]).strip().lower()
+
+
+def _prompt_text(completion: StoredCompletion) -> str:
+    """All that the prompt says, with case and layout left out."""
+    prompt = completion.prompt
+    said = prompt if isinstance(prompt, str) else " ".join(str(one.get("content") or "") for one in prompt)
+    return re.sub(r"\s+", " ", said).strip().lower()
+
+
+def _runs(text: str, length: int) -> frozenset[str]:
+    """All runs of so many characters, of a shorter text that itself."""
+    return frozenset(text[place : place + length] for place in range(max(1, len(text) - length + 1)))
+
+
+def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
+    return len(one & other) >= ALIKE * len(one | other)
+
+
+def _is_copy(text: str, prompt: str) -> bool:
+    if len(text) < SHORTEST_COPY:
+        return False
+    runs = _runs(text, 8)
+    return sum(run in prompt for run in runs) >= COPIED * len(runs)
