@@ -36,11 +36,10 @@ CHECKED = {
     "tools": [
         "400 prompts (chats)",
         "tool calculate",
-        '"name": "calculate"',
         "Use the tool for every calculation.",
     ],
     "code": ["10 prompts (chats); columns for rewards: task, tests", "coding_reward, weight 1: -1 for"],
-    "game": ["8 prompts (chats)", "Nim: reset(", "There are 9 stones. Who takes the last one wins."],
+    "game": ["8 prompts (chats)", "Nim: reset(", "stones. Who takes the last one wins."],
 }
 """What `grpo check` says of them, beside that they are fine."""
 
@@ -191,7 +190,7 @@ def test_the_tool_calculates_and_bears_what_a_model_may_ask() -> None:
     assert [calculate(7, operation, 2) for operation in "+-*/"] == ["9", "5", "14", "3.5"]
     assert calculate(1e15, "+", 0.0) == "1000000000000000"
     for wrong in ((1, "/", 0), (1e300, "*", 1e300), (float("inf"), "-", float("inf")), (1, "^", 2)):
-        with pytest.raises(ValueError, match=r"division by zero|too large|not a number|there is no operation"):
+        with pytest.raises(ValueError, match=r"division by zero|too large|there is no operation"):
             calculate(*wrong)
 
 
@@ -252,5 +251,5 @@ def test_every_game_ends_and_one_that_is_lost_rewards_the_moves_only() -> None:
         turns = next(turn for turn in range(1, 9) if game.respond("1") is None)
         assert turns <= load_recipe(start_files("game")[0]).episode.max_turns  # type: ignore[union-attr]
         assert game.stones == 0
-        rewards.append(game.get_reward())
+        rewards.append(round(game.get_reward(), 6))
     assert set(rewards) == {0.1, 1.0}
