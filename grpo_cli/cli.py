@@ -14,6 +14,8 @@ import typer
 from grpo_cli.errors import EXPECTED_ERRORS, UserError
 from grpo_cli.launch.failures import exit_code, reported
 from grpo_cli.recipe.addresses import DEFAULT_PORT
+from grpo_cli.verbs.init import STARTS
+from grpo_cli.verbs.init import init as write_files
 
 if TYPE_CHECKING:
     from grpo_cli.recipe.schema import Recipe
@@ -231,11 +233,14 @@ def recipe_diff(
 
 
 @app.command()
-def init(folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")]) -> None:
-    """Write a recipe, a reward function and a few prompts to start from."""
-    from grpo_cli.verbs.init import init as write_files
-
-    for path in write_files(folder):
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")],
+    start: Annotated[
+        str, typer.Option("--from", metavar="START", help=f"Starting point: {', '.join(STARTS)}.")
+    ] = STARTS[0],
+) -> None:
+    """Write a recipe and what it names to start from: rewards, prompts, tools or an environment."""
+    for path in write_files(folder, start):
         typer.echo(f"wrote {path}")
     typer.echo(f"next: cd {folder} && grpo check recipe.yaml")
 

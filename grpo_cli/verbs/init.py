@@ -1,68 +1,41 @@
-"""`grpo init`: a recipe, a reward and a few prompts that work together, to start from."""
+"""`grpo init`: files that work together, to start from: a recipe and what it names."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from grpo_cli.errors import UserError
 
-RECIPE = """\
-# grpo check recipe.yaml    finds mistakes without loading the model
-# grpo sample recipe.yaml   shows completions and their rewards
-# grpo train recipe.yaml    trains
-model:
-  name: Qwen/Qwen2-0.5B-Instruct     # a Hub id, a folder, or a .gguf file
-data:
-  name: prompts.jsonl                # or a Hub dataset, .json, .csv, .parquet, or module:factory
-rewards:
-  - my_rewards:mentions_keyword
-  - {path: rewards.length:reward_len, weight: 0.01}
-generation:
-  num_generations: 8
-  max_completion_tokens: 64
-train:
-  output_dir: runs/first
-  max_steps: 100
-"""
-
-REWARDS = '''\
-"""Rewards of this experiment."""
+STARTS = ("keyword", "gsm8k", "tools", "code", "game")
+"""Folders of `grpo_cli/starts`. The first is what `grpo init` writes unless it is told otherwise."""
 
 
-def mentions_keyword(completions, keyword, **kwargs):
-    """1.0 where the completion mentions the row's keyword, else 0.0; None where the row has none.
-
-    Every list has one entry per completion. `keyword` is a column of the dataset: any column can be an argument.
-    """
-    return [
-        None if word is None else float(word.lower() in completion.lower())
-        for completion, word in zip(completions, keyword)
-    ]
-'''
-
-PROMPTS = """\
-{"prompt": "The largest planet of the solar system is", "keyword": "Jupiter"}
-{"prompt": "The capital of France is", "keyword": "Paris"}
-{"prompt": "Water freezes at a temperature of", "keyword": "0"}
-{"prompt": "The author of Hamlet is", "keyword": "Shakespeare"}
-{"prompt": "Write a short line about the sea.", "keyword": null}
-"""
-
-
-def init(folder: Path) -> list[Path]:
-    """Write the starting files into `folder` and return their paths.
+def init(folder: Path, start: str = STARTS[0]) -> list[Path]:
+    """Copy a starting point into `folder` and return the paths of its files, the recipe's first.
 
     Raises:
-        UserError: one of them exists already, or the folder cannot be written to; nothing was written.
+        UserError: there is no such starting point, one of its files exists already and nothing was written, or the
+            folder cannot be written to.
     """
-    files = {"recipe.yaml": RECIPE, "my_rewards.py": REWARDS, "prompts.jsonl": PROMPTS}
-    taken = [name for name in files if (folder / name).exists()]
+    if start not in STARTS:
+        raise UserError(f"--from {start}: there are {', '.join(STARTS)}")
+    files = start_files(start)
+    targets = [folder / file.name for file in files]
+    taken = [target for target in targets if target.exists()]
     if taken:
-        raise UserError(f"{folder / taken[0]} exists already; choose another folder")
+        raise UserError(f"{taken[0]} exists already; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / name).write_text(text, encoding="utf-8")
+        for file, target in zip(files, targets, strict=True):
+            shutil.copyfile(file, target)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    return [folder / name for name in files]
+    return targets
+
+
+def start_files(start: str) -> list[Path]:
+    """The files of a starting point where they are installed, the recipe first."""
+    source = Path(__file__).parents[1] / "starts" / start
+    files = [path for path in source.iterdir() if path.is_file()]
+    return sorted(files, key=lambda path: (path.name != "recipe.yaml", path.name))
