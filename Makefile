@@ -7,7 +7,7 @@ VLLM_INSTALLED := $(VENV)/.vllm-installed
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations 15
 QUICKSTART_MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: quickstart test fast faults soak load links lint format check docs model vllm gpu
+.PHONY: quickstart test fast faults soak load links lint format check docs site model vllm gpu
 
 quickstart: model  ## train a small model until its reward has risen (10 minutes on two CPU cores)
 	$(BIN)/grpo train recipes/quickstart.yaml --set train.output_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -51,9 +51,14 @@ format: $(INSTALLED)
 
 check: lint fast
 
-docs: $(INSTALLED)  ## docs/recipe.md from the schema, slurm/*.sh from their template
+docs: $(INSTALLED)  ## docs/recipe.md and docs/from_trl.md from the schema, slurm/*.sh from their template
 	$(BIN)/python -m grpo_cli.recipe.reference > docs/recipe.md
+	$(BIN)/python -m grpo_cli.recipe.from_trl > docs/from_trl.md
 	$(BIN)/python -m grpo_cli.launch.slurm_script slurm
+
+# The variable keeps mkdocs-material from telling at every build which program will follow it.
+site: $(INSTALLED)  ## docs/ as pages in site/, to open without a network; any broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 model: $(QUICKSTART_MODEL)
 
