@@ -57,7 +57,7 @@ docs: $(INSTALLED)  ## docs/recipe.md and docs/from_trl.md from the schema, slur
 	$(BIN)/python -m grpo_cli.launch.slurm_script slurm
 
 # The variable keeps mkdocs-material from telling at every build which program will follow it.
-site: $(INSTALLED)  ## docs/ as pages in site/, to open without a network; any broken link is an error
+site: $(INSTALLED)  ## docs/ as pages in site/, to open from the folder, without a network; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 model: $(QUICKSTART_MODEL)
