@@ -56,9 +56,10 @@ docs: $(INSTALLED)  ## docs/recipe.md and docs/from_trl.md from the schema, slur
 	$(BIN)/python -m grpo_cli.recipe.from_trl > docs/from_trl.md
 	$(BIN)/python -m grpo_cli.launch.slurm_script slurm
 
-# The variable keeps mkdocs-material from telling at every build which program will follow it.
+# The variable keeps mkdocs-material from telling at every build which program will follow it. With --quiet, --strict
+# would count no warnings.
 site: $(INSTALLED)  ## docs/ as pages in site/, to open from the folder, without a network; a broken link is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 model: $(QUICKSTART_MODEL)
 

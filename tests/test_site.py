@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,10 +19,11 @@ needs_mkdocs = pytest.mark.skipif(
 )
 
 
-def build(folder: Path) -> subprocess.CompletedProcess[str]:
+def build(source: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`make site`, of the docs in `source`."""
     return subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
-        cwd=ROOT,
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=source,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
         capture_output=True,
         text=True,
@@ -31,8 +33,9 @@ def build(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @needs_mkdocs
 def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    built = build(tmp_path)
-    assert (built.returncode, built.stdout + built.stderr) == (0, "")
+    built = build(ROOT, tmp_path)
+    assert built.returncode == 0, built.stderr
+    assert "WARNING" not in built.stderr
     pages = sorted(tmp_path.rglob("*.html"))
     assert {page.stem for page in (ROOT / "docs").glob("*.md")} <= {page.stem for page in pages}
     for page in pages:
@@ -41,6 +44,17 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         assert not [tag for tag in loaded if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag)], page.name
     for style in tmp_path.rglob("*.css"):
         assert not re.search(r"@import|url\([\"']?(?:https?:)?//", style.read_text(encoding="utf-8")), style.name
+
+
+@needs_mkdocs
+def test_a_broken_anchor_fails_the_build(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / "index.md").open("a", encoding="utf-8") as page:
+        page.write("\n[there](losses.md#nowhere)\n")
+    built = build(tmp_path, tmp_path / "site")
+    assert built.returncode != 0
+    assert "#nowhere" in built.stderr
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
