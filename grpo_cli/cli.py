@@ -217,6 +217,22 @@ def slurm(
     typer.echo(slurm_script.submit(script) if submit else script, nl=submit)
 
 
+@app.command()
+def inspect(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
+    step: Annotated[int | None, typer.Option("--step", help="Which step; the last that is stored.")] = None,
+    group: Annotated[
+        int | None, typer.Option("--group", help="Which group of it, from 0; all in a table.")
+    ] = None,
+) -> None:
+    """Look at what a run said at a step: its groups, or the tokens of one."""
+    from rich.console import Console
+
+    from grpo_cli.verbs.inspect import inspect as inspect_step
+
+    inspect_step(run, step, group, Console())
+
+
 @recipe_app.command("diff")
 def recipe_diff(
     before: Annotated[Path, typer.Argument(metavar="A", help="YAML recipe, or the folder of a run.")],

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,26 +14,9 @@ from rich.table import Table
 
 from grpo_cli.errors import EXPECTED_ERRORS, one_line
 from grpo_cli.record.metrics import Metrics
+from grpo_cli.report.terminal import as_call, beginning, ending, step_line
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
-
-SHOWN_CHARACTERS = 300
-"""Of a prompt's end and a completion's start in a table."""
-
-LINE_METRICS = {
-    "reward": "reward",
-    "kl": "kl",
-    "completions/mean_length": "length",
-    "loss": "loss",
-    "grad_norm": "grad",
-    "entropy": "entropy",
-    "eval_reward": "eval reward",
-    "train/skipped_steps": "skipped optimizer steps",
-}
-"""Metric to its name on the screen, in this order, where a step has it."""
-
-UNUSUAL = {"train/skipped_steps"}
-"""Of these, those that are shown only where they are not 0."""
 
 
 class Display:
@@ -99,23 +81,6 @@ class Display:
         self.console.print(table)
 
 
-def step_line(metrics: Metrics) -> str:
-    """`reward -81.2  length 23.5  …`."""
-    shown = {name: value for name, value in metrics.items() if value or name not in UNUSUAL}
-    return "  ".join(f"{label} {shown[name]:.4g}" for name, label in LINE_METRICS.items() if name in shown)
-
-
-def ending(content: str | list[dict[str, Any]]) -> str:
-    """The last characters of a prompt, where its question usually is, safe to print."""
-    text = content if isinstance(content, str) else str(content[-1]["content"])
-    return printable(text if len(text) <= SHOWN_CHARACTERS else "…" + text[-SHOWN_CHARACTERS:])
-
-
-def beginning(text: str) -> str:
-    """The first characters of a completion, safe to print."""
-    return printable(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…")
-
-
 def conversation(completion: Completion) -> str:
     """The first characters of what was said, or of each message of an episode, safe to print."""
     if completion.messages is None or len(completion.messages) == 1:
@@ -127,13 +92,3 @@ def conversation(completion: Completion) -> str:
         lines.append(f"{message.get('name') or message['role']}: {beginning(' '.join([*said, *called]))}")
     ended = "" if completion.finish_reason == "stop" else f"\n({completion.finish_reason})"
     return "\n".join(lines) + ended
-
-
-def as_call(name: str, arguments: Mapping[str, Any]) -> str:
-    """`add(a=1, b=2)`."""
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
-
-
-def printable(text: str) -> str:
-    """Text in which neither control characters nor Rich's markup act on the terminal."""
-    return escape("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))

@@ -8,8 +8,8 @@ from itertools import groupby
 
 import torch
 
+from grpo_cli.report.terminal import ending
 from grpo_cli.rollout.rollout import Rollout
-from grpo_cli.train.display import ending
 
 MOST_PROMPTS = 3
 """Prompts that a message names."""

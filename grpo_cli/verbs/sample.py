@@ -12,9 +12,10 @@ from rich.table import Table
 
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.recipe.schema import Recipe
+from grpo_cli.report.terminal import ending
 from grpo_cli.rollout.rollout import generate_rollout
 from grpo_cli.train.assemble import assemble, notes
-from grpo_cli.train.display import conversation, ending
+from grpo_cli.train.display import conversation
 from grpo_cli.train.guards import explained_failures
 from grpo_cli.train.objects import Objects
 from grpo_cli.train.rollouts import TRAIN_STREAM, Rollouts
