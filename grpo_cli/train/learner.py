@@ -67,11 +67,11 @@ class Learner:
     """Called as `policy_loss`."""
     _means: MetricMeans = field(default_factory=MetricMeans)
     _means_of_part: MetricMeans = field(default_factory=MetricMeans)
-    _forwarded: tuple[Pack, torch.Tensor] | None = None
-    """The pack whose backward pass comes next, and its log-probabilities."""
+    _forwarded: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Samples and log-probabilities of the pack whose backward pass comes next."""
     _passes: list[BackwardPass] = field(default_factory=list)
-    _trained: list[tuple[Pack, torch.Tensor]] = field(default_factory=list)
-    """The packs of a step's backward passes and their log-probabilities on the host, to be read after `wait`."""
+    _trained: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    """Samples and log-probabilities of a step's backward passes, on the host, to be read after `wait`."""
     _skipped: int = 0
     _skipped_in_a_row: int = 0
 
@@ -157,7 +157,7 @@ class Learner:
                     logprobs, entropies = model.token_logprobs(self.to_device(pack), self._temperature)
                 found.append(to_host(logprobs if what == "logprobs" else entropies))
         wait()
-        return _placed(zip(packs, found, strict=True), shape)
+        return _placed(zip((pack.samples for pack in packs), found, strict=True), shape)
 
     @property
     def _temperature(self) -> float:
@@ -173,7 +173,7 @@ class Learner:
             logprobs, entropies = self.policy.token_logprobs(
                 pack, self._temperature, entropy_gradient=self.recipe.loss.entropy_coef > 0
             )
-        self._forwarded = pack, logprobs
+        self._forwarded = pack.samples, logprobs
         return logprobs, entropies
 
     def zero_grad(self) -> None:
@@ -186,13 +186,13 @@ class Learner:
         the norm of the gradient, which all ranks share, then tells all of them to skip the optimizer step.
         """
         assert self._forwarded is not None, "logprobs comes first"
-        (pack, logprobs), self._forwarded = self._forwarded, None
+        (samples, logprobs), self._forwarded = self._forwarded, None
         finite_rows = logprobs.detach().isfinite().all(1)  # (B,)
         is_finite = finite_rows.all() & output.loss.detach().isfinite()
         logprobs.register_hook(lambda gradient: torch.where(is_finite, gradient, math.nan))
         self.strategy.backward(output.loss)
-        self._passes.append(BackwardPass(pack.samples, to_host(output.loss), to_host(finite_rows)))
-        self._trained.append((pack, to_host(logprobs)))
+        self._passes.append(BackwardPass(samples, to_host(output.loss), to_host(finite_rows)))
+        self._trained.append((samples, to_host(logprobs)))
         self._means_of_part.add(output)
 
     def step(self, data: StepData) -> None:
@@ -265,9 +265,10 @@ class Learner:
         return metrics | {"train/skipped_steps": skipped}
 
 
-def _placed(found: Iterable[tuple[Pack, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
-    """(R, T) values of a whole step from the (B, T) of packs, the last where several have one, 0 elsewhere."""
+def _placed(found: Iterable[tuple[torch.Tensor, torch.Tensor]], shape: torch.Size) -> torch.Tensor:
+    """(R, T) values of a whole step from (B,) samples and (B, T) values of packs: the last where several have one,
+    0 elsewhere."""
     values = torch.zeros(shape)
-    for pack, of_pack in found:
-        values[pack.samples, : pack.mask.shape[1]] = of_pack
+    for samples, of_pack in found:
+        values[samples, : of_pack.shape[1]] = of_pack
     return values
