@@ -132,9 +132,12 @@ def _print_group(run: Run, step: int, group: GroupSummary, console: Console) -> 
     elif console.color_system is not None and not console.no_color:
         console.print(_legend())
     console.print(Text("── prompt ──", "dim"))
-    console.print(_conversation(group.completions[0].prompt))
+    prompt = group.completions[0].prompt
+    console.print(_conversation(prompt))
     for completion, reward in zip(group.completions, group.rewards, strict=True):
         console.print(Text(f"── completion {completion.sample} ──", "dim"))
+        if completion.prompt != prompt:  # an environment has added something else to it
+            console.print(Text("after ", "dim").append(_conversation(completion.prompt)))
         _print_completion(run, completion, reward, console)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -167,6 +168,15 @@ def test_what_was_not_trained_on_says_so(run: Path, tmp_path: Path) -> None:
     copy = older(run, tmp_path, [POLICY_LOGPROBS])
     assert [line.split()[-1] for line in shown(copy, 1).splitlines()[-4:-1]] == ["no"] * 3
     assert shown(copy, 1, 0).count("not trained on") == 4
+
+
+def test_a_completion_that_began_otherwise_than_its_group_shows_its_own_prompt(run: Path, tmp_path: Path) -> None:
+    copy = older(run, tmp_path, [])
+    table = pq.read_table(completions_file(copy, 1))
+    prompts = pa.array(["one", "one", "another", "one"] * 3)
+    column = table.column_names.index("prompt")
+    pq.write_table(table.set_column(column, "prompt", prompts), completions_file(copy, 1))
+    assert re.findall(r"── (completion \d) ──\nafter (.*)\n", shown(copy, 1, 0)) == [("completion 2", "another")]
 
 
 def test_what_reward_functions_have_logged_is_shown(run: Path, tmp_path: Path) -> None:
