@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.reward.registry import RewardFunction, reward_from_callable
-from grpo_cli.reward.scorer import RewardError, Scorer
+from grpo_cli.reward.scorer import RewardError, Scored, Scorer
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
@@ -156,7 +156,7 @@ def test_groups_are_scored_by_their_ranks_and_what_sees_all_on_the_first(groups:
     ]
     others = [reward(Calls(), name=name) for name in "abc"]
     expected = Scorer([reward(centred), *others]).score(whole.scoring_batch(), step=1)
-    said: list[Any] = [np.zeros((len(range(rank, groups, 3)), 2, 4)) for rank in range(3)]
+    said: list[Any] = [Scored(np.zeros((len(range(rank, groups, 3)) * 2, 2)), []) for rank in range(3)]
     led: list[Any] = []
     for rank in range(3):
         for calls in (scored, model, at_once):
@@ -188,7 +188,7 @@ def test_environments_are_asked_on_the_rank_that_played_with_them(workers: int) 
 
         return replace(whole, completions=[seen(place, one) for place, one in enumerate(whole.completions)])
 
-    said: list[Any] = [np.zeros((len(range(rank, 5, 3)), 2, 1)) for rank in range(3)]
+    said: list[Any] = [Scored(np.zeros((len(range(rank, 5, 3)) * 2, 1)), []) for rank in range(3)]
     for rank in range(3):
         scorer = Scorer([reward(points, workers=workers)])
         with BackgroundScorer(scorer, OneOfMany(rank, said, [])).begin(1) as scores:
