@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from grpo_cli.recipe.schema import Recipe
@@ -150,7 +151,7 @@ def extra_columns(logged: Iterable[Logged], names: Sequence[str], count: int) ->
 def logged_metrics(logged: Iterable[Logged]) -> Metrics:
     """The mean of each metric that functions have logged, weighted by the completions of the calls.
 
-    It does not depend on the order of the calls. It is NaN where one of the values is not finite.
+    It is exact, so that the order of the calls makes no difference, and NaN where one of the values is not finite.
     """
     values: dict[str, list[tuple[float, int]]] = {}
     for call in logged:
@@ -163,7 +164,7 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float:
     if not all(math.isfinite(value) for value, _ in weighted):
         return math.nan
     total = sum(weight for _, weight in weighted)
-    return math.fsum(value * (weight / total) for value, weight in weighted)
+    return float(sum(Fraction(value) * weight for value, weight in weighted) / total)
 
 
 def _plain(value: Any) -> Plain:
