@@ -115,7 +115,7 @@ def _check_engine(engine: Engine, values: Mapping[str, Any]) -> None:
 
 
 def own_name(function: Callable[..., Any]) -> dict[str, str]:
-    """The `name` that an object has given itself, as TRL's reward functions that are made by another function do."""
+    """The `name` that an object has given itself, as those of TRL's reward functions that have parameters do."""
     name = getattr(function, "__name__", None)
     return {"name": name} if isinstance(name, str) and not hasattr(function, "__qualname__") else {}
 

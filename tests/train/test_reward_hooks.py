@@ -26,6 +26,7 @@ from grpo_cli.verbs.check import check
 from grpo_cli.verbs.evaluate import eval_model
 from grpo_cli.verbs.sample import sample
 from tests.golden import trl_docs_reward_functions as trl
+from tests.processes import run_ranks
 from tests.reward import trl_shapes
 from tests.train.test_trackers import rollout_of
 
@@ -252,3 +253,37 @@ def test_columns_of_any_values_can_be_stored(tmp_path: Path) -> None:
         "large": [2.0**53, 0.5, 1, 2],
     }
     assert stored == wanted
+
+
+@pytest.mark.slow
+def test_what_each_of_several_processes_logs_is_in_the_files_of_the_run(
+    tiny_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    prompts = tmp_path / "tasks.jsonl"
+    rows = [{"prompt": f"question {i}:", "ground_truth": str(i)} for i in range(8)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shapes = "tests.reward.trl_shapes"
+    tiny_recipe |= {
+        "data": {"name": str(prompts)},
+        "rewards": [
+            {"path": f"{shapes}:logs_if_it_may", "workers": 2},
+            {"path": f"{shapes}:takes_all_by_kwargs", "workers": 1, "isolate": True},
+            f"{shapes}:curriculum",
+        ],
+    }
+    folders = []
+    for processes in (1, 2):
+        folders.append(tmp_path / f"by-{processes}")
+        recipe = changed(tiny_recipe, folders[-1].name)
+        file = tmp_path / f"{processes}.yaml"
+        file.write_text(json.dumps(recipe))
+        codes, output = run_ranks(processes, "train", str(file))
+        assert codes == [0] * processes, output
+    for step in (1, 2, 3):
+        one, two = (read_completions(folder, step, 4) for folder in folders)
+        assert [row.extras for row in two] == [row.extras for row in one]
+        assert all(row.extras["golden_answer"] == row.prompt[9] for row in two)  # type: ignore[index]
+    one_rows, two_rows = map(timeless, folders)
+    for name in ("accuracy", "seen/epoch", "rewards/curriculum/mean"):
+        assert [row[name] for row in two_rows] == [row[name] for row in one_rows]
