@@ -21,14 +21,13 @@ from grpo_cli.record.completions import completions_file, read_completions
 from grpo_cli.record.metrics import METRICS, TIMES, is_own_metric, read_metrics
 from grpo_cli.reward.registry import reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
-from grpo_cli.train.stored_completions import save_completions
 from grpo_cli.verbs.check import check
 from grpo_cli.verbs.evaluate import eval_model
 from grpo_cli.verbs.sample import sample
 from tests.golden import trl_docs_reward_functions as trl
 from tests.processes import run_ranks
 from tests.reward import trl_shapes
-from tests.train.test_trackers import rollout_of
+from tests.train.test_trackers import rollout_of, save
 
 ON_CHATS = (
     trl.accuracy_reward,
@@ -242,7 +241,7 @@ def test_columns_of_any_values_can_be_stored(tmp_path: Path) -> None:
         "nothing": [None] * 4,
         "large": [2**53 + 1, 0.5, 1, 2],
     }
-    save_completions(tmp_path, 1, rollout_of(["a", "b"]), ["r"], torch.zeros(4, 1), torch.zeros(4), given)
+    save(tmp_path, 1, rollout_of(["a", "b"]), ["r"], torch.zeros(4, 1), torch.zeros(4), **given)
     table = pq.read_table(completions_file(tmp_path, 1))
     stored = {
         name.removeprefix("extra/"): table[name].to_pylist() for name in table.column_names if "extra/" in name
