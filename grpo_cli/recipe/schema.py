@@ -21,7 +21,7 @@ from grpo_cli.recipe.sampling import Sampling
 from grpo_cli.recipe.section import LONGEST_WAIT_S, Section
 from grpo_cli.recipe.strategies import StrategyName
 
-REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids")
+REWARD_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """What every reward function is given beside the columns; no column may have one of these names."""
 
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,21 @@ METRICS, RECORD = "metrics.jsonl", "record.json"
 _EPISODE_TIMES = ("tools/latency_s", "env/reset_s", "env/reward_s")
 TIMES = ("time/", "tokens_per_second", *_EPISODE_TIMES, *(f"eval_{name}" for name in _EPISODE_TIMES))
 """How the names of those metrics begin that differ from run to run."""
+
+_RESERVED = (*TIMES, "eval_", "pass@")
+_OWN = re.compile(
+    r"step|epoch|num_tokens|loss|grad_norm|learning_rate|entropy|kl|reward|reward_std|frac_reward_zero_std"
+    r"|frac_groups_skipped|rewards/.*/(mean|std)|completions/(clipped_ratio|(mean|min|max)_(terminated_)?length)"
+    r"|clip_ratio/(low_mean|low_min|high_mean|high_max|region_mean)|cispo_clip_ratio|vespo/phi_seq_mean"
+    r"|sampling/(sampling_logp_difference|importance_sampling_ratio)/(min|mean|max)|train/skipped_steps"
+    r"|tools/(call_frequency|failure_frequency|unknown_name_total|timeout_total)|sync/bytes"
+    r"|rollout/(turns_mean|lost_completions)|resample/(rounds|generated_groups)"
+)
+
+
+def is_own_metric(name: str) -> bool:
+    """Whether a run itself may write a metric of this name, or would take one for a time or an evaluation."""
+    return name.startswith(_RESERVED) or _OWN.fullmatch(name) is not None
 
 
 def finite_or_none(metrics: Metrics) -> dict[str, float | None]:

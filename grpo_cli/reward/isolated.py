@@ -90,6 +90,8 @@ class IsolatedFunction:
             IsolatedTimeout: it took too long.
             Unusable: it returned something that is not one number or None per completion.
         """
+        log_extra: Any = arguments.pop("log_extra", None)
+        log_metric: Any = arguments.pop("log_metric", None)
         request = pickle.dumps(arguments, pickle.HIGHEST_PROTOCOL)
         process = self._idle_process() or self._new_process()
         kept = False
@@ -106,6 +108,11 @@ class IsolatedFunction:
             raise Unusable(*reply["unusable"])
         if "failed" in reply:
             raise IsolatedFailure(reply["failed"])
+        # Only what the function takes, and so was offered, has been used there.
+        for column, values in reply["extras"].items():
+            log_extra(column, values)
+        for name, value in reply["metrics"]:
+            log_metric(name, value)
         return reply["values"]
 
     def _idle_process(self) -> _Process | None:

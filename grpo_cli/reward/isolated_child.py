@@ -86,16 +86,19 @@ def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
     import inspect
     import math
 
+    from grpo_cli.reward.hooks import CallLog
     from grpo_cli.reward.scorer import described
     from grpo_cli.reward.values import Unusable, checked_values
 
     try:
         arguments = pickle.loads(request)
         count = len(arguments["completions"])
+        log = CallLog(count)
+        offered = arguments | {"log_extra": log.log_extra, "log_metric": log.log_metric}
         result = function.call(
             **{
                 name: value
-                for name, value in arguments.items()
+                for name, value in offered.items()
                 if function.accepts is None or name in function.accepts
             }
         )
@@ -107,7 +110,8 @@ def _called(function: RewardFunction, request: bytes) -> dict[str, Any]:
     except BaseException as error:  # SystemExit too: a completion that is run may call exit()
         # Memory that leaked stays with the process.
         return {"failed": f"raised {described(error)}", "spent": isinstance(error, MemoryError)}
-    return {"values": [None if math.isnan(value) else value for value in values]}
+    numbers = [None if math.isnan(value) else value for value in values]
+    return {"values": numbers, "extras": log.extras, "metrics": log.metrics}
 
 
 @functools.cache

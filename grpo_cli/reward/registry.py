@@ -256,7 +256,8 @@ def _isolated(config: RewardConfig, setting: str) -> RewardFunction:
         config.timeout_s,
         config.on_error,
         config.workers,
-        call.accepts,
+        # The process counts the completions, and gives the function what it takes.
+        None if call.accepts is None else call.accepts | {"completions"},
         call.required,
         ENVIRONMENTS in call.required.union(call.accepts or ()),
     )

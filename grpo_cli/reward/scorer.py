@@ -19,12 +19,14 @@ import weakref
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpo_cli.errors import RunError, StoppedEarly, UserError
+from grpo_cli.reward.hooks import NO_RUN, CallLog, Logged, TrainerState
 from grpo_cli.reward.isolated import IsolatedFailure, IsolatedFunction, IsolatedTimeout
 from grpo_cli.reward.registry import ENVIRONMENTS, RewardFunction, is_async
 from grpo_cli.reward.values import Unusable, checked_values, shortened
@@ -68,6 +70,16 @@ class ScoringBatch:
                 raise ValueError(f"{name} has {len(values)} entries for {len(self.completions)} completions")
 
 
+@dataclass(frozen=True)
+class Scored:
+    """What K functions say to N completions."""
+
+    rewards: np.ndarray
+    """(N, K) float64: a row per completion, a column per function, NaN where it returned None."""
+    logged: list[Logged]
+    """By the calls that succeeded."""
+
+
 class Scorer:
     """The reward functions of a run, called together on some or all groups of a step.
 
@@ -103,50 +115,62 @@ class Scorer:
         part.weights = [self.weights[k] for k in columns]
         return part
 
-    def score(self, batch: ScoringBatch, *, step: int) -> np.ndarray:
+    def score(self, batch: ScoringBatch, *, step: int, state: TrainerState = NO_RUN) -> np.ndarray:
+        """The rewards of `score_and_log`, (N, K)."""
+        return self.score_and_log(batch, step=step, state=state).rewards
+
+    def score_and_log(self, batch: ScoringBatch, *, step: int, state: TrainerState = NO_RUN) -> Scored:
         """Call every function once on all completions.
 
         Args:
             batch: prompts, completions and columns; never changed by a reward function.
             step: for messages.
-
-        Returns:
-            (N, K) float64: a row per completion, a column per function, NaN where it returned None.
+            state: what functions are told of the run.
 
         Raises:
             RewardError: a function with `on_error: raise` failed, timed out, or returned something unusable.
         """
         count = len(batch.completions)
-        scores = np.full((count, len(self.functions)), np.nan)
+        scores, logged = np.full((count, len(self.functions)), np.nan), []
         if not count:
-            return scores
+            return Scored(scores, [])
+        logs = [CallLog(count) for _ in self.functions]
+        prepare = [
+            partial(_prepared, one, batch, state, log) for one, log in zip(self.functions, logs, strict=True)
+        ]
         calls: dict[int, _Call] = {}  # by column: those that run beside this thread
         blocked = False  # whether a call keeps the event loop from ending another in time
+
+        def take(k: int, outcome: _Outcome) -> None:
+            scores[:, k] = _column(self.functions[k], outcome, batch, step)
+            if outcome.succeeded:
+                logged.append(logs[k].taken(self.names[k]))
+
         try:
             for k, function in enumerate(self.functions):
                 if is_async(function.call) or function.timeout_s is not None:
-                    calls[k] = self._start_aside(function, batch)
-            for k, function in enumerate(self.functions):
+                    calls[k] = self._start_aside(function, prepare[k](), count)
+            for k in range(len(self.functions)):
                 if k not in calls:
-                    ended = self._call_here(function, batch)
+                    ended = self._call_here(prepare[k], count)
                     if isinstance(ended, _Outcome):
-                        scores[:, k] = _column(function, ended, batch, step)
+                        take(k, ended)
                     else:
                         calls[k] = ended
             for k, call in calls.items():
                 outcome = call.outcome()
                 blocked |= call.on_loop and not call.future.done()
-                scores[:, k] = _column(self.functions[k], outcome, batch, step)
+                take(k, outcome)
         finally:
             for call in calls.values():
                 call.future.cancel()
             if blocked:
                 self._loop.leave()
-        return scores
+        return Scored(scores, logged)
 
-    def _start_aside(self, function: RewardFunction, batch: ScoringBatch) -> _Call:
+    def _start_aside(self, function: RewardFunction, start: Callable[[], Any], count: int) -> _Call:
         """Start a function on the event loop or on a thread of its own, and do not wait."""
-        start, count, timeout_s = _prepared(function, batch), len(batch.completions), function.timeout_s
+        timeout_s = function.timeout_s
         if is_async(function.call):
             coroutine = _await_outcome(start, count, timeout_s)
             deadline = None if timeout_s is None else time.monotonic() + timeout_s + GRACE_S
@@ -165,14 +189,14 @@ class Scorer:
         threading.Thread(target=work, daemon=True, name=f"reward {function.name}").start()
         return _Call(future, time.monotonic() + timeout_s if waits and timeout_s else None)
 
-    def _call_here(self, function: RewardFunction, batch: ScoringBatch) -> _Outcome | _Call:
+    def _call_here(self, prepare: Callable[[], Callable[[], Any]], count: int) -> _Outcome | _Call:
         """Call a function on this thread; if it returns an awaitable, that goes to the event loop."""
         try:
-            result = _prepared(function, batch)()
+            result = prepare()()
             if inspect.isawaitable(result):
-                coroutine = _await_outcome(lambda: result, len(batch.completions), None)
+                coroutine = _await_outcome(lambda: result, count, None)
                 return _Call(self._loop.submit(coroutine), None, on_loop=True)
-            return _Outcome(checked_values(result, len(batch.completions)))
+            return _Outcome(checked_values(result, count))
         except BaseException as error:  # SystemExit too: a completion that is run may call exit()
             return _Outcome(error=error)
 
@@ -184,6 +208,10 @@ class _Outcome:
     values: list[float] | None = None
     error: BaseException | None = None
     timed_out: bool = False
+
+    @property
+    def succeeded(self) -> bool:
+        return self.values is not None and not self.timed_out
 
 
 @dataclass(frozen=True)
@@ -279,13 +307,18 @@ def _outcome_in_thread(start: Callable[[], Any], count: int, timeout_s: float, l
     return _Outcome(values, timed_out=time.monotonic() - began > timeout_s)
 
 
-def _prepared(function: RewardFunction, batch: ScoringBatch) -> Callable[[], Any]:
+def _prepared(
+    function: RewardFunction, batch: ScoringBatch, state: TrainerState, log: CallLog
+) -> Callable[[], Any]:
     """The call with the arguments that the function accepts, each a copy of its own."""
-    offered = {
+    offered: dict[str, Any] = {
         **batch.columns,
         "prompts": batch.prompts,
         "completions": batch.completions,
         "completion_ids": batch.completion_ids,
+        "trainer_state": state,
+        "log_extra": log.log_extra,
+        "log_metric": log.log_metric,
     }
     arguments = {
         name: [list(ids) for ids in values] if name == "completion_ids" else _copied(values)
@@ -311,7 +344,7 @@ def _column(function: RewardFunction, outcome: _Outcome, batch: ScoringBatch, st
     error = outcome.error
     if isinstance(error, PASSED_ON):
         raise error
-    if outcome.values is not None and not outcome.timed_out:
+    if outcome.succeeded and outcome.values is not None:
         return outcome.values
     index = 0
     if outcome.timed_out:

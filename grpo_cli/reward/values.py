@@ -45,15 +45,19 @@ def checked_values(result: Any, count: int) -> list[float]:
     return [math.nan if value is None else _number(value, index) for index, value in enumerate(listed)]
 
 
+def is_real(value: Any) -> bool:
+    """Whether a value is one real number, of whatever library."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__") or tuple(getattr(value, "shape", ())):
+        return False
+    if isinstance(value, Complex) and not isinstance(value, Real):
+        return False
+    return not isinstance(value, np.generic) or value.dtype.kind in "biuf"
+
+
 def _number(value: Any, index: int) -> float:
     """A finite real number as a float; anything else is Unusable."""
-    shape = tuple(getattr(value, "shape", ()))
-    scalar = not isinstance(value, str | bytes) and hasattr(value, "__float__") and not shape
-    if isinstance(value, Complex) and not isinstance(value, Real):
-        scalar = False
-    if isinstance(value, np.generic) and value.dtype.kind not in "biuf":
-        scalar = False
-    if not scalar:
+    if not is_real(value):
+        shape = tuple(getattr(value, "shape", ()))
         kind = f"a {type(value).__name__}" + (f" of shape {shape}" if shape else "")
         raise Unusable(f"value {index} is {kind}, not a number: {shortened(value)}", index)
     try:

@@ -7,7 +7,7 @@ timing. All others are called once with everything, on the calling thread, when 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from functools import partial
 from queue import SimpleQueue
@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grpo_cli.reward.scorer import Scorer
+from grpo_cli.reward.hooks import NO_RUN, Logged, TrainerState
+from grpo_cli.reward.scorer import Scored, Scorer
 from grpo_cli.rollout.rollout import Rollout
 
 if TYPE_CHECKING:
     from grpo_cli.distributed.ranks import Ranks
 
-Jobs = SimpleQueue[tuple[Future[np.ndarray], Callable[[], np.ndarray]] | None]
+Jobs = SimpleQueue[tuple[Future[Scored], Callable[[], Scored]] | None]
 
 
 class BackgroundScorer:
@@ -54,19 +55,24 @@ class BackgroundScorer:
                     Thread(target=_work, args=(jobs,), daemon=True, name=f"reward {function.name}").start()
                     weakref.finalize(self, jobs.put, None)
 
-    def begin(self, step: int) -> RolloutScores:
-        """Start on a rollout; `step` is for messages."""
-        return RolloutScores(self, step)
+    def begin(self, step: int, state: TrainerState = NO_RUN) -> RolloutScores:
+        """Start on a rollout; `step` is for messages, `state` is what functions are told of the run."""
+        return RolloutScores(self, step, state)
 
 
 class RolloutScores:
     """The rewards of one rollout on their way. A context: an error in it drops the calls that have not started."""
 
-    def __init__(self, background: BackgroundScorer, step: int) -> None:
+    def __init__(self, background: BackgroundScorer, step: int, state: TrainerState) -> None:
+        self.logged: list[Logged] = []
+        """What functions have logged of this rollout's completions, all of it once there is a `result`."""
+        self.count = 0
+        """Completions of the rollout, once there is a `result`."""
         self._background = background
         self._step = step
+        self._state = state
         self._added: set[int] = set()
-        self._calls: dict[tuple[int, int], Future[np.ndarray]] = {}  # (G, 1) by prompt and column
+        self._calls: dict[tuple[int, int], Future[Scored]] = {}  # (G, 1) by prompt and column
 
     def __enter__(self) -> RolloutScores:
         return self
@@ -91,8 +97,8 @@ class RolloutScores:
         batch = group.scoring_batch()
         for k, jobs in self._background.jobs.items():
             scorer = self._background.scorer.only([k])
-            self._calls[index, k] = call = Future[np.ndarray]()
-            jobs.put((call, partial(scorer.score, batch, step=self._step)))
+            self._calls[index, k] = call = Future[Scored]()
+            jobs.put((call, partial(scorer.score_and_log, batch, step=self._step, state=self._state)))
 
     def result(self, rollout: Rollout) -> np.ndarray:
         """Call the functions without workers, and wait for the others.
@@ -110,6 +116,7 @@ class RolloutScores:
             RewardError: a reward function failed.
         """
         ranks, scorer, size = self._background.ranks, self._background.scorer, rollout.num_generations
+        self.count = len(rollout.completions)
         there = [index for index in range(len(rollout.prompts)) if not rollout.is_lost(index)]
         own = [index for index in there if ranks.owns(index)]
         shared = self._background.shared
@@ -124,38 +131,51 @@ class RolloutScores:
                     self.add(index, rollout.group(index))
             if at_once:
                 together = ranks.led(lambda: self._at_once(whole, at_once))
-                scores[np.ix_(there, range(size), at_once)] = together.reshape(len(there), size, -1)
+                scores[np.ix_(there, range(size), at_once)] = together.rewards.reshape(len(there), size, -1)
+                self.logged += [call.at(places_of(there, size)) for call in together.logged]
             parts = ranks.together(lambda: self._own_scores(rollout, own)) if shared else []
             for rank, part in enumerate(parts):
                 of_rank = [index for index in there if index % len(parts) == rank]
-                scores[np.ix_(of_rank, range(size), shared)] = part[:, :, shared]
+                scores[np.ix_(of_rank, range(size), shared)] = part.rewards.reshape(
+                    len(of_rank), size, len(shared)
+                )
+                self.logged += [call.at(places_of(of_rank, size)) for call in part.logged]
         return scores.reshape(len(rollout.completions), -1)
 
-    def _at_once(self, rollout: Rollout, columns: Sequence[int]) -> np.ndarray:
-        """(N, K) of these functions, which see everything."""
+    def _at_once(self, rollout: Rollout, columns: Sequence[int]) -> Scored:
+        """What these functions say, which see everything."""
         self._raise_failures()
-        return self._background.scorer.only(columns).score(rollout.scoring_batch(), step=self._step)
+        scorer = self._background.scorer.only(columns)
+        return scorer.score_and_log(rollout.scoring_batch(), step=self._step, state=self._state)
 
-    def _own_scores(self, rollout: Rollout, own: Sequence[int]) -> np.ndarray:
-        """(P, G, K) of this rank's groups, by functions that share the work."""
-        scorer, size = self._background.scorer, rollout.num_generations
-        at_hand = [k for k in self._background.shared if not scorer.functions[k].workers]
-        scores = np.full((len(own), size, len(scorer.functions)), np.nan)
+    def _own_scores(self, rollout: Rollout, own: Sequence[int]) -> Scored:
+        """What the functions that share the work say to this rank's groups."""
+        scorer, size, shared = self._background.scorer, rollout.num_generations, self._background.shared
+        at_hand = [k for k in shared if not scorer.functions[k].workers]
+        scores, logged = np.full((len(own), size, len(scorer.functions)), np.nan), []
         if own and at_hand:
             batch = Rollout.joined([rollout.group(index) for index in own]).scoring_batch()
-            together = scorer.only(at_hand).score(batch, step=self._step)
-            scores[:, :, at_hand] = together.reshape(len(own), size, -1)
+            together = scorer.only(at_hand).score_and_log(batch, step=self._step, state=self._state)
+            scores[:, :, at_hand] = together.rewards.reshape(len(own), size, -1)
+            logged += together.logged
         wait(self._calls.values(), return_when=FIRST_EXCEPTION)
         self._raise_failures()
         places = {index: place for place, index in enumerate(own)}
         for (index, k), call in self._calls.items():
-            scores[places[index], :, k] = call.result()[:, 0]
-        return scores
+            of_group = call.result()
+            scores[places[index], :, k] = of_group.rewards[:, 0]
+            logged += [one.at(places_of([places[index]], size)) for one in of_group.logged]
+        return Scored(scores[:, :, shared].reshape(len(own) * size, len(shared)), logged)
 
     def _raise_failures(self) -> None:
         for call in self._calls.values():
             if call.done():
                 call.result()
+
+
+def places_of(groups: Iterable[int], size: int) -> list[int]:
+    """Where the completions of some groups of that size stand among all."""
+    return [index * size + sample for index in groups for sample in range(size)]
 
 
 def _work(jobs: Jobs) -> None:

@@ -169,7 +169,9 @@ def _train(rollouts: Rollouts, learner: Learner, recorder: Recorder) -> TrainRes
         for title, rollout in (("before training", before), ("after training", after)):
             if rollout is not None and learner.ranks.is_main:
                 scorer = rollouts.scorer
-                scores = torch.from_numpy(scorer.score(rollout.scoring_batch(), step=recorder.position.step))
+                step = recorder.position.step
+                scored = scorer.score(rollout.scoring_batch(), step=step, state=rollouts.state(step))
+                scores = torch.from_numpy(scored)
                 display.completions(title, rollout, scorer.names, scores)
     history = recorder.history()
     _say_how_it_went(recorder, history, final)

@@ -11,6 +11,7 @@ from grpo_cli.algorithm.advantages import weighted_sum
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.episode.environments import seconds_of_environments
 from grpo_cli.record.metrics import Metrics
+from grpo_cli.reward.hooks import NO_RUN, Logged, TrainerState, logged_metrics
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, RolloutEngine
 from grpo_cli.rollout.rollout import generate_rollout
@@ -34,6 +35,7 @@ def evaluate(
     prompts_per_batch: int,
     pass_at: Sequence[int] = (),
     pass_reward: float = PASS_REWARD,
+    state: TrainerState = NO_RUN,
 ) -> Metrics:
     """Generate and score completions for every prompt.
 
@@ -47,20 +49,23 @@ def evaluate(
         prompts_per_batch: prompts that are generated at once.
         pass_at: the k of pass@k; 1 and `num_generations` if empty.
         pass_reward: least weighted reward of a correct completion.
+        state: what reward functions are told of the run.
 
     Returns:
-        Metrics named as in training, with `eval_` before them, and `eval_pass@k`.
+        Metrics named as in training, those of reward functions too, with `eval_` before them, and `eval_pass@k`.
     """
     rewards: list[torch.Tensor] = []
+    logged: list[Logged] = []
     completions: list[Completion] = []
     scorer = background.scorer
     for start in range(0, len(dataset), prompts_per_batch):
         prompts = [dataset[i] for i in range(start, min(start + prompts_per_batch, len(dataset)))]
-        with background.begin(step) as scores:
+        with background.begin(step, state) as scores:
             rollout = generate_rollout(
                 engine, prompts, (seed, EVAL_STREAM), num_generations, first=start, on_group=scores.add
             )
             rewards.append(torch.from_numpy(scores.result(rollout)))
+        logged += scores.logged
         completions.extend(rollout.completions)
     all_rewards = torch.cat(rewards)  # (N, K)
     metrics = reward_metrics(all_rewards, scorer.names, scorer.weights, num_generations)
@@ -69,6 +74,7 @@ def evaluate(
     total = weighted_sum(all_rewards, scorer.weights).view(-1, num_generations)  # (P, G)
     for k in pass_at or sorted({1, num_generations}):
         metrics[f"pass@{k}"] = pass_at_k(total, k, pass_reward)
+    metrics |= logged_metrics(logged)
     return {f"eval_{name}": value for name, value in metrics.items()}
 
 

@@ -79,7 +79,8 @@ def recipe_with_objects(
                     "process; remove isolate, or name it in the recipe as module:function"
                 )
         values["rewards"] = [
-            {**(entry if isinstance(entry, dict) else {}), "path": path_of(function), "params": {}, "model": None}
+            {**own_name(function), **(entry if isinstance(entry, dict) else {}), "path": path_of(function)}
+            | {"params": {}, "model": None}
             for entry, function in zip(settings, objects.rewards, strict=True)
         ]
     return validate(raw)
@@ -111,6 +112,12 @@ def _check_engine(engine: Engine, values: Mapping[str, Any]) -> None:
     named = [key for key in ("engine", "server", "vllm", "replay") if (values.get("generation") or {}).get(key)]
     if named:
         raise UserError(f"generation.{named[0]}: an engine object was given, so it would not be used; remove it")
+
+
+def own_name(function: Callable[..., Any]) -> dict[str, str]:
+    """The `name` that an object has given itself, as those of TRL's reward functions that have parameters do."""
+    name = getattr(function, "__name__", None)
+    return {"name": name} if isinstance(name, str) and not hasattr(function, "__qualname__") else {}
 
 
 def path_of(function: Callable[..., Any]) -> str:

@@ -60,6 +60,7 @@ class Recorder:
         self.folder = folder_of(recipe)
         self.max_steps = rollouts.max_steps
         self.clock = rollouts.clock
+        self._rollouts = rollouts
         self.display = display
         self.position = Position()
         self.resumed_from: Path | None = None
@@ -94,6 +95,7 @@ class Recorder:
         if self.resumed_from is not None:
             self._ranks.led(partial(check_record, self.resumed_from, self.folder / METRICS, self.display.note))
             self.position = load_checkpoint(self.resumed_from, learner)
+            self._rollouts.num_tokens = self.position.num_tokens
         if self._ranks.is_main:
             steps_done = self._synced_steps = self.position.step
             remove_completions_after(self.folder, steps_done)
@@ -170,6 +172,7 @@ class Recorder:
         """
         num_tokens = data.rollout.num_tokens()
         self.position = self.position.advance(num_tokens)
+        self._rollouts.num_tokens = self.position.num_tokens
         step = self.state.step = self.position.step
         numbers = {"step": step, "epoch": data.epoch, "num_tokens": self.position.num_tokens}
         of_step = learner.take_metrics() | data.metrics
@@ -179,7 +182,7 @@ class Recorder:
             texts = [self._token_texts(one.token_ids) for one in data.rollout.completions]
             save_completions(
                 self.folder, step, data.rollout, self._reward_names, data.rewards, data.advantages,
-                token_texts=texts, policy_logprobs=policy_logprobs,
+                extras=data.extras, token_texts=texts, policy_logprobs=policy_logprobs,
             )  # fmt: skip
         self.notify("on_step_end")
         is_last = step == self.max_steps or self.state.stop

@@ -6,8 +6,9 @@ the same completions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -17,11 +18,13 @@ from grpo_cli.algorithm.losses import groups_to_forward
 from grpo_cli.algorithm.packing import Group
 from grpo_cli.data.prompts import PromptDataset
 from grpo_cli.data.sampler import PromptSampler
+from grpo_cli.distributed.environment import placement
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.episode.environments import seconds_of_environments
 from grpo_cli.errors import RunError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.record.metrics import Metrics
+from grpo_cli.reward.hooks import Logged, TrainerState, extra_columns, logged_metrics, state_of_run
 from grpo_cli.reward.scorer import Scorer
 from grpo_cli.rollout.background import BackgroundScorer, RolloutScores
 from grpo_cli.rollout.engine import RolloutEngine
@@ -54,7 +57,18 @@ class SampledGroups:
     """The groups that the step trains on."""
     rewards: Callable[[], torch.Tensor]
     """Completes the (N, K) rewards."""
+    rounds: list[RolloutScores]
+    """In the order of the groups; what reward functions have logged is there once the rewards are."""
     metrics: Metrics
+
+    def logged(self) -> list[Logged]:
+        """What reward functions have logged of all completions."""
+        logged: list[Logged] = []
+        first = 0
+        for part in self.rounds:
+            logged += [call.at(range(first, first + part.count)) for call in part.logged]
+            first += part.count
+        return logged
 
 
 @dataclass
@@ -74,6 +88,8 @@ class Rollouts:
     eval_dataset: PromptDataset | None
     sampler: PromptSampler
     clock: StepClock = field(default_factory=StepClock)
+    num_tokens: int = 0
+    """Of the steps done, as the recorder counts them."""
 
     def __post_init__(self) -> None:
         # Rank 0 speaks with the servers, so it plays all episodes; an engine of a caller's own is each rank's.
@@ -92,6 +108,15 @@ class Rollouts:
     @property
     def group_size(self) -> int:
         return self.recipe.generation.num_generations
+
+    def state(self, step: int) -> TrainerState:
+        """What reward functions on this rank are told of the run after `step` steps."""
+        return replace(
+            state_of_run(self.recipe, len(self.dataset), step),
+            num_input_tokens_seen=self.num_tokens,
+            is_local_process_zero=placement(os.environ).local_rank == 0,
+            is_world_process_zero=self.ranks.is_main,
+        )
 
     def collect(self, step: int, reference: ReferenceScorer) -> StepData:
         """Generate the groups of a step with the policy's present weights, score them and compare them.
@@ -115,6 +140,7 @@ class Rollouts:
             ref_logprobs = reference.reference_logprobs([packed[i] for i in kept if needed[i]], mask.shape)
         with self.clock("reward"):
             rewards = groups.rewards()  # (N, K)
+        logged = groups.logged()
         advantages = self._advantages(rewards, kept)  # (N,)
         forwarded = groups_to_forward(advantages, trained, self.group_size, loss)  # (P,)
         metrics = groups.metrics | completion_metrics(rollout.completions)
@@ -123,7 +149,7 @@ class Rollouts:
         metrics["frac_groups_skipped"] = 1 - forwarded[kept].sum().item() / len(packed)
         metrics["sync/bytes"] = sync_bytes
         metrics |= reward_metrics(rewards, self.scorer.names, self.scorer.weights, self.group_size)
-        metrics |= seconds_of_environments(self.scorer.functions)
+        metrics |= seconds_of_environments(self.scorer.functions) | logged_metrics(logged)
         epoch = self.sampler.epoch(step + 1)
         return StepData(
             step,
@@ -138,6 +164,7 @@ class Rollouts:
             forwarded,
             epoch,
             metrics,
+            extra_columns(logged, self.scorer.names, len(rewards)),
         )
 
     def _sample(self, step: int) -> SampledGroups:
@@ -151,24 +178,24 @@ class Rollouts:
         rollout, scores = self._generate(step, self.sampler.at(step), first=0)
         if not drop:
             kept = [index for index in range(wanted) if not rollout.is_lost(index)]
-            return SampledGroups(rollout, kept, lambda: torch.from_numpy(scores.result(rollout)), {})
+            return SampledGroups(rollout, kept, lambda: torch.from_numpy(scores.result(rollout)), [scores], {})
         rewards = self._wait(scores, rollout)
         kept = self._with_spread(rewards)
-        rounds = 0
-        while drop == "resample" and len(kept) < wanted and rounds < MAX_RESAMPLE_ROUNDS:
-            rounds += 1
+        rounds = [scores]
+        while drop == "resample" and len(kept) < wanted and len(rounds) <= MAX_RESAMPLE_ROUNDS:
             first = len(rollout.prompts)
             indices = self.sampler.further(step, first - wanted, wanted - len(kept))
             more, scores = self._generate(step, indices, first=first)
             rewards = torch.cat([rewards, self._wait(scores, more)])
+            rounds.append(scores)
             rollout = Rollout.joined([rollout, more])
             kept = self._with_spread(rewards)
-        counts = {"resample/rounds": rounds, "resample/generated_groups": len(rollout.prompts)}
-        return SampledGroups(rollout, kept, lambda: rewards, dict(counts) if drop == "resample" else {})
+        counts = {"resample/rounds": len(rounds) - 1, "resample/generated_groups": len(rollout.prompts)}
+        return SampledGroups(rollout, kept, lambda: rewards, rounds, dict(counts) if drop == "resample" else {})
 
     def _generate(self, step: int, indices: Sequence[int], first: int) -> tuple[Rollout, RolloutScores]:
         key = (self.recipe.train.seed, TRAIN_STREAM, step)
-        with self.clock("generate"), self._background.begin(step + 1) as scores:
+        with self.clock("generate"), self._background.begin(step + 1, self.state(step)) as scores:
             prompts = [self.dataset[index] for index in indices]
             rollout = generate_rollout(
                 self.engine, prompts, key, self.group_size, first=first, on_group=scores.add
@@ -212,6 +239,7 @@ class Rollouts:
             prompts_per_batch=self.recipe.train.prompts_per_step,
             pass_at=pass_at,
             pass_reward=pass_reward,
+            state=self.state(step),
         )
         self.engine.release_memory()
         return metrics

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from grpo_cli.algorithm.packing import Pack
 from grpo_cli.algorithm.transfer import to_device
 from grpo_cli.record.metrics import Metrics
+from grpo_cli.reward.hooks import Plain
 from grpo_cli.rollout.rollout import Rollout
 
 
@@ -38,6 +39,8 @@ class StepData:
     epoch: float
     """Passes over the prompts after this step."""
     metrics: Metrics
+    extras: dict[str, list[Plain]]
+    """What reward functions have logged of the N completions, by column."""
 
     @property
     def row_advantages(self) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from grpo_cli.record.completions import (
     EARLIER_ROW,
+    EXTRA_COLUMN,
     POLICY_LOGPROBS,
     REWARD_COLUMN,
     ROW_COLUMNS,
@@ -20,6 +21,7 @@ from grpo_cli.record.completions import (
     TOKEN_TEXTS,
     completions_file,
 )
+from grpo_cli.reward.hooks import Plain, as_text
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.disk import writing
@@ -40,6 +42,7 @@ def save_completions(
     rewards: Any,
     advantages: Any,
     *,
+    extras: Mapping[str, Sequence[Plain]],
     token_texts: Sequence[Sequence[str]],
     policy_logprobs: Any,
 ) -> None:
@@ -54,6 +57,7 @@ def save_completions(
         names: of the K reward functions.
         rewards: (N, K).
         advantages: (N,).
+        extras: what reward functions have logged, by column N values.
         token_texts: of the N completions' own tokens.
         policy_logprobs: (R, T) when they were trained on last, NaN where they were not.
     """
@@ -68,6 +72,7 @@ def save_completions(
         "advantage": advantages.tolist(),
     }
     columns |= {REWARD_COLUMN.format(name=name): rewards[:, index].tolist() for index, name in enumerate(names)}
+    columns |= {EXTRA_COLUMN.format(name=name): _of_one_type(values) for name, values in extras.items()}
     for name, (key, kind) in ROW_COLUMNS.items():
         columns[name] = pa.array([vars(row)[key] for row in last], kind)
     columns[TOKEN_TEXTS] = pa.array(token_texts, pa.list_(pa.string()))
@@ -85,6 +90,15 @@ def save_completions(
     path.parent.mkdir(exist_ok=True)
     with writing(path):
         pq.write_table(pa.table(columns), path, compression="zstd", write_page_checksum=True)
+
+
+def _of_one_type(values: Sequence[Plain]) -> Sequence[Plain]:
+    """Values as a table can hold them: numbers of two kinds as floats, any other mixture as text."""
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) < 2:
+        return values
+    make = float if kinds == {int, float} else as_text
+    return [None if value is None else make(value) for value in values]
 
 
 def _as_text(completion: Completion) -> str:

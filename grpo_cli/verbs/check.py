@@ -23,6 +23,7 @@ from grpo_cli.plugins import load_object
 from grpo_cli.policy.files import check_gguf, locate_gguf, read_chat_template
 from grpo_cli.recipe.schema import GenerationConfig, ModelConfig, Recipe
 from grpo_cli.recipe.unused import unused_settings
+from grpo_cli.reward.hooks import state_of_run
 from grpo_cli.reward.registry import check_columns, resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 from grpo_cli.rollout.replay import check_stored
@@ -60,7 +61,8 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
         if cast.kinds and not environments:  # there is nothing that these could look at
             scorer = Scorer([one for one in scorer.functions if not one.asks_for_environments])
         try:
-            scores = scorer.score(sample_batch(rows, environments), step=0)
+            state = state_of_run(recipe, len(rows))
+            scores = scorer.score(sample_batch(rows, environments), step=0, state=state)
         except RewardError as error:
             raise UserError(f"on a sample row of the data: {error}") from error
     if recipe.loss.is_function:

@@ -43,7 +43,7 @@ def _sample(rollouts: Rollouts, num_prompts: int, console: Console) -> None:
     rollouts.engine.update_weights(0)
     key = (rollouts.recipe.train.seed, TRAIN_STREAM, 0)
     rollout = generate_rollout(rollouts.engine, prompts, key, size)
-    scores = scorer.score(rollout.scoring_batch(), step=0)  # (N, K)
+    scores = scorer.score(rollout.scoring_batch(), step=0, state=rollouts.state(0))  # (N, K)
     for index, prompt in enumerate(prompts):
         table = Table(title=ending(prompt.content), show_lines=True, title_justify="left")
         for column in ("completion", "tokens", *scorer.names):

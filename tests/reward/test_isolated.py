@@ -16,6 +16,7 @@ import grpo_cli
 from grpo_cli.errors import UserError
 from grpo_cli.recipe.schema import RewardConfig
 from grpo_cli.reward import isolated, registry
+from grpo_cli.reward.hooks import TrainerState, extra_columns, logged_metrics
 from grpo_cli.reward.registry import resolve_rewards
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 
@@ -82,6 +83,27 @@ class Bad:
 
 def wrong(completions, **_):
     return ["three"] * len(completions)
+
+def logs(completions, trainer_state, log_extra, log_metric):
+    log_extra("text", completions)
+    log_extra("mixed", [1, "two", None, {"three": 3.5}][:len(completions)])
+    log_metric("length", sum(map(len, completions)) / len(completions))
+    log_metric("odd", float("nan"))
+    return [trainer_state.global_step] * len(completions)
+
+async def logs_later(completions, **hooks):
+    await asyncio.sleep(0)
+    hooks["log_metric"]("later", 2)
+    return [hooks["trainer_state"].max_steps] * len(completions)
+
+def logs_too_few(completions, log_extra):
+    log_extra("few", completions[1:])
+
+def logs_ours(completions, log_metric):
+    log_metric("kl", 1.0)
+
+def counts(prompts):
+    return [float(len(prompts))] * len(prompts)
 
 def changes(completions, prompts, **_):
     completions[0] = "changed"
@@ -267,6 +289,35 @@ def test_changed_arguments_stay_there(folder):
     Scorer([reward("changes")]).score(given, step=0)
     assert given.completions == ["a", "b"]
     assert given.prompts[0] == [{"role": "user", "content": "p"}]
+
+
+def test_what_is_logged_comes_back_and_the_state_goes_there(folder):
+    given, state = batch("a", "bcd", "e", "f"), TrainerState(global_step=3, max_steps=9)
+    functions = [reward("logs"), reward("logs_later")]
+    scored = Scorer(functions).score_and_log(given, step=4, state=state)
+    assert scored.rewards.tolist() == [[3.0, 9.0]] * 4
+    assert extra_columns(scored.logged, ["logs", "logs_later"], 4) == {
+        "mixed": [1, "two", None, '{"three": 3.5}'],
+        "text": ["a", "bcd", "e", "f"],
+    }
+    metrics = logged_metrics(scored.logged)
+    assert np.isnan(metrics.pop("odd"))
+    assert metrics == {"length": 1.5, "later": 2.0}
+
+
+def test_what_is_logged_wrongly_there_is_named_here(folder):
+    with pytest.raises(
+        RewardError, match="reward logs_too_few, step 4: log_extra of 'few' was given 1 values for 2"
+    ):
+        score(reward("logs_too_few"), "a", "b")
+    with pytest.raises(
+        RewardError, match="reward logs_ours, step 4: log_metric: 'kl' is a metric of the run's own"
+    ):
+        score(reward("logs_ours"), "a", "b")
+
+
+def test_a_function_that_takes_no_completions_is_called(folder):
+    assert score(reward("counts"), "a", "b") == [2.0, 2.0]
 
 
 def test_a_process_that_ends_while_it_waits_costs_no_call(folder):

@@ -19,6 +19,7 @@ import torch
 
 from grpo_cli.errors import StoppedEarly, UserError
 from grpo_cli.reward import scorer as scorer_module
+from grpo_cli.reward.hooks import NO_RUN
 from grpo_cli.reward.registry import RewardFunction, reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
 
@@ -97,6 +98,9 @@ def test_a_function_with_kwargs_gets_every_column() -> None:
         "completion_ids": given.completion_ids,
         "answer": [1, 2, 3],
         "level": ["a", "b", "c"],
+        "trainer_state": NO_RUN,
+        "log_extra": seen["log_extra"],
+        "log_metric": seen["log_metric"],
     }
 
 

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 
 from grpo_cli.data.prompts import Prompt
 from grpo_cli.distributed.ranks import Ranks
+from grpo_cli.reward.hooks import TrainerState, extra_columns, logged_metrics
 from grpo_cli.reward.registry import RewardFunction, reward_from_callable
-from grpo_cli.reward.scorer import RewardError, Scorer
+from grpo_cli.reward.scorer import RewardError, Scored, Scorer
 from grpo_cli.rollout.background import BackgroundScorer
 from grpo_cli.rollout.engine import Completion, OnGroup, SampleKey
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
@@ -126,6 +127,30 @@ def test_the_matrix_is_that_of_scoring_at_once_whatever_finishes_first(
     np.testing.assert_array_equal(result, Scorer(functions).score(whole.scoring_batch(), step=1))
 
 
+def noted(completions: list[str], log_extra: Any, log_metric: Any, trainer_state: TrainerState) -> list[float]:
+    """Logs of each completion what is its own, and a number that depends on how it is called."""
+    log_extra("text", completions)
+    log_extra("step", [trainer_state.global_step] * len(completions))
+    log_metric("last", float(completions[-1].replace("text", "").replace(" ", "")))
+    return [0.0] * len(completions)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(5)), st.integers(0, 5), st.integers(0, 3), st.booleans())
+def test_what_is_logged_lands_at_its_completion_whatever_finishes_first(
+    order: list[int], added: int, workers: int, is_timed: bool
+) -> None:
+    whole = rollout(5, 3)
+    function = reward(noted, workers=workers, timeout_s=PATIENCE_S if is_timed else None)
+    with background_of(reward(slowly), function).begin(1, TrainerState(global_step=7)) as scores:
+        for index in order[:added]:
+            scores.add(index, whole.group(index))
+        scores.result(whole)
+    texts = [completion.text for completion in whole.completions]
+    assert extra_columns(scores.logged, ["slowly", "noted"], scores.count) == {"step": [7] * 15, "text": texts}
+    assert logged_metrics(scores.logged) == {"last": pytest.approx((2 + 12 + 22 + 32 + 42) / 5 if workers else 42)}
+
+
 class OneOfMany(Ranks):
     """A rank that remembers what it gives, and gets what all have given."""
 
@@ -156,7 +181,7 @@ def test_groups_are_scored_by_their_ranks_and_what_sees_all_on_the_first(groups:
     ]
     others = [reward(Calls(), name=name) for name in "abc"]
     expected = Scorer([reward(centred), *others]).score(whole.scoring_batch(), step=1)
-    said: list[Any] = [np.zeros((len(range(rank, groups, 3)), 2, 4)) for rank in range(3)]
+    said: list[Any] = [Scored(np.zeros((len(range(rank, groups, 3)) * 2, 2)), []) for rank in range(3)]
     led: list[Any] = []
     for rank in range(3):
         for calls in (scored, model, at_once):
@@ -188,12 +213,41 @@ def test_environments_are_asked_on_the_rank_that_played_with_them(workers: int) 
 
         return replace(whole, completions=[seen(place, one) for place, one in enumerate(whole.completions)])
 
-    said: list[Any] = [np.zeros((len(range(rank, 5, 3)), 2, 1)) for rank in range(3)]
+    said: list[Any] = [Scored(np.zeros((len(range(rank, 5, 3)) * 2, 1)), []) for rank in range(3)]
     for rank in range(3):
         scorer = Scorer([reward(points, workers=workers)])
         with BackgroundScorer(scorer, OneOfMany(rank, said, [])).begin(1) as scores:
             result = scores.result(of_rank(rank))
     np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("lost", [None, 3])
+@pytest.mark.parametrize("kind", ["at once", "workers", "each alone"])
+def test_what_any_rank_has_logged_is_known_to_all(kind: str, lost: int | None) -> None:
+    groups = [rollout(5, 3).group(index) for index in range(5)]
+    if lost is not None:
+        gone = [replace(one, finish_reason="lost") for one in groups[lost].completions]
+        groups[lost] = replace(groups[lost], completions=gone)
+    whole = Rollout.joined(groups)
+
+    def function(completions: list[str], log_extra: Any, log_metric: Any, trainer_state: Any) -> list[float]:
+        return noted(completions, log_extra, log_metric, trainer_state)
+
+    function.scores_each_alone = kind == "each alone"  # type: ignore[attr-defined]
+    scorer = Scorer([reward(function, name="noted", workers=2 if kind == "workers" else 0)])
+    owned = [[index for index in range(rank, 5, 3) if index != lost] for rank in range(3)]
+    said: list[Any] = [Scored(np.zeros((3 * len(own), 1)), []) for own in owned]
+    led: list[Any] = []
+    for rank in (0, 1, 2, 0):  # the last one hears what all have said
+        with BackgroundScorer(scorer, OneOfMany(rank, said, led)).begin(1) as scores:
+            scores.result(whole)
+    texts: list[Any] = [completion.text for completion in whole.completions]
+    last = [10 * index + 2 for index in range(5) if index != lost]
+    if lost is not None:
+        texts[3 * lost : 3 * lost + 3] = [None] * 3
+    assert extra_columns(scores.logged, ["noted"], 15)["text"] == texts
+    if kind == "workers":
+        assert logged_metrics(scores.logged) == {"last": pytest.approx(sum(last) / len(last))}
 
 
 def test_without_workers_a_function_is_called_once_with_everything_on_the_calling_thread() -> None:

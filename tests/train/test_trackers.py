@@ -130,14 +130,17 @@ def rollout_of(contents: list[Any]) -> Rollout:
     return Rollout(prompts, completions, 2)
 
 
-def save(folder: Path, step: int, rollout: Rollout, names: list[str], rewards: Any, advantages: Any) -> None:
+def save(
+    folder: Path, step: int, rollout: Rollout, names: list[str], rewards: Any, advantages: Any, **extras: list[Any]
+) -> None:
     """Of each completion, only the first token was trained on."""
     policy_logprobs = torch.full((len(rollout.rows), 4), math.nan)
     policy_logprobs[:, 0] = -0.25
     texts = [["é"] * len(one.token_ids) for one in rollout.completions]
     save_completions(
-        folder, step, rollout, names, rewards, advantages, token_texts=texts, policy_logprobs=policy_logprobs
-    )
+        folder, step, rollout, names, rewards, advantages,
+        extras=extras, token_texts=texts, policy_logprobs=policy_logprobs,
+    )  # fmt: skip
 
 
 def test_completions_are_rows_with_their_rewards_and_advantages(tmp_path: Path) -> None:

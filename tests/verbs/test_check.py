@@ -18,7 +18,9 @@ from tests.conftest import tiny_llama
 REWARDS = """\
 import json
 
-def score(prompts, completions, completion_ids, answer, **columns):
+def score(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric, **columns):
+    log_extra("answer", answer)
+    log_metric("progress", trainer_state.global_step / trainer_state.max_steps)
     with open("calls.jsonl", "a") as file:
         call = {"prompts": prompts, "completions": completions, "answer": answer, "ids": completion_ids}
         file.write(json.dumps(call | columns) + "\\n")
