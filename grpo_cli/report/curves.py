@@ -36,6 +36,8 @@ class Change:
     last: float
     error: float
     """Standard error of the difference, steps taken as independent; infinite of a single step."""
+    last_error: float
+    """Standard error of `last` alone."""
     span: int
     """Steps at either end."""
 
@@ -76,7 +78,8 @@ def change(values: Sequence[float | None]) -> Change | None:
     first_mean, last_mean = mean(first), mean(last)
     assert first_mean is not None
     assert last_mean is not None
-    return Change(first_mean, last_mean, math.sqrt(_squared_error(first) + _squared_error(last)), span)
+    of_first, of_last = _squared_error(first), _squared_error(last)
+    return Change(first_mean, last_mean, math.sqrt(of_first + of_last), math.sqrt(of_last), span)
 
 
 def _squared_error(values: Sequence[float]) -> float:

@@ -19,6 +19,8 @@ from grpo_cli.errors import EXPECTED_ERRORS, ServerLost, ServerNeverReached, Sto
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.strategies import STRATEGIES
 from grpo_cli.record.metrics import mean_reward
+from grpo_cli.report.findings import WORTH_TELLING, find
+from grpo_cli.report.run import read_run
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.assemble import assemble, notes
 from grpo_cli.train.checkpoint import save_final
@@ -35,6 +37,9 @@ from grpo_cli.train.trackers import check_trackers
 
 SHOWCASE_STREAM = 2
 """The completions that are shown before and after training draw from this stream of random numbers."""
+
+MOST_FINDINGS = 3
+"""What looks wrong in a run, that its end tells of."""
 
 
 @dataclass(frozen=True)
@@ -188,6 +193,18 @@ def _say_how_it_went(recorder: Recorder, history: Sequence[dict[str, Any]], fina
     note(f"final model:  {final}")
     note(f"metrics:      {folder / 'metrics.jsonl'} (also: tensorboard --logdir {folder})")
     note(f"completions:  {folder / 'completions'}")
+    if history:
+        with recorder.display.noting():
+            _say_what_looks_wrong(recorder)
+
+
+def _say_what_looks_wrong(recorder: Recorder) -> None:
+    """A line for each of the worst findings that cost learning."""
+    worst = [one for one in find(read_run(recorder.folder)) if one.badness >= WORTH_TELLING][:MOST_FINDINGS]
+    for finding in worst:
+        recorder.display.note(f"looks wrong:  {finding.figure}")
+    if worst:
+        recorder.display.note(f"              what it means, and what to change: grpo report {recorder.folder}")
 
 
 def _showcase(rollouts: Rollouts, step: int) -> Rollout | None:

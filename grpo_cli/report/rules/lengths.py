@@ -13,25 +13,31 @@ from grpo_cli.report.run import Run
 MOST = 0.5
 """Share of completions cut off at the limit: below it the reward judges whole answers most of the time."""
 
+GAIN = 0.1
+"""By how much less of them than in the first steps: the policy is on its way to end by itself."""
+
 GROWTH = 1.5
 """Factor by which completions become longer before it is worth asking what for."""
 
 
 def truncated(run: Run) -> Finding | None:
     """Most completions are cut off at the limit."""
-    cut = latest(run.series("completions/clipped_ratio"))
+    shares = run.series("completions/clipped_ratio")
+    cut, ends = latest(shares), change(shares)
     if cut is None or cut < MOST:
         return None
+    learns_to_end = ends is not None and ends.last < ends.first - GAIN
     limit = run.recipe.generation.max_completion_tokens
     unlearned = (
         " They are also left out of the loss (loss.mask_truncated)." if run.recipe.loss.mask_truncated else ""
     )
     # Rewards of what is cut off can be learned, too: those of length or of style.
-    badness = 0.45 if has_learned(run) else 0.4 + 0.5 * min(cut, 1.0)
+    badness = 0.3 if learns_to_end else 0.45 if has_learned(run) else 0.4 + 0.5 * min(cut, 1.0)
     return Finding(
         "truncated",
         badness,
-        f"{cut:.0%} of the completions of the last steps were cut off at {limit} tokens. {_would_end(run, limit)}",
+        f"{cut:.0%} of the completions of the last steps were cut off at {limit} tokens "
+        f"({ends.first if ends else cut:.0%} in the first). {_would_end(run, limit)}",
         "The reward judges an answer that is not finished: what comes at its end does not count." + unlearned,
         f"Raise generation.max_completion_tokens from {limit} to {4 * limit}, and see with grpo sample RECIPE "
         "-n 4 "

@@ -7,13 +7,15 @@ from grpo_cli.report.finding import Finding
 from grpo_cli.report.rules.learning import has_learned
 from grpo_cli.report.run import Run
 
-COLLAPSED = 0.2
-"""Share of its first entropy under which a policy has hardly a choice left. Our runs that learned in 24 steps
-ended with 0.23."""
+COLLAPSED, SURE_OF_IT = 0.25, 0.1
+"""Share of its first entropy under which a policy has hardly a choice left; and under which that is too little
+even for one that has found out what is rewarded: the guessing game's keeps 0.23 while it learns."""
+
+ENOUGH = 5
+"""Steps after which an entropy is not that of a few odd prompts."""
 
 FAR = 1.0
-"""Nats a token: text of the policy is then e times likelier a token than under the reference, far from the 0.01 to
-0.2 that published runs keep."""
+"""Nats a token: what the policy says is then e times likelier, each token, than under the reference."""
 
 MUCH_CLIPPED = 0.3
 """Share of tokens without a gradient. Papers report under 0.01 for a ratio per token, and 0.15 for one per
@@ -28,21 +30,21 @@ MISMATCH = 0.05
 
 def entropy_collapse(run: Run) -> Finding | None:
     """The policy says the same whenever it is asked."""
-    entropy = change(run.series("entropy"))
-    if entropy is None or not entropy.fell or entropy.last > COLLAPSED * entropy.first:
+    _, entropies = run.points("entropy")
+    last, learned = latest(entropies), has_learned(run)
+    if len(entropies) < ENOUGH or last is None or not last < (SURE_OF_IT if learned else COLLAPSED) * entropies[0]:
         return None
     flat = latest(run.series("frac_reward_zero_std")) or 0.0
-    # A policy that has found the answer is sure of it, too.
-    badness = (0.55 if flat >= 0.5 else 0.4) if has_learned(run) else 0.85
     beta = run.recipe.loss.beta
     kl = "loss.beta is 0, so nothing held it near the first model, and how far it went was not measured"
     if beta:
         kl = f"the KL of weight loss.beta: {beta:g} did not hold it"
-    gained = "though the reward rose" if has_learned(run) else "and the reward did not rise"
+    gained = "though the reward rose" if learned else "and the reward did not rise"
     return Finding(
         "entropy_collapse",
-        badness,
-        f"The entropy fell {entropy} nats a token, {gained}; {flat:.0%} of the last groups have equal rewards.",
+        0.85 if not learned else 0.6 if flat >= 0.5 else 0.45,
+        f"The entropy fell from {entropies[0]:.3g} to {last:.2g} nats a token, {gained}; {flat:.0%} of the last "
+        "groups have equal rewards.",
         f"Without other completions to compare, nothing more is learned; {kl}.",
         "Set loss.entropy_coef: 0.001, "
         + (f"loss.beta: {4 * beta:g}" if beta else "loss.beta: 0.01")

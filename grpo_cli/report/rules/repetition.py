@@ -4,9 +4,10 @@ them."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from grpo_cli.record.completions import StoredCompletion
 from grpo_cli.report.finding import Finding
@@ -23,12 +24,13 @@ READ_CHARACTERS = 2000
 """Of a completion: those that are the same so far are alike."""
 
 ALIKE = 0.8
-"""Share of two texts' runs of four characters that both have, from which they count as the same. Two answers of
-the same form to different questions have about half in common, two texts on different things a tenth."""
+"""Share of two texts' pairs of neighbouring characters that both have, each as often as it is there, from which
+they count as the same, if their numbers are, too. Of the quickstart's first completions two have 0.17 in common at
+the median, and 0.50 at most."""
 
-COPIED = 0.8
-"""Share of a completion's runs of eight characters that its prompt has, from which it is a copy. A summary in its
-own words has a tenth or two."""
+COPIED, COPIED_RUN = 0.8, 8
+"""Share of a completion's runs of eight characters that its prompt has, from which it is a copy. Of the
+quickstart's first completions the median has 0.08."""
 
 SHORTEST_COPY = 12
 """Characters from which a text counts as a copy: shorter ones are names and numbers, which an answer has to
@@ -140,17 +142,17 @@ def shares(steps: Sequence[Sequence[Sequence[StoredCompletion]]]) -> Shares:
     """
     within, across, copies = _Count(), _Count(), _Count()
     for groups in steps:
-        said = [[_runs(_plain(one.text), 4) for one in group] for group in groups]
+        said = [[_Said.of(one.text) for one in group] for group in groups]
         prompts = [_prompt_text(group[0]) for group in groups if group]
         for group, texts, prompt in zip(groups, said, prompts, strict=False):
             for one, other in combinations(texts, 2):
-                within.add(_alike(one, other))
+                within.add(one.is_alike(other))
             for completion in group:
                 copies.add(_is_copy(_plain(completion.text), prompt), completion.text)
         for (place, texts), (other_place, others) in combinations(enumerate(said), 2):
             if prompts[place] != prompts[other_place]:
                 for completion, one, other in zip(groups[place], texts, others, strict=False):
-                    across.add(_alike(one, other), completion.text)
+                    across.add(one.is_alike(other), completion.text)
     return Shares(across.share, within.share, copies.share, across.example or copies.example)
 
 
@@ -183,17 +185,27 @@ def _prompt_text(completion: StoredCompletion) -> str:
     return re.sub(r"\s+", " ", said).strip().lower()
 
 
-def _runs(text: str, length: int) -> frozenset[str]:
-    """All runs of so many characters, of a shorter text that itself."""
-    return frozenset(text[place : place + length] for place in range(max(1, len(text) - length + 1)))
+@dataclass(frozen=True)
+class _Said:
+    """What two texts are compared by."""
 
+    pairs: Counter[str]
+    """Of neighbouring characters; of a single one that itself."""
+    numbers: list[str]
 
-def _alike(one: frozenset[str], other: frozenset[str]) -> bool:
-    return len(one & other) >= ALIKE * len(one | other)
+    @classmethod
+    def of(cls, text: str) -> _Said:
+        plain = _plain(text)
+        return cls(Counter(map("".join, pairwise(plain))) or Counter([plain]), re.findall(r"\d+", plain))
+
+    def is_alike(self, other: _Said) -> bool:
+        """Answers of one form to different questions differ in their numbers, if they have any."""
+        both, either = self.pairs & other.pairs, self.pairs | other.pairs
+        return self.numbers == other.numbers and both.total() >= ALIKE * either.total()
 
 
 def _is_copy(text: str, prompt: str) -> bool:
     if len(text) < SHORTEST_COPY:
         return False
-    runs = _runs(text, 8)
+    runs = [text[place : place + COPIED_RUN] for place in range(len(text) - COPIED_RUN + 1)]
     return sum(run in prompt for run in runs) >= COPIED * len(runs)
