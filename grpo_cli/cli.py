@@ -254,8 +254,18 @@ def main() -> None:
     try:
         app(prog_name="grpo")
     except EXPECTED_ERRORS as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_shown(error), err=True)
         sys.exit(exit_code(error))
+
+
+def _shown(error: Exception) -> str:
+    from grpo_cli.recipe.raw import RecipeError
+
+    if not isinstance(error, RecipeError):
+        return str(error)
+    from grpo_cli.recipe.links import with_links
+
+    return with_links(error)
 
 
 if __name__ == "__main__":
