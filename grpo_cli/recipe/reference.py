@@ -102,6 +102,16 @@ def choices_of(info: FieldInfo) -> list[str]:
     return [choice if isinstance(choice, str) else json.dumps(choice) for choice in choices]
 
 
+def values_of(info: FieldInfo) -> list[str]:
+    """Values that a shell can offer for a setting: its choices, or else its default if that needs no quotes."""
+    if info.annotation is bool:
+        return ["true", "false"]
+    if choices := choices_of(info):
+        return choices
+    written = info.default if isinstance(info.default, str) else json.dumps(info.default, default=str)
+    return [written] if re.fullmatch(r"[\w.:/+-]+", written) and not info.is_required() else []
+
+
 def _default(info: FieldInfo) -> str:
     if info.default is PydanticUndefined:
         return "required"
