@@ -14,6 +14,7 @@ import typer
 from grpo_cli.errors import EXPECTED_ERRORS, UserError
 from grpo_cli.launch.failures import exit_code, reported
 from grpo_cli.recipe.addresses import DEFAULT_PORT
+from grpo_cli.verbs.completion import complete_recipe, complete_setting
 from grpo_cli.verbs.init import STARTS
 from grpo_cli.verbs.init import init as write_files
 
@@ -22,18 +23,22 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Train language models with GRPO from a YAML recipe.",
 )
 
-recipe_app = typer.Typer(no_args_is_help=True, help="Look at recipes.")
+recipe_app = typer.Typer(no_args_is_help=True, help="Compare recipes.")
 app.add_typer(recipe_app, name="recipe")
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe.", autocompletion=complete_recipe)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.max_steps=3. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, such as train.max_steps=3. Repeatable.",
+        autocompletion=complete_setting,
+    ),
 ]
 
 
@@ -120,7 +125,12 @@ def serve(
 
 @app.command()
 def check(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE|RUN", help="YAML recipe, or the folder of a run.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|RUN", help="YAML recipe, or the folder of a run.", autocompletion=complete_recipe
+        ),
+    ],
     set_: Overrides = None,
     gpu_memory: Annotated[
         float | None,
@@ -235,8 +245,11 @@ def inspect(
 
 @recipe_app.command("diff")
 def recipe_diff(
-    before: Annotated[Path, typer.Argument(metavar="A", help="YAML recipe, or the folder of a run.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    before: Annotated[
+        Path,
+        typer.Argument(metavar="A", help="YAML recipe, or the folder of a run.", autocompletion=complete_recipe),
+    ],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Another one.", autocompletion=complete_recipe)],
 ) -> None:
     """Print what two recipes would do differently, defaults included, a line for each key."""
     from grpo_cli.verbs.recipe_diff import recipe_diff as find_differences
@@ -252,7 +265,13 @@ def recipe_diff(
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write to.")],
     start: Annotated[
-        str, typer.Option("--from", metavar="START", help=f"Starting point: {', '.join(STARTS)}.")
+        str,
+        typer.Option(
+            "--from",
+            metavar="START",
+            help=f"Starting point: {', '.join(STARTS)}.",
+            autocompletion=lambda: STARTS,
+        ),
     ] = STARTS[0],
 ) -> None:
     """Write a recipe and what it names to start from: rewards, prompts, tools or an environment."""
@@ -270,8 +289,18 @@ def main() -> None:
     try:
         app(prog_name="grpo")
     except EXPECTED_ERRORS as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_shown(error), err=True)
         sys.exit(exit_code(error))
+
+
+def _shown(error: Exception) -> str:
+    from grpo_cli.recipe.raw import RecipeError
+
+    if not isinstance(error, RecipeError):
+        return str(error)
+    from grpo_cli.recipe.links import with_links
+
+    return with_links(error)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from grpo_cli.recipe.contradictions import contradictions
-from grpo_cli.recipe.messages import describe
+from grpo_cli.recipe.messages import Problem, describe
 from grpo_cli.recipe.overrides import apply_override
 from grpo_cli.recipe.raw import KeyPath, RawRecipe, RecipeError, YamlDumper, key_path, read_yaml, readable
 from grpo_cli.recipe.schema import Recipe
@@ -73,7 +73,7 @@ def validate(raw: RawRecipe) -> Recipe:
     def position(key: KeyPath) -> int:
         return order.get(raw.place(key), len(raw.places))
 
-    problems: list[tuple[KeyPath, str]] = []
+    problems: list[Problem] = []
     count = 0
     recipe: Recipe | None
     try:
@@ -82,21 +82,25 @@ def validate(raw: RawRecipe) -> Recipe:
         details = sorted(error.errors(include_url=False), key=lambda detail: position(detail["loc"]))
         count = len(details)
         problems = [describe(detail) for detail in details[:MAX_PROBLEMS]]
-        recipe = _salvage(raw.values, [key for key, _ in problems]) if count <= MAX_PROBLEMS else None
+        recipe = _salvage(raw.values, [problem.key for problem in problems]) if count <= MAX_PROBLEMS else None
     if recipe is not None:
-        broken = {key for key, _ in problems}
+        broken = {problem.key for problem in problems}
         around = {key[:end] for key in broken for end in range(len(key))}
         for name, message in contradictions(recipe):
             key = key_path(name)
             if key not in around and not any(key[:end] in broken for end in range(len(key) + 1)):
-                problems.append((key, f"{name} {message}"))
+                problems.append(Problem(key, f"{name} {message}"))
     if recipe is None or problems:
-        problems.sort(key=lambda problem: position(problem[0]))
-        lines = list(dict.fromkeys(readable(f"{raw.place(key)}: {message}") for key, message in problems))
+        problems.sort(key=lambda problem: position(problem.key))
+        lines = {
+            readable(f"{raw.place(one.key)}: {one.message}"): one.key if one.about is None else one.about
+            for one in problems
+        }
         more = max(count, len(lines)) - MAX_PROBLEMS
+        shown = [*lines][:MAX_PROBLEMS]
         if more > 0:
-            lines[MAX_PROBLEMS:] = [f"{raw.source}: {more} further problems"]
-        raise RecipeError("\n".join(lines))
+            shown.append(f"{raw.source}: {more} further problems")
+        raise RecipeError("\n".join(shown), [*lines.values()][:MAX_PROBLEMS])
     return recipe
 
 

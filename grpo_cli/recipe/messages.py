@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from grpo_cli.recipe.episode import ONE, SEVERAL
-from grpo_cli.recipe.raw import KeyPath, dotted, readable
+from grpo_cli.recipe.raw import KeyPath, dotted, key_path, readable
 from grpo_cli.recipe.schema import Recipe
 
 TYPES = {
@@ -28,12 +30,21 @@ MAX_SHOWN = 200
 """Characters of a wrong value that a message repeats."""
 
 
-def describe(detail: Any) -> tuple[KeyPath, str]:
-    """One entry of pydantic's `ValidationError.errors()` as (key path, message)."""
+@dataclass(frozen=True)
+class Problem:
+    key: KeyPath
+    """Where it stands."""
+    message: str
+    about: KeyPath | None = None
+    """The key whose explanation helps, if that is not `key`; () if there is none."""
+
+
+def describe(detail: Any) -> Problem:
+    """One entry of pydantic's `ValidationError.errors()`."""
     key: KeyPath = detail["loc"]
     if "target_modules" in key[:-1]:  # of a union pydantic reports each branch: (..., "list[str]", 0)
         key = key[: key.index("target_modules") + 1]
-        return key, f"{dotted(key)} must be a string or a list of strings"
+        return Problem(key, f"{dotted(key)} must be a string or a list of strings")
     key = tuple(part for part in key if part not in (ONE, SEVERAL))
     name, given = dotted(key), detail["input"]
     context = detail.get("ctx", {})
@@ -41,26 +52,26 @@ def describe(detail: Any) -> tuple[KeyPath, str]:
         case "extra_forbidden":
             suggestion = _nearest_key(key)
             hint = f"did you mean {suggestion}?" if suggestion else _choices(key)
-            return key, f"{name} is not a setting; {hint}"
+            return Problem(key, f"{name} is not a setting; {hint}", key_path(suggestion) if suggestion else ())
         case "invalid_key":
-            return (*key[:-1], str(key[-1])), f"{name} is not a setting; keys are words"
+            return Problem((*key[:-1], str(key[-1])), f"{name} is not a setting; keys are words", ())
         case "missing":
-            return key, f"{name} is missing"
+            return Problem(key, f"{name} is missing")
         case "literal_error":
             choices = context["expected"].replace("False", "false").replace("True", "true")  # as YAML writes them
-            return key, f"{name} is {_shown(given)}; it must be one of {choices}"
+            return Problem(key, f"{name} is {_shown(given)}; it must be one of {choices}")
         case "model_type":
-            return key, f"{name} must be a section with keys of its own, not {_kind(given)}"
+            return Problem(key, f"{name} must be a section with keys of its own, not {_kind(given)}")
         case kind if kind.endswith("_type"):
             expected = TYPES.get(kind, detail["msg"].removeprefix("Input should be "))
-            return key, f"{name} must be {expected}, not {_kind(given)}"
+            return Problem(key, f"{name} must be {expected}, not {_kind(given)}")
         case "too_short":
             count, least = context["actual_length"], context["min_length"]
-            return key, f"{name} has {count} entries; it needs at least {least}"
+            return Problem(key, f"{name} has {count} entries; it needs at least {least}")
         case "too_long":
-            return key, f"{name} has more than {context['max_length']} entries"
+            return Problem(key, f"{name} has more than {context['max_length']} entries")
     message = re.sub(r"^(Input|String|List|Value error,)( should)?", "", detail["msg"]).strip()
-    return key, f"{name} is {_shown(given)}; it should {message}"
+    return Problem(key, f"{name} is {_shown(given)}; it should {message}")
 
 
 def _choices(key: KeyPath) -> str:
@@ -111,14 +122,19 @@ def _nearest_key(key: KeyPath) -> str | None:
     return None
 
 
-def all_keys(model: type[BaseModel] = Recipe, prefix: KeyPath = ()) -> Iterator[KeyPath]:
+def all_keys() -> Iterator[KeyPath]:
     """Every key path of the schema; items of a list of sections stand under index 0."""
+    return (key for key, _ in all_fields())
+
+
+def all_fields(model: type[BaseModel] = Recipe, prefix: KeyPath = ()) -> Iterator[tuple[KeyPath, FieldInfo]]:
+    """Every key path of the schema, as `all_keys`, and what is declared for it."""
     for name, info in model.model_fields.items():
         key = (*prefix, name)
-        yield key
+        yield key, info
         if (found := section_of(info.annotation)) is not None:
             section, is_list = found
-            yield from all_keys(section, (*key, 0) if is_list else key)
+            yield from all_fields(section, (*key, 0) if is_list else key)
 
 
 def section_of(annotation: Any, is_list: bool = False) -> tuple[type[BaseModel], bool] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,16 @@ KeyPath = tuple[str | int, ...]
 
 
 class RecipeError(UserError):
-    """A recipe that cannot be used; the message has a line for each problem."""
+    """A recipe that cannot be used; the message has a line for each problem.
+
+    Args:
+        message: lines.
+        about: for each line, from the first, the key whose explanation helps; () where there is none.
+    """
+
+    def __init__(self, message: str, about: Sequence[KeyPath] = ()) -> None:
+        super().__init__(message)
+        self.about = about
 
 
 MAX_BYTES = 512 * 1024
