@@ -271,3 +271,14 @@ def test_the_arguments_cannot_be_set_in_a_recipe() -> None:
     config = RewardConfig(path="tests.reward.test_hooks:shape", params={"log_metric": 1})
     with pytest.raises(UserError, match="log_metric cannot be in params: every call is given its own"):
         resolve_reward(config, "rewards.0")
+
+
+def test_a_function_that_looks_at_environments_logs_too() -> None:
+    def points(environments, trainer_state, log_extra):
+        log_extra("points", environments)
+        return [float(one + trainer_state.global_step) for one in environments]
+
+    played = replace(batch(2), environments=[5, 6])
+    scored = Scorer([reward_from_callable(points)]).score_and_log(played, step=4, state=STATE)
+    assert scored.rewards.tolist() == [[8.0], [9.0]]
+    assert columns_of(scored, "points") == {"points": [5, 6]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import sys
@@ -21,6 +22,8 @@ from grpo_cli.record.completions import completions_file, read_completions
 from grpo_cli.record.metrics import METRICS, TIMES, is_own_metric, read_metrics
 from grpo_cli.reward.registry import reward_from_callable
 from grpo_cli.reward.scorer import RewardError, Scorer, ScoringBatch
+from grpo_cli.rollout.engine import Completion
+from grpo_cli.train.metrics import episode_metrics
 from grpo_cli.verbs.check import check
 from grpo_cli.verbs.evaluate import eval_model
 from grpo_cli.verbs.sample import sample
@@ -78,6 +81,15 @@ def tables(folder: Path) -> list[pa.Table]:
     return [pq.read_table(path) for path in sorted((folder / "completions").glob("*.parquet"))]
 
 
+@pytest.mark.parametrize("module", ["accuracy_rewards", "format_rewards", "other_rewards"])
+def test_the_functions_of_trls_reference_are_trls(module: str) -> None:
+    theirs = pytest.importorskip(f"trl.rewards.{module}", reason="TRL is not installed")
+    defined = [one for one in vars(theirs).values() if getattr(one, "__module__", None) == theirs.__name__]
+    assert defined
+    for one in defined:
+        assert inspect.getsource(one) == inspect.getsource(getattr(trl, one.__name__)), one.__name__
+
+
 def test_the_functions_of_trls_reference_give_what_their_docstrings_say() -> None:
     third, half = r"\frac{1}{3}", r"\frac{1}{2}"
 
@@ -117,6 +129,19 @@ def test_a_run_with_all_functions_of_trls_reference(tiny_recipe: dict[str, Any])
     for one in read_completions(result.output_dir, 3, 4):
         assert one.extras["solution"] == rows[int(one.prompt[0]["content"][0])]["solution"]  # type: ignore[index]
         assert one.extras["answer_parsed"] == "[incomplete reasoning]", "the last of two functions has the word"
+
+
+@pytest.mark.parametrize("way", [{"workers": 2}, {"isolate": True}])
+def test_trls_functions_by_name_in_threads_and_apart(tiny_recipe: dict[str, Any], way: dict[str, Any]) -> None:
+    names = ("accuracy_reward", "think_format_reward")
+    tiny_recipe["rewards"] = [{"path": f"tests.golden.trl_docs_reward_functions:{name}", **way} for name in names]
+    tiny_recipe["train"]["max_steps"] = 1
+    del tiny_recipe["data"]
+    rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "solution": str(i + 1)} for i in range(6)]
+    result = grpo_cli.train(tiny_recipe, train_data=rows)
+    for one in read_completions(result.output_dir, 1, 4):
+        assert set(one.extras) == {"solution", "gold_parsed", "answer_parsed"}
+        assert one.extras["gold_parsed"] == f"[{one.extras['solution']}, '{one.extras['solution']}']"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -165,6 +190,8 @@ def test_every_metric_that_a_run_writes_is_known_as_its_own(tiny_recipe: dict[st
         loss = {"type": kind, "beta": 0.1, "drop_zero_variance_groups": "resample"}
         result = grpo_cli.train(changed(tiny_recipe, kind, loss=loss, train={"max_steps": 1}))
         assert [name for name in result.metrics[0] if not is_own_metric(name)] == []
+    episode = Completion([1], [0.0], "stop", "text", messages=[{"role": "assistant", "content": "text"}])
+    assert all(map(is_own_metric, episode_metrics([episode])))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
