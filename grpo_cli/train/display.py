@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+import time
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from grpo_cli.errors import EXPECTED_ERRORS, one_line
 from grpo_cli.record.metrics import Metrics
 from grpo_cli.report.terminal import as_call, beginning, ending, step_line
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
+from grpo_cli.train.progress import TimeLeft, duration, sparkline
+
+SPARK_WIDTH = 24
+"""Characters of the reward's course: with them the progress line fits into 80 columns."""
 
 
 class Display:
@@ -25,12 +33,14 @@ class Display:
     def __init__(self, console: Console, max_steps: int, every: int) -> None:
         self.console = console
         self.every = every
+        self._time_left = TimeLeft(max_steps)
+        self._rewards = array("d")
         self._progress = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(bar_width=10),
             TextColumn("{task.fields[line]}"),
-            TimeRemainingColumn(),
+            TimeLeftColumn(self._time_left),
             console=console,
             disable=not console.is_terminal,
         )
@@ -46,12 +56,27 @@ class Display:
     ) -> None:
         self._progress.stop()
 
+    def resume(self, step: int, rewards: Iterable[float | None]) -> None:
+        """Go on after `step`, with the mean rewards of the steps up to it."""
+        self._rewards.extend(math.nan if reward is None else reward for reward in rewards)
+        self._progress.update(self._task, completed=step, line=sparkline(self._rewards, self._spark_width))
+
     def step(self, metrics: Metrics) -> None:
-        step = int(metrics["step"])
-        speed = f"{metrics['tokens_per_second']:.0f} tokens/s"
-        self._progress.update(self._task, completed=step, line=f"reward {metrics['reward']:.4g}  {speed}")
+        step, now = int(metrics["step"]), time.monotonic()
+        self._time_left.step_ended(step, now, metrics["time/step"])
+        if self.console.is_terminal:
+            self._rewards.append(metrics["reward"])
+            line = f"reward {metrics['reward']:.4g} {sparkline(self._rewards, self._spark_width)}"
+            self._progress.update(self._task, completed=step, line=line)
         if step % self.every == 0 or step == self._max_steps:
-            self.note(f"step {step}/{self._max_steps}  {step_line(metrics)}  {speed}")
+            speed = f"{metrics['tokens_per_second']:.0f} tokens/s"
+            seconds = self._time_left.seconds(now)
+            left = f"  {duration(seconds)} left" if seconds else ""
+            self.note(f"step {step}/{self._max_steps}  {step_line(metrics)}  {speed}{left}")
+
+    @property
+    def _spark_width(self) -> int:
+        return 0 if self.console.options.ascii_only else SPARK_WIDTH
 
     def note(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)
@@ -79,6 +104,22 @@ class Display:
             prompt = completion.prompt or rollout.prompts[index]
             table.add_row(ending(prompt.content), conversation(completion), *scores)
         self.console.print(table)
+
+
+class TimeLeftColumn(ProgressColumn):
+    """How long the run still takes. Rich's own estimate forgets what is older than half a minute, as one slow step
+    is, and takes the steps before a resume for steps of this process."""
+
+    max_refresh = 0.5
+
+    def __init__(self, time_left: TimeLeft) -> None:
+        super().__init__()
+        self._time_left = time_left
+
+    def render(self, task: Task) -> Text:
+        """Seconds count down between two steps."""
+        seconds = self._time_left.seconds(time.monotonic())
+        return Text("" if seconds is None else f"{duration(seconds)} left", style="progress.remaining")
 
 
 def conversation(completion: Completion) -> str:

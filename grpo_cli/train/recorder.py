@@ -101,6 +101,7 @@ class Recorder:
             remove_completions_after(self.folder, steps_done)
             self._metrics_file = MetricsFile(self.folder / METRICS, steps_done)
             self._trackers = Trackers(self.recipe, steps_done)
+            self.display.resume(steps_done, [row.get("reward") for row in self.history()])
 
     def start(self) -> None:
         """Tell the callbacks, and evaluate what a lost server has left without.
