@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from grpo_cli.errors import EXPECTED_ERRORS, UserError
+from grpo_cli.hub import without_bars
 from grpo_cli.launch.failures import exit_code, reported
 from grpo_cli.recipe.addresses import DEFAULT_PORT
 from grpo_cli.verbs.completion import complete_recipe, complete_setting
@@ -284,8 +285,7 @@ def main() -> None:
     """Run the command line; expected errors end in one message and their exit code, without a traceback."""
     # Deprecations are addressed to the programmers of the libraries involved, not to who runs a recipe.
     warnings.simplefilter("ignore", FutureWarning)
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # in a log file a progress bar is a hundred lines
+    without_bars(os.environ)
     try:
         app(prog_name="grpo")
     except EXPECTED_ERRORS as error:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from grpo_cli import hub
 from grpo_cli.data.files import file_kinds, missing_file, pick_split, read_file, read_folder, table_from_rows
 from grpo_cli.errors import UserError
 from grpo_cli.plugins import load_object, origin
@@ -27,8 +27,6 @@ HUB_TIMEOUT_S = 5.0
 """Longest wait for the Hub's first answer; it is asked twice."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_NETWORK_ERRORS = {"TransportError", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}
-"""Names of error classes. httpx, httpx2 and requests each have classes of their own, slow to import."""
 
 
 def load_table(config: EvalDataConfig, setting: str) -> pa.Table:
@@ -117,7 +115,10 @@ def _from_hub(config: EvalDataConfig, setting: str) -> pa.Table:
     import datasets
 
     try:
-        with contextlib.nullcontext() if _hub_answers() else _cache_only():
+        answers = _hub_answers()
+        if answers:
+            hub.tell_download("dataset", config.name)
+        with contextlib.nullcontext() if answers else _cache_only():
             loaded = datasets.load_dataset(config.name, config.config, split=config.split)
     except Exception as error:  # httpx, huggingface_hub and datasets have no common base
         raise _hub_error(error, config, setting) from error
@@ -132,7 +133,7 @@ def _hub_answers() -> bool:
         try:
             get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
         except Exception as error:
-            if not _is_network_error(error):
+            if not hub.is_network_error(error):
                 raise
         else:
             return True
@@ -152,36 +153,18 @@ def _cache_only() -> Iterator[None]:
         datasets.config.HF_HUB_OFFLINE = before
 
 
-def _is_network_error(error: BaseException | None) -> bool:
-    """Whether the error, or one that it was raised from, says that nobody answered."""
-    while error is not None:
-        if isinstance(error, (ConnectionError, TimeoutError)):
-            return True
-        if any(cls.__name__ in _NETWORK_ERRORS for cls in type(error).__mro__):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
 def _hub_error(error: Exception, config: EvalDataConfig, setting: str) -> UserError:
     from datasets.exceptions import DatasetNotFoundError
 
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, DatasetNotFoundError):
-        return UserError(
-            f"{setting}.name: {text} Check the spelling; a private or gated dataset needs `hf auth login`; "
-            f"for a local file or folder, there is none at {Path(config.name).absolute()}"
-        )
     if "Unknown split" in text:
         return UserError(f"{setting}.split: {config.name}: {text}")
     if "Config name is missing" in text or "BuilderConfig" in text:
         return UserError(f"{setting}.config: {config.name}: {text}")
-    if _is_network_error(error):
-        reason = "the Hugging Face Hub cannot be reached, and the dataset is not in the cache"
-        if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
-            reason = "HF_HUB_OFFLINE is set, and the dataset is not in the cache"
-        return UserError(
-            f"{setting}.name: {config.name}: {reason}. Set {setting}.name to a local {file_kinds()} file or "
-            "folder, or run once where there is network, so that the dataset is cached"
-        )
-    return UserError(f"{setting}.name: loading {config.name} failed: {type(error).__name__}: {text}")
+    instead = f"set {setting}.name to a local {file_kinds()} file or folder"
+    words = hub.explained(error, "dataset", config.name, instead=instead)
+    if words is None:
+        return UserError(f"{setting}.name: loading {config.name} failed: {type(error).__name__}: {text}")
+    if isinstance(error, DatasetNotFoundError) and "gated" not in text:
+        words += f"; for a local file or folder, there is none at {Path(config.name).absolute()}"
+    return UserError(f"{setting}.name: {config.name}: {words}")

@@ -17,6 +17,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from grpo_cli import hub
 from grpo_cli.errors import UserError, one_line
 from grpo_cli.policy.files import locate_gguf, read_chat_template
 from grpo_cli.policy.model import without_dropout
@@ -121,6 +122,7 @@ def load_pretrained(config: ModelConfig, name: str, loading: Loading = read_whol
     arguments["attn_implementation"] = None if config.attn_implementation == "auto" else config.attn_implementation
     with loading(config) as reads:
         kind = AutoModelForCausalLM if reads else EmptyModelForCausalLM
+        hub.tell_download("model", folder, arguments.get("revision"), arguments.get("gguf_file"))
         model = _from_pretrained(kind, folder, setting, **arguments)
     return _dequantised(model) if reads and "gguf_file" in arguments else model
 
@@ -170,12 +172,14 @@ def _from_pretrained(auto_class: Any, name: str, setting: str, **arguments: Any)
             raise UserError(f"{message}\n({error})") from error
         raise UserError(f"{setting}: loading {what}{shown} needs a package\n({error})") from error
     except Exception as error:  # a damaged file can end in any exception of transformers and its parsers
+        message = f"{setting}: cannot load {what}{shown}"
+        instead = f"set {setting} to a folder or .gguf file on this machine"
+        words = hub.explained(error, "model", name, arguments.get("revision"), instead=instead)
+        if words is not None and not Path(name).is_dir():
+            raise UserError(f"{message}: {words}") from error
         reason = one_line(error)
-        local = Path(name).is_dir()
-        hint = "" if local else f"; without a network, set {setting} to a folder or .gguf file on this machine"
         if "attn_implementation" in reason:
-            hint = "; it has no such attention kernel, set model.attn_implementation to auto"
-        message = f"{setting}: cannot load {what}{shown}{hint}"
+            message += "; it has no such attention kernel, set model.attn_implementation to auto"
         raise UserError(f"{message}\n({type(error).__name__}: {reason})") from error
 
 

@@ -7,9 +7,11 @@ be imported at the top, only inside the functions that need them. How completion
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_cli.errors import UserError
+from grpo_cli import hub
+from grpo_cli.errors import UserError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -148,6 +150,7 @@ def _load(name: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
                 "set model to a reward model"
             )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        hub.tell_download("model", name)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -158,11 +161,12 @@ def _load(name: str, dtype: str, trust_remote_code: bool) -> tuple[Any, Any]:
     except UserError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
+        words = hub.explained(error, "model", name, instead="set model to a folder on this machine")
+        if words is None or Path(name).is_dir():
+            words = f"{type(error).__name__}: {one_line(error)}"
         raise UserError(
-            f"model {name} cannot be loaded: {type(error).__name__}: {reason}\n"
-            "  set model to a folder or a Hub id of a sequence-classification model; set HF_TOKEN for a "
-            "private one; without a network, download it first and set model to its folder"
+            f"model {name} cannot be loaded: {words}\n"
+            "  set model to a folder or a Hub id of a sequence-classification model"
         ) from error
     head = sorted(key for key in report["missing_keys"] if not key.startswith(f"{model.base_model_prefix}."))
     if head:

@@ -387,7 +387,7 @@ CASES = [
         "prompts.jsonl",
         "nobody/no-such-data",
         "data.name: nobody/no-such-data: HF_HUB_",
-        "Set data.name to a local .jsonl, .json, .csv or .parquet file",
+        "set data.name to a local .jsonl, .json, .csv or .parquet file",
     ),
     data("empty data file", "", "d.jsonl: the file is empty"),
     data("data file of blank lines", "\n\n", "data: d.jsonl has no rows"),
@@ -681,9 +681,8 @@ CASES = [
     model(
         "model on no Hub",
         {},
-        "model.name: cannot load the tokenizer of nobody/nothing; without a network, set model",
+        "model.name: cannot load the tokenizer of nobody/nothing: HF_HUB_OFFLINE is set, and the model is not",
         name="nobody/nothing",
-        lines=2,
     ),
     model(
         "folder without a model",

@@ -63,6 +63,7 @@ class VllmEngine:
             "distributed_executor_backend": "uni",
             "enable_sleep_mode": self._sleeps,
             "disable_log_stats": True,
+            "use_tqdm_on_load": False,
             **engine_defaults(),
         }
         if self._sleeps:
