@@ -38,13 +38,13 @@ def gpu_of(given: float | None) -> Gpu:
     """`--gpu-memory`, else the smallest GPU of this machine, else an assumption."""
     if given is not None:
         return Gpu(given, "--gpu-memory", True)
-    found = _gpu_memory()
+    found = gpu_memory()
     if found is not None:
         return Gpu(found, "this machine's; --gpu-memory for others", True, is_here=True)
     return Gpu(ASSUMED_GPU_GIB, "assumed; --gpu-memory says otherwise", False)
 
 
-def _gpu_memory() -> float | None:
+def gpu_memory() -> float | None:
     """GiB of the smallest GPU that nvidia-smi finds."""
     program = shutil.which("nvidia-smi")
     if program is None:

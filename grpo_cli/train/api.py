@@ -25,7 +25,7 @@ from grpo_cli.rollout.rollout import Rollout, generate_rollout
 from grpo_cli.train.assemble import assemble, notes
 from grpo_cli.train.checkpoint import save_final
 from grpo_cli.train.display import Display
-from grpo_cli.train.guards import deterministic_kernels, explained_failures
+from grpo_cli.train.guards import deterministic_kernels, explained_failures, warn_of_idle_gpu
 from grpo_cli.train.learner import Learner
 from grpo_cli.train.loop import train_loop
 from grpo_cli.train.objects import Engine, Objects, recipe_with_objects
@@ -115,6 +115,7 @@ def train(
     def note(text: str) -> None:
         console.print(escape(text), soft_wrap=True)
 
+    warn_of_idle_gpu(console)
     ranks.led(lambda: check_run_folder(loaded, resume=resume, note=note))
     compile_in_this_process()
     with explained_failures(loaded), deterministic_kernels(), ranks.leaving_together():

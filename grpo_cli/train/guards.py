@@ -1,17 +1,22 @@
-"""The conditions under which a run computes: its precision, its order of additions, what its failures say."""
+"""The conditions under which a run computes: its device, precision, order of additions, what its failures say."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
-from grpo_cli.errors import RunError, UserError
+from grpo_cli.errors import RunError, UserError, one_line
+from grpo_cli.plan.nvidia import idle_gpu
 from grpo_cli.recipe.schema import ModelConfig, Recipe
 from grpo_cli.train.disk import explained
+from grpo_cli.train.out_of_memory import out_of_memory
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -22,12 +27,25 @@ def explained_failures(recipe: Recipe) -> Iterator[None]:
     try:
         with explained(Path(recipe.train.output_dir).expanduser()):
             yield
-    except torch.OutOfMemoryError as error:
-        raise RunError(
-            "the device is out of memory; lower train.max_tokens_per_microbatch (it is "
-            f"{recipe.train.max_tokens_per_microbatch or 'automatic'}) or generation.max_completion_tokens, "
-            "or set model.gradient_checkpointing or model.lora"
-        ) from error
+    except (MemoryError, RuntimeError) as error:
+        message = out_of_memory(error, recipe)
+        if message is None:
+            raise
+        raise RunError(message) from error
+
+
+def warn_of_idle_gpu(console: Console) -> None:
+    """Say it where nobody overlooks it if the run computes on the CPU of a machine that has an NVIDIA GPU."""
+    refusal = None
+    if torch.version.cuda is not None and not torch.cuda.is_available():
+        refusal = "it finds none"
+        try:
+            torch.cuda.init()
+        except RuntimeError as error:
+            refusal = one_line(error, 300)
+    warning = idle_gpu(torch.__version__, torch.version.cuda, refusal, os.environ)
+    if warning is not None:
+        console.print(escape(warning), style="bold yellow", soft_wrap=True)
 
 
 @contextmanager

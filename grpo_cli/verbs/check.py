@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from grpo_cli.episode.cast import Cast
 from grpo_cli.errors import UserError
 from grpo_cli.plan.fit import check_fit, gpu_of, memory_rows
 from grpo_cli.plan.memory import trained_parameters
+from grpo_cli.plan.nvidia import idle_gpu_by_metadata
 from grpo_cli.plan.setup import setup_of
 from grpo_cli.plan.shape import model_size
 from grpo_cli.plan.traffic import traffic_rows
@@ -97,8 +99,8 @@ def check(recipe: Recipe, console: Console, *, gpu_memory: float | None = None) 
             table.add_row("[bold]reward", escape(f"{reward.metric_name}: a model, not loaded here"))
     console.print(table)
     warning = check_fit(setup, size, gpu)
-    if warning is not None:
-        console.print(escape(warning), soft_wrap=True)
+    for line in filter(None, (warning, idle_gpu_by_metadata(os.environ))):
+        console.print(escape(line), soft_wrap=True)
     console.print("[green]the recipe is fine[/]")
 
 
