@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from grpo_cli.errors import RunError, UserError, one_line
+from grpo_cli.hub import tell_download
 from grpo_cli.serve.engine_arguments import (
     HOW_TO_INSTALL,
     REQUIRED,
@@ -164,6 +165,7 @@ def serve(options: ServeOptions) -> None:
     arguments = parse(options)
     if options.stop_with_stdin:
         _stop_with_stdin()
+    tell_download("model", arguments.model, arguments.revision)
     uvloop.run(_run(arguments, key))
 
 

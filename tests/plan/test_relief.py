@@ -109,7 +109,8 @@ def test_where_no_single_change_is_enough_it_says_so() -> None:
     assert "no setting makes it fit by the plan: take a smaller model" in advice(recipe_of(), SIZE, 1)
     many = recipe_of(
         "model.lora={}", "loss.beta=0", "model.gradient_checkpointing=false",
-        "train.max_tokens_per_microbatch=4096", "generation.num_generations=64", "generation.max_completion_tokens=900",
+        "train.max_tokens_per_microbatch=4096", "generation.num_generations=64",
+        "generation.max_completion_tokens=900",
     )  # fmt: skip
     words = advice(many, SIZE, 12)
     assert "no setting alone is enough, by the plan " in words
