@@ -18,10 +18,11 @@ from rich.text import Text
 
 from grpo_cli.errors import EXPECTED_ERRORS, one_line
 from grpo_cli.record.metrics import Metrics
+from grpo_cli.report.sparkline import sparkline
 from grpo_cli.report.terminal import as_call, beginning, ending, step_line
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
-from grpo_cli.train.progress import TimeLeft, duration, sparkline
+from grpo_cli.train.time_left import TimeLeft, duration
 
 SPARK_WIDTH = 24
 """Characters of the reward's course: with them the progress line fits into 80 columns."""
@@ -58,15 +59,16 @@ class Display:
 
     def resume(self, step: int, rewards: Iterable[float | None]) -> None:
         """Go on after `step`, with the mean rewards of the steps up to it."""
-        self._rewards.extend(math.nan if reward is None else reward for reward in rewards)
-        self._progress.update(self._task, completed=step, line=sparkline(self._rewards, self._spark_width))
+        self._rewards.extend(reward for reward in rewards if reward is not None)
+        self._progress.update(self._task, completed=step, line=self._course())
 
     def step(self, metrics: Metrics) -> None:
         step, now = int(metrics["step"]), time.monotonic()
         self._time_left.step_ended(step, now, metrics["time/step"])
         if self.console.is_terminal:
-            self._rewards.append(metrics["reward"])
-            line = f"reward {metrics['reward']:.4g} {sparkline(self._rewards, self._spark_width)}"
+            if math.isfinite(metrics["reward"]):
+                self._rewards.append(metrics["reward"])
+            line = f"reward {metrics['reward']:.4g} {self._course()}"
             self._progress.update(self._task, completed=step, line=line)
         if step % self.every == 0 or step == self._max_steps:
             speed = f"{metrics['tokens_per_second']:.0f} tokens/s"
@@ -74,9 +76,9 @@ class Display:
             left = f"  {duration(seconds)} left" if seconds else ""
             self.note(f"step {step}/{self._max_steps}  {step_line(metrics)}  {speed}{left}")
 
-    @property
-    def _spark_width(self) -> int:
-        return 0 if self.console.options.ascii_only else SPARK_WIDTH
+    def _course(self) -> str:
+        """The rewards of the run up to now, where the terminal has such characters."""
+        return "" if self.console.options.ascii_only else sparkline(self._rewards, SPARK_WIDTH)
 
     def note(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True, highlight=False)

@@ -1,39 +1,10 @@
-"""How far a run is: pure functions of numbers."""
+"""How long a run still takes: pure functions of numbers."""
 
 from __future__ import annotations
 
-import math
-
 import pytest
 
-from grpo_cli.train.progress import BLOCKS, SPEED_STEPS, TimeLeft, duration, sparkline
-
-
-def test_a_spark_line_rises_with_its_values() -> None:
-    assert sparkline(range(8), 30) == BLOCKS
-    assert sparkline([5, 1, 5], 30) == "█▁█"
-
-
-def test_more_values_than_width_are_averaged_in_buckets_of_which_the_last_is_full() -> None:
-    line = sparkline([0, 10] * 30 + [100, 100], 31)
-    assert line == "▁" * 30 + "█"
-    assert sparkline([100, 0, 0, 1, 1], 3) == "█▁▁"
-    assert all(len(sparkline(range(count), 24)) <= 24 for count in range(200))
-
-
-def test_values_that_are_not_finite_leave_no_mark() -> None:
-    assert sparkline([math.nan, 0.0, math.inf, 1.0, -math.inf], 30) == "▁█"
-    assert sparkline([math.nan], 30) == ""
-
-
-def test_a_spark_line_of_nothing_or_of_one_value_or_without_room() -> None:
-    assert sparkline([], 30) == ""
-    assert sparkline([-3.5] * 4, 30) == "▄▄▄▄"
-    assert sparkline([1, 2], 0) == ""
-
-
-def test_a_spread_that_is_no_float_any_more_does_not_end_a_run() -> None:
-    assert sparkline([-1e308, 1e308, 0.0, 1.0], 30) == "▁█"
+from grpo_cli.train.time_left import SPEED_STEPS, TimeLeft, duration
 
 
 @pytest.mark.parametrize(

@@ -1,38 +1,11 @@
-"""How far a run is, in few characters: the time that is left, and the course of a number. No torch, no I/O."""
+"""How long a run still takes, in few characters. No torch, no I/O."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Sequence
-
-BLOCKS = "▁▂▃▄▅▆▇█"
-
-HUGE = 1e300
-"""Numbers from here on are left out of a spark line as infinities are: their sums and differences may be such."""
 
 SPEED_STEPS = 30
 """Steps over whose mean duration the time left is estimated: evaluations and checkpoints are among them."""
-
-
-def sparkline(values: Sequence[float], width: int) -> str:
-    """The course of `values` from their least (`▁`) to their greatest (`█`), in at most `width` characters.
-
-    More values than that are averaged in buckets of equal size, the first of which may be smaller. Values that
-    are not finite are left out.
-    """
-    if width < 1:
-        return ""
-    finite = [value for value in values if abs(value) < HUGE]
-    size = max(1, math.ceil(len(finite) / width))
-    first = len(finite) % size
-    starts = [*([0] if first else []), *range(first, len(finite), size)]
-    ends = [*starts[1:], len(finite)]
-    means = [math.fsum(finite[a:b]) / (b - a) for a, b in zip(starts, ends, strict=True)] if finite else []
-    low, high = min(means, default=0.0), max(means, default=0.0)
-    if high == low:
-        return BLOCKS[len(BLOCKS) // 2 - 1] * len(means)
-    return "".join(BLOCKS[min(int((mean - low) / (high - low) * len(BLOCKS)), len(BLOCKS) - 1)] for mean in means)
 
 
 def duration(seconds: float) -> str:
