@@ -161,6 +161,6 @@ def test_part_of_a_model_in_the_cache_is_not_the_model(tmp_path: Path, monkeypat
 
 
 def test_a_user_who_wants_bars_keeps_them() -> None:
-    environment = {"TQDM_DISABLE": "0"}
+    environment = {"TQDM_DISABLE": ""}
     without_bars(environment)
-    assert environment == dict.fromkeys(BARS, "1") | {"TQDM_DISABLE": "0"}
+    assert environment == dict.fromkeys(BARS, "1") | {"TQDM_DISABLE": ""}
