@@ -21,10 +21,12 @@ ROOT = Path(__file__).parents[1]
 
 ASK = """
 import contextlib, io, json, os, sys
+from pathlib import Path
 from grpo_cli.hub import without_bars
 without_bars(os.environ)
 from grpo_cli.data.rows import load_rows
 from grpo_cli.errors import UserError
+from grpo_cli.plan.shape import model_size
 from grpo_cli.policy.load import load_policy, load_tokenizer
 from grpo_cli.recipe.data_config import EvalDataConfig
 from grpo_cli.recipe.schema import ModelConfig
@@ -35,6 +37,7 @@ DOORS = {
     "tokenizer": lambda name: load_tokenizer(ModelConfig(name=name)),
     "revision": lambda name: load_policy(ModelConfig(name=name, revision="nope")),
     "reward": RewardModel,
+    "size": lambda name: model_size(ModelConfig(name=name), Path(name)).source,
     "data": lambda name: load_rows(EvalDataConfig(name=name)),
 }
 told = {}
@@ -43,8 +46,8 @@ for case in sys.argv[1:]:
     os.environ["HF_TOKEN"] = "" if token == "-" else token
     with contextlib.redirect_stderr(io.StringIO()) as errors:
         try:
-            DOORS[door](name)
-            said = "loaded"
+            given = DOORS[door](name)
+            said = given if isinstance(given, str) else "loaded"
         except UserError as error:
             said = str(error)
     told[case] = [said, errors.getvalue()]
@@ -66,7 +69,7 @@ def ask(endpoint: str, cache: Path, *cases: str, **environment: str) -> dict[str
 
 ASKED = ("gated -", "gated hf_known", "mising -", "mising hf_known", "tiny hf_bad")
 CASES = [f"{door} owner/{asked}" for door in ("model", "tokenizer", "reward", "data") for asked in ASKED]
-CASES.append("revision owner/tiny -")
+CASES += ["revision owner/tiny -", "size owner/gated -", "size owner/mising -", "size owner/tiny -"]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,7 @@ def test_each_message_says_which_setting_is_meant_and_is_short(told: dict[str, A
     starts = {
         "model": "model.name: cannot load owner/", "tokenizer": "model.name: cannot load the tokenizer of owner/",
         "reward": "model owner/", "data": "data.name: owner/", "revision": "model.name: cannot load owner/tiny: ",
+        "size": ("known once the model is loaded: ", "config.json on the Hub"),
     }  # fmt: skip
     for case in CASES:
         said, errors = told[case]
@@ -111,6 +115,15 @@ def test_each_message_says_which_setting_is_meant_and_is_short(told: dict[str, A
 @pytest.mark.slow
 def test_a_revision_that_is_not_there_is_named(told: dict[str, Any]) -> None:
     assert "owner/tiny has no branch, tag or commit nope; " in told["revision owner/tiny -"][0]
+
+
+@pytest.mark.slow
+def test_the_plan_of_grpo_check_says_why_it_knows_no_size(told: dict[str, Any]) -> None:
+    page = f"{told['endpoint']}/owner"
+    gated, missing = (told[f"size owner/{name} -"][0] for name in ("gated", "mising"))
+    assert gated.startswith(f"known once the model is loaded: it is gated: accept its terms at {page}/gated, then")
+    assert f"check the spelling ({page}/mising)" in missing
+    assert told["size owner/tiny -"][0] == "config.json on the Hub"
 
 
 @pytest.mark.slow

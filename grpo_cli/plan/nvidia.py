@@ -52,6 +52,8 @@ def idle_gpu(
             "update the NVIDIA driver, or install a torch that is built with the CUDA that `nvidia-smi` shows, or "
             "an older one"
         )
+        if chosen := environment.get("CUDA_VISIBLE_DEVICES"):
+            what = f"see whether CUDA_VISIBLE_DEVICES={chosen} names one that there is; else {what}"
     return (
         f"WARNING: this machine has an NVIDIA GPU, but {why}: training runs on the CPU, many times slower. To use "
         f"the GPU: {what}. If the CPU is meant, set CUDA_VISIBLE_DEVICES=-1, and this warning goes."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_cli import hub
 from grpo_cli.policy.files import count_parameters
 from grpo_cli.recipe.schema import LoraConfig, ModelConfig
 
@@ -212,8 +213,21 @@ def _config_from_hub(model: ModelConfig) -> tuple[dict[str, Any] | None, str]:
         url = hf_hub_url(model.name, "config.json", revision=model.revision)
         response = get_session().get(url, headers=build_hf_headers(), timeout=HUB_TIMEOUT_S, follow_redirects=True)
         if response.status_code != 200:
-            return None, f"the Hub answers {response.status_code} to a request for its config.json"
+            return None, _refusal(response, model)
         config = response.json()
     except Exception as error:  # the HTTP client's, huggingface_hub's and the parser's have no common base
         return None, f"its config.json is not on this machine, and the Hub is not reached ({type(error).__name__})"
     return (config, "") if isinstance(config, dict) else (None, "")
+
+
+def _refusal(response: Any, model: ModelConfig) -> str:
+    """Why the Hub has not sent the config.json, and what to do."""
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+    words = None
+    try:
+        hf_raise_for_status(response)
+    except HfHubHTTPError as error:
+        words = hub.explained(error, "model", model.name, model.revision, instead="set model.name to a folder")
+    return words or f"the Hub answers {response.status_code} to a request for its config.json"

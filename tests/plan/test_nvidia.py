@@ -48,6 +48,9 @@ def test_a_torch_whose_cuda_does_not_start_is_told_with_the_reason(machine: Path
     assert warning is not None
     assert reason in warning
     assert "update the NVIDIA driver" in warning
+    warning = idle_gpu("2.13.0", "13.0", "No CUDA GPUs are available", {"CUDA_VISIBLE_DEVICES": "7"}, root=machine)
+    assert warning is not None
+    assert "To use the GPU: see whether CUDA_VISIBLE_DEVICES=7 names one that there is; else update" in warning
 
 
 def test_nothing_is_said_where_cuda_works_no_gpu_is_there_or_it_is_hidden_on_purpose(
