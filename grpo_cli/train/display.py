@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from grpo_cli.errors import EXPECTED_ERRORS, one_line
@@ -115,7 +115,7 @@ class TimeLeftColumn(ProgressColumn):
     max_refresh = 0.5
 
     def __init__(self, time_left: TimeLeft) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
         self._time_left = time_left
 
     def render(self, task: Task) -> Text:

@@ -82,6 +82,8 @@ def test_the_progress_line_fits_into_eighty_columns(clock: Clock) -> None:
     screen.step(metrics(901, -1234.5) | {"time/step": 4800.0 / 99})
     assert progress_line(screen).rstrip().endswith("1 h 20 min left")
     assert progress_line(screen).count("\n") == 1
+    screen.console.width = 50
+    assert progress_line(screen).count("\n") == 1  # cut, but no more lines than one
 
 
 def test_a_terminal_without_block_characters_is_given_none(clock: Clock) -> None:
