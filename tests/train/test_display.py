@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+import grpo_cli
+from grpo_cli.report.sparkline import BLOCKS
 from grpo_cli.train import display
 from grpo_cli.train.display import Display
 
@@ -92,3 +95,15 @@ def test_a_terminal_without_block_characters_is_given_none(clock: Clock) -> None
     screen.step(metrics(1, 0.0))
     screen.step(metrics(2, 1.0))
     progress_line(screen).encode("ascii")
+
+
+def test_a_run_that_is_resumed_shows_the_rewards_of_the_steps_before(tiny_recipe: dict[str, Any]) -> None:
+    tiny_recipe["train"] |= {"max_steps": 2, "save_every": 2}
+    grpo_cli.train(tiny_recipe, console=Console(quiet=True))
+    tiny_recipe["train"]["max_steps"] = 3
+    file = io.StringIO()
+    grpo_cli.train(tiny_recipe, resume=True, console=Console(file=file, width=100, force_terminal=True))
+    courses = {len(course) for course in re.findall(f"[{BLOCKS}]+", file.getvalue())}
+    assert 3 in courses
+    assert 1 not in courses
+    assert "3/3" in file.getvalue()
