@@ -75,10 +75,10 @@ def learning_rate_too_high(run: Run) -> Finding | None:
     shown, step = seen
     return Finding(
         "learning_rate_too_high",
-        0.6 if paid else 0.97,
+        0.9 if paid else 0.97,
         f"{shown} between steps {step} and {step + 1}; over the run the mean reward went {reward}.",
         "One update made another policy of it: the steps are larger than what the gradient is true for"
-        + (", even if the reward rose by it." if paid else "."),
+        + (", even if the reward rose in the end." if paid else "."),
         f"Lower optim.learning_rate from {_rate(run)} to {_rate(run, 0.1)}, and to {_rate(run, 0.01)} if that "
         "does "
         "the same; start again from the first model, since this one is spoilt.",
@@ -122,6 +122,8 @@ def learning_rate_too_low(run: Run) -> Finding | None:
     flat, kl = latest(run.series("frac_reward_zero_std")), latest(run.series("kl"))
     if len(run.rows) < LONG_ENOUGH or reward is None or entropy is None or not reward.stayed:
         return None
+    if learning_rate_too_high(run) is not None:
+        return None  # it jumped at first, and has not moved since
     has_spread = flat is None or flat < 0.9
     length = change(run.series("completions/mean_length"))
     moved = abs(entropy.last - entropy.first) > STILL * abs(entropy.first) and not entropy.stayed

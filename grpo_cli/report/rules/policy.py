@@ -8,8 +8,9 @@ from grpo_cli.report.rules.learning import has_learned
 from grpo_cli.report.run import Run
 
 COLLAPSED, SURE_OF_IT = 0.25, 0.1
-"""Share of its first entropy under which a policy has hardly a choice left; and under which that is too little
-even for one that has found out what is rewarded: the guessing game's keeps 0.23 while it learns."""
+"""Share of its first entropy under which a policy that does not learn, or whose groups have lost their spread, has
+hardly a choice left; and under which that is too little for one that learns, which has found out what is rewarded:
+the guessing game's keeps 0.23."""
 
 ENOUGH = 5
 """Steps after which an entropy is not that of a few odd prompts."""
@@ -32,9 +33,12 @@ def entropy_collapse(run: Run) -> Finding | None:
     """The policy says the same whenever it is asked."""
     _, entropies = run.points("entropy")
     last, learned = latest(entropies), has_learned(run)
-    if len(entropies) < ENOUGH or last is None or not last < (SURE_OF_IT if learned else COLLAPSED) * entropies[0]:
+    if len(entropies) < ENOUGH or last is None:
         return None
     flat = latest(run.series("frac_reward_zero_std")) or 0.0
+    is_stuck = not learned or flat >= 0.5
+    if not last < (COLLAPSED if is_stuck else SURE_OF_IT) * entropies[0]:
+        return None
     beta = run.recipe.loss.beta
     kl = "loss.beta is 0, so nothing held it near the first model, and how far it went was not measured"
     if beta:
@@ -42,7 +46,7 @@ def entropy_collapse(run: Run) -> Finding | None:
     gained = "though the reward rose" if learned else "and the reward did not rise"
     return Finding(
         "entropy_collapse",
-        0.85 if not learned else 0.6 if flat >= 0.5 else 0.45,
+        0.85 if not learned else 0.6 if is_stuck else 0.45,
         f"The entropy fell from {entropies[0]:.3g} to {last:.2g} nats a token, {gained}; {flat:.0%} of the last "
         "groups have equal rewards.",
         f"Without other completions to compare, nothing more is learned; {kl}.",

@@ -53,8 +53,10 @@ class Shares:
     """Pairs of completions of one group that are alike."""
     copies: float | None
     """Completions that are a copy of a part of their prompt."""
-    example: str
-    """The last completion that is alike to that of another prompt, or a copy."""
+    same: str
+    """The last completion that is like one of another prompt."""
+    copy: str
+    """The last completion that is a copy."""
 
 
 def repeated_completions(run: Run) -> Finding | None:
@@ -79,7 +81,7 @@ def _same_to_all(run: Run, last: Shares, before: str, steps: tuple[int, int]) ->
         0.85 if learned else 0.6,
         f"{last.across:.0%} of pairs of completions of different prompts say the same ({before}; "
         f"{_sampled(steps)}), such "
-        f"as {last.example!r}.",
+        f"as {last.same!r}.",
         "The reward is had without reading the prompt"
         + (", and it rises: this is what the reward asks for, not the task." if learned else "."),
         "Make the reward depend on the prompt: compare with a column of the data, or take off for what other "
@@ -95,7 +97,7 @@ def _copies(run: Run, last: Shares, before: str, steps: tuple[int, int]) -> Find
         "repeated_completions",
         0.8 if learned else 0.55,
         f"{last.copies:.0%} of completions repeat a part of their prompt ({before}; {_sampled(steps)}), such as "
-        f"{last.example!r}.",
+        f"{last.copy!r}.",
         "The policy says what it has read"
         + (", and the reward rises by it" if learned else "")
         + ": well if the task is to quote, else a way around it.",
@@ -124,36 +126,30 @@ def _hold(run: Run) -> str:
     return f"loss.beta: {4 * run.recipe.loss.beta or 0.04:g}"
 
 
-def _sample(run: Run, step: int) -> list[list[StoredCompletion]]:
-    """Completions of a step, by group: groups from all over it."""
+def _sample(run: Run, step: int) -> list[_Group]:
+    """Groups from all over a step."""
     groups: dict[int, list[StoredCompletion]] = {}
     for one in run.completions(step):
         groups.setdefault(one.group, []).append(one)
     chosen = list(groups.values())
     stride = max(1, len(chosen) // SAMPLED_GROUPS)
-    return [group[:SAMPLED_OF_GROUP] for group in chosen[::stride][:SAMPLED_GROUPS]]
+    return [_Group.of(group[:SAMPLED_OF_GROUP]) for group in chosen[::stride][:SAMPLED_GROUPS]]
 
 
-def shares(steps: Sequence[Sequence[Sequence[StoredCompletion]]]) -> Shares:
-    """How much of a sample is alike.
-
-    Args:
-        steps: of each the groups, of each the completions.
-    """
+def shares(steps: Sequence[Sequence[_Group]]) -> Shares:
+    """How much of a sample, of some groups of some steps, is alike."""
     within, across, copies = _Count(), _Count(), _Count()
     for groups in steps:
-        said = [[_Said.of(one.text) for one in group] for group in groups]
-        prompts = [_prompt_text(group[0]) for group in groups if group]
-        for group, texts, prompt in zip(groups, said, prompts, strict=False):
-            for one, other in combinations(texts, 2):
-                within.add(one.is_alike(other))
-            for completion in group:
-                copies.add(_is_copy(_plain(completion.text), prompt), completion.text)
-        for (place, texts), (other_place, others) in combinations(enumerate(said), 2):
-            if prompts[place] != prompts[other_place]:
-                for completion, one, other in zip(groups[place], texts, others, strict=False):
-                    across.add(one.is_alike(other), completion.text)
-    return Shares(across.share, within.share, copies.share, across.example or copies.example)
+        for group in groups:
+            for one, other in combinations(group.said, 2):
+                within.add(one.is_alike(other), one.text)
+            for said in group.said:
+                copies.add(said.is_copy(group.runs_of_prompt), said.text)
+        for group, another in combinations(groups, 2):
+            if group.prompt != another.prompt:
+                for one, other in zip(group.said, another.said, strict=False):
+                    across.add(one.is_alike(other), one.text)
+    return Shares(across.share, within.share, copies.share, across.example, copies.example)
 
 
 @dataclass
@@ -175,37 +171,50 @@ class _Count:
 
 def _plain(text: str) -> str:
     """Without case and layout."""
-    return re.sub(r"\s+", " ", text[:READ_CHARACTERS]).strip().lower()
+    return re.sub(r"\s+", " ", text).strip().lower()
 
 
-def _prompt_text(completion: StoredCompletion) -> str:
-    """All that the prompt says, with case and layout left out."""
-    prompt = completion.prompt
-    said = prompt if isinstance(prompt, str) else " ".join(str(one.get("content") or "") for one in prompt)
-    return re.sub(r"\s+", " ", said).strip().lower()
+def _runs(text: str) -> list[str]:
+    return [text[place : place + COPIED_RUN] for place in range(len(text) - COPIED_RUN + 1)]
 
 
 @dataclass(frozen=True)
 class _Said:
-    """What two texts are compared by."""
+    """What two completions are compared by."""
 
+    text: str
+    plain: str
     pairs: Counter[str]
     """Of neighbouring characters; of a single one that itself."""
     numbers: list[str]
 
     @classmethod
     def of(cls, text: str) -> _Said:
-        plain = _plain(text)
-        return cls(Counter(map("".join, pairwise(plain))) or Counter([plain]), re.findall(r"\d+", plain))
+        plain = _plain(text[:READ_CHARACTERS])
+        pairs = Counter(map("".join, pairwise(plain))) or Counter([plain])
+        return cls(text, plain, pairs, re.findall(r"\d+", plain))
 
     def is_alike(self, other: _Said) -> bool:
         """Answers of one form to different questions differ in their numbers, if they have any."""
         both, either = self.pairs & other.pairs, self.pairs | other.pairs
         return self.numbers == other.numbers and both.total() >= ALIKE * either.total()
 
+    def is_copy(self, runs_of_prompt: frozenset[str]) -> bool:
+        runs = _runs(self.plain)
+        is_long = len(self.plain) >= SHORTEST_COPY
+        return is_long and sum(run in runs_of_prompt for run in runs) >= COPIED * len(runs)
 
-def _is_copy(text: str, prompt: str) -> bool:
-    if len(text) < SHORTEST_COPY:
-        return False
-    runs = [text[place : place + COPIED_RUN] for place in range(len(text) - COPIED_RUN + 1)]
-    return sum(run in prompt for run in runs) >= COPIED * len(runs)
+
+@dataclass(frozen=True)
+class _Group:
+    prompt: str
+    """All that it says, with case and layout left out."""
+    runs_of_prompt: frozenset[str]
+    said: list[_Said]
+
+    @classmethod
+    def of(cls, completions: Sequence[StoredCompletion]) -> _Group:
+        prompt = completions[0].prompt
+        parts = [prompt] if isinstance(prompt, str) else [str(one.get("content") or "") for one in prompt]
+        plain = _plain(" ".join(parts))
+        return cls(plain, frozenset(_runs(plain)), [_Said.of(one.text) for one in completions])

@@ -107,7 +107,7 @@ def drowned_reward(run: Run) -> Finding | None:
 def skipped_groups(run: Run) -> Finding | None:
     """Groups had no gradient though their rewards differed: all of their completions were left out."""
     skipped, flat = latest(run.series("frac_groups_skipped")), latest(run.series("frac_reward_zero_std"))
-    if skipped is None or skipped - (flat or 0) < 0.25:
+    if skipped is None or min(skipped, skipped - (flat or 0)) < 0.25:
         return None
     return Finding(
         "skipped_groups",
