@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from grpo_cli.report.finding import Finding
 from grpo_cli.report.findings import find
 from grpo_cli.report.run import Run
 from grpo_cli.report.sparkline import sparkline
+from grpo_cli.report.terminal import printable, visible
 
 CURVES = {
     "reward": "reward",
@@ -58,12 +58,12 @@ def _comparison(runs: Sequence[Run]) -> Table:
         ends = ("–", "–", "–") if reward is None else (reward.first, reward.last, reward.error)
         numbers = (*ends, held_out[-1] if held_out else "–", "–" if seconds is None else seconds)
         shown = [number if isinstance(number, str) else f"{number:.3g}" for number in numbers]
-        table.add_row(escape(run.name), str(len(run.rows)), *shown)
+        table.add_row(printable(run.name), str(len(run.rows)), *shown)
     return table
 
 
 def _print_run(run: Run, console: Console) -> None:
-    console.print(f"\n[bold]{escape(run.name)}[/bold]  {escape(_what_it_is(run))}", highlight=False)
+    console.print(f"\n[bold]{printable(run.name)}[/bold]  {printable(_what_it_is(run))}", highlight=False)
     for line in _learned(run):
         console.print(line, highlight=False)
     console.print(_curves(run))
@@ -131,4 +131,4 @@ def _print_finding(finding: Finding, console: Console) -> None:
     colour = "red" if finding.badness >= SEVERE else "yellow" if finding.badness >= NOTABLE else "dim"
     console.print(f"[{colour}]{finding.badness:.2f}[/{colour}] [bold]{finding.rule}[/bold]", highlight=False)
     for text in (finding.figure, finding.meaning, finding.advice):
-        console.print(Padding(Text(text), (0, 0, 0, 5)))
+        console.print(Padding(Text(visible(text)), (0, 0, 0, 5)))

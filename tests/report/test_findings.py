@@ -86,6 +86,11 @@ def test_every_rule_is_tested() -> None:
     assert {rule.__name__ for rule in RULES} == HAS_AND_NEAR.keys() | elsewhere
 
 
+def test_every_rule_is_explained() -> None:
+    page = (Path(__file__).parents[2] / "docs/report.md").read_text(encoding="utf-8")
+    assert [rule.__name__ for rule in RULES if f"| `{rule.__name__}` |" not in page] == []
+
+
 def test_findings_come_worst_first() -> None:
     wrong = made_up(FLAT | {"entropy": ramp(1, 0.01), "eval_reward": None, "completions/clipped_ratio": 0.7})
     badness = [finding.badness for finding in find(wrong)]
@@ -165,6 +170,12 @@ def test_a_reward_that_fell_at_once_and_came_back_has_not_been_learned() -> None
     back: dict[str, Curve] = {"reward": [0.3, -3.0, -2.0, -1.0, -0.5, *[0.3] * (STEPS - 5)]}
     length: dict[str, Curve] = {"completions/mean_length": ramp(100, 250)}
     assert the("length_without_reward", made_up(length | back)) is not None
+
+
+def test_a_ratio_per_completion_may_clip_more() -> None:
+    of_completions = {"loss": {"importance_level": "sequence"}}
+    assert the("clipped_ratio", made_up({"clip_ratio/region_mean": 0.6})) is not None
+    assert the("clipped_ratio", made_up({"clip_ratio/region_mean": 0.6}, of_completions)) is None
 
 
 def test_truncation_that_goes_away_by_itself_weighs_less() -> None:

@@ -12,8 +12,8 @@ ENOUGH_SCORED = 32
 times would have been earned with a probability of 97 %."""
 
 FLAT_GROUPS = 0.5
-"""Share of groups without spread above which most of the generation is for nothing. DAPO (arXiv:2503.14476) drops
-such groups; a third of them is usual."""
+"""Share of groups without spread from which most of the generation is for nothing. DAPO (arXiv:2503.14476) drops
+such groups."""
 
 DROWNED = 0.05
 """Share of the spread below which a reward function does not decide who is better in a group."""
