@@ -55,7 +55,10 @@ HAS_AND_NEAR: dict[str, tuple[Mapping[str, Curve], Mapping[str, Curve]]] = {
     ),
     "failing_tools": ({"tools/failure_frequency": 0.5}, {"tools/failure_frequency": 0.2}),
     "lost_episodes": ({"rollout/lost_completions": seldom(0, 8)}, {"rollout/lost_completions": 0}),
-    "overfitting": ({"eval_reward": seldom(0.2, 0.4, 0.5, 0.48, 0.3, 0.2)}, {}),
+    "overfitting": (
+        {"eval_reward": seldom(0.2, 0.4, 0.5, 0.48, 0.3, 0.2)},
+        {"eval_reward": seldom(0.4, 0.6, 0.4, 0.55, 0.45, 0.45)},
+    ),
     "evaluation_missing": ({"eval_reward": None}, {"eval_reward": seldom(0.2, 0.5)}),
     "evaluation_noisy": ({"eval_reward": seldom(0.3, 0.32)}, {"eval_reward": seldom(0.3, 0.5)}),
     "bottleneck": ({"time/generate": 9.5}, {"time/generate": 7}),
@@ -167,9 +170,28 @@ def test_a_reward_that_rose_at_once_counts_as_learned() -> None:
 
 
 def test_a_reward_that_fell_at_once_and_came_back_has_not_been_learned() -> None:
-    back: dict[str, Curve] = {"reward": [0.3, -3.0, -2.0, -1.0, -0.5, *[0.3] * (STEPS - 5)]}
+    back: dict[str, Curve] = {"reward": [0.3, *[-3.0] * 4, *[0.3] * (STEPS - 5)]}
     length: dict[str, Curve] = {"completions/mean_length": ramp(100, 250)}
     assert the("length_without_reward", made_up(length | back)) is not None
+
+
+def test_skipped_optimizer_steps_are_counted_among_all() -> None:
+    twice = {"train": {"num_iterations": 2}}
+    found = the("skipped_steps", made_up({"train/skipped_steps": [0.0] * 9 + [2.0] + [0.0] * 14}, twice))
+    assert found is not None
+    assert found.figure.startswith("2 of 48 optimizer steps were skipped, the first of them in step 10")
+    assert found.steps == (10, 10)
+
+
+def test_what_is_advised_depends_on_the_recipe() -> None:
+    falls: dict[str, Curve] = {"reward": ramp(0.6, 0.3)}
+    plain = the("reward_fell", made_up(falls))
+    served = the("reward_fell", made_up(falls, {"generation": {"engine": "vllm"}, "train": {"num_iterations": 2}}))
+    assert plain is not None
+    assert served is not None
+    assert plain.advice == "Lower optim.learning_rate from 1e-06 to 1e-07."
+    assert "train.num_iterations: 1" in served.advice
+    assert "loss.sampler_correction" in served.advice
 
 
 def test_a_ratio_per_completion_may_clip_more() -> None:

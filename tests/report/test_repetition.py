@@ -43,8 +43,11 @@ def test_it_weighs_less_where_the_reward_did_not_rise() -> None:
 
 
 def test_nearly_the_same_is_the_same() -> None:
-    nearly = [[f"Great post, thanks for sharing{end}" for end in ("!", "!!", ".", " ")]] * 3
-    assert the_finding(made_up(said={1: say(1, ANSWERS), 24: say(24, nearly)})) is not None
+    ends = ["!", "...", " here"]
+    nearly = [[f"Great post, thanks for sharing{end}"] * 4 for end in ends]
+    found = the_finding(made_up(said={1: say(1, ANSWERS), 24: say(24, nearly)}))
+    assert found is not None
+    assert "of different prompts" in found.figure
 
 
 def test_answers_of_one_form_with_other_numbers_are_not_the_same() -> None:
@@ -82,11 +85,9 @@ def test_copies_of_the_prompt_are_found(as_chat: bool) -> None:
 
 
 def test_a_short_answer_that_the_prompt_has_is_no_copy() -> None:
-    said = {
-        step: say(step, [["left", "right", "left", "right"]] * 3, prompt=f"Is it left or right? {step}")
-        for step in (1, 24)
-    }
-    assert the_finding(made_up(said=said)) is None
+    question = "Does the right road go to the left?"
+    short = say(24, [["the right", "the left", "right road", "left"]] * 3, prompt=question)
+    assert the_finding(made_up(said={1: say(1, ANSWERS, prompt=question), 24: short})) is None
 
 
 def test_cut_off_answers_say_how_many_would_have_ended() -> None:

@@ -57,7 +57,7 @@ def lost_episodes(run: Run) -> Finding | None:
     lost = sum(known(counts))
     if lost <= 0:
         return None
-    total = max(len(counts) * run.recipe.train.prompts_per_step * run.group_size, lost)
+    total = max(len(run.rows) * run.recipe.train.prompts_per_step * run.group_size, lost)
     when = [step for step, count in zip(steps, counts, strict=True) if count]
     return Finding(
         "lost_episodes",

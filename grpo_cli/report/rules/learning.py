@@ -53,16 +53,20 @@ def has_learned(run: Run) -> bool:
 
 def reward_fell(run: Run) -> Finding | None:
     """The mean reward went down."""
-    reward = reward_change(run)
+    reward, recipe = reward_change(run), run.recipe
     if reward is None or not reward.fell:
         return None
+    advice = [f"Lower optim.learning_rate from {_rate(run)} to {_rate(run, 0.1)}"]
+    if recipe.train.num_iterations * recipe.train.optimizer_steps_per_rollout > 1:
+        advice.append("set train.num_iterations: 1 and train.optimizer_steps_per_rollout: 1")
+    if recipe.generation.engine != "transformers" and recipe.loss.sampler_correction is None:
+        advice.append("set loss.sampler_correction: {}")
     return Finding(
         "reward_fell",
         0.8,
         f"The mean reward fell {reward}, by {-reward.in_errors:.1f} standard errors.",
         "The updates do harm: they are too large, or what they are computed from is not what the policy said.",
-        f"Lower optim.learning_rate from {_rate(run)} to {_rate(run, 0.1)}; with optimizer_steps_per_rollout or "
-        "num_iterations above 1, set them to 1; if another engine samples, set loss.sampler_correction: {}.",
+        ", or ".join(advice) + ".",
     )
 
 

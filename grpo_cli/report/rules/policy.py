@@ -130,12 +130,8 @@ def sampler_mismatch(run: Run) -> Finding | None:
         f"Log-probabilities of sampler and policy differ by {apart.last:.3g} on average ({apart.first:.3g} in "
         "the first "
         "steps).",
-        "What is trained is not quite what sampled: "
-        + (
-            "the gap grows as the policy moves, and ends many runs."
-            if grows
-            else "the gradient is biased by as much."
-        ),
+        "What is trained is not quite what sampled, so the gradient is not quite that of the reward"
+        + (", and less so with every step." if grows else "."),
         ("" if corrected else "Set loss.sampler_correction: {}. ")
         + "The gap itself comes from the engine: generation.vllm: {dtype: float32}, or a model.dtype as it uses.",
     )
@@ -147,7 +143,7 @@ def skipped_steps(run: Run) -> Finding | None:
     skipped = sum(known(counts))
     if skipped <= 0:
         return None
-    total = max(len(counts) * _passes(run), skipped)
+    total = max(len(run.rows) * _passes(run), skipped)
     when = [step for step, count in zip(steps, counts, strict=True) if count]
     return Finding(
         "skipped_steps",
