@@ -84,8 +84,7 @@ def _what_it_is(run: Run) -> str:
     return (
         f"{recipe.model.name} on {recipe.data.name or 'prompts of its environment'}, rewarded by {rewards}; "
         f"{recipe.train.prompts_per_step} prompts x {run.group_size} completions a step, {recipe.loss.type}, "
-        "learning "
-        f"rate {recipe.optim.learning_rate:.3g}; step {steps}, {state}"
+        f"learning rate {recipe.optim.learning_rate:.3g}; step {steps}, {state}"
     )
 
 

@@ -137,6 +137,15 @@ def test_the_weight_that_makes_both_rewards_count_is_computed() -> None:
     assert the("drowned_reward", made_up(spreads, weighted)) is None
 
 
+def test_a_reward_of_no_weight_may_be_constant() -> None:
+    logged = {"rewards": [*RECIPE["rewards"], {"path": "rewards.format:think_answer_format", "weight": 0}]}
+    constant: dict[str, Curve] = {"rewards/think_answer_format/mean": 0, "rewards/think_answer_format/std": 0}
+    assert the("constant_reward", made_up(constant, logged)) is None
+    found = the("constant_reward", made_up(constant, TWO_REWARDS))
+    assert found is not None
+    assert found.badness == 0.5
+
+
 def test_tools_that_are_never_called_are_found() -> None:
     assert the("unused_tools", made_up({"tools/call_frequency": 0}, TOOLS)) is not None
     assert the("unused_tools", made_up({"tools/call_frequency": 0.1}, TOOLS)) is None

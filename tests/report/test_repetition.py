@@ -95,8 +95,8 @@ def test_cut_off_answers_say_how_many_would_have_ended() -> None:
     lasting = say(24, [["a"] * 9], num_sampled=512, finish_reason="length") + say(24, [["b"]], num_sampled=300)
     found = next(one for one in find(made_up(cut, said={24: lasting})) if one.rule == "truncated")
     # One of ten in half of the limit: 1 - 0.9 ** 6 in the six halves from 512 to 2048.
-    assert "Of 10 that were still going at token 256 in step 24, 1 ended by themselves" in found.figure
-    assert "47% of the others would within 2048 tokens" in found.figure
+    assert "Of 10 that were still going at token 256 in step 24, 1 ended by themselves" in found.meaning
+    assert "47% of the others would within 2048 tokens" in found.meaning
     endless = say(24, [["a"] * 10], num_sampled=512, finish_reason="length")
     found = next(one for one in find(made_up(cut, said={24: endless})) if one.rule == "truncated")
-    assert "does not follow" in found.figure
+    assert "does not follow" in found.meaning

@@ -44,9 +44,8 @@ def unused_tools(run: Run) -> Finding | None:
         "unused_tools",
         0.6,
         f"No tool was called in {len(calls)} steps.",
-        "What is never tried is never rewarded: the model does not know of the tools, or its chat template "
-        "does not "
-        "show them.",
+        "What is never tried is never rewarded: the model does not know of the tools, or its chat template does "
+        "not show them.",
         "See what grpo check RECIPE says of the template; ask for a call in data.system_prompt, with an example.",
     )
 
@@ -62,13 +61,11 @@ def lost_episodes(run: Run) -> Finding | None:
     return Finding(
         "lost_episodes",
         min(0.25 + lost / total, 0.9),
-        f"{lost:.0f} of {total:.0f} completions were lost, the first in step {when[0]}: their environments "
-        "could not be "
-        "reset.",
+        f"{lost:.0f} of {total:.0f} completions were lost, the first in step {when[0]}: their environments could "
+        "not be reset.",
         "Their groups have no part in what is learned.",
         "The notes on the screen of the run name the error; a server behind the environment may hold fewer "
-        "sessions "
-        "than episode.workers asks for.",
+        "sessions than episode.workers asks for.",
         (when[0], when[-1]),
     )
 

@@ -50,8 +50,7 @@ def overfitting(run: Run) -> Finding | None:
         "overfitting",
         0.65,
         f"The reward on held-out prompts fell from {pairs[best]:.3g} around step {turn} to {pairs[-1]:.3g}, "
-        "while that of "
-        f"training rose to {mean(train) or 0.0:.3g}; one evaluation is exact to {noise:.2g}.",
+        f"while that of training rose to {mean(train) or 0.0:.3g}; one evaluation is exact to {noise:.2g}.",
         "What is learned now holds for the prompts of training only, or is a trick of their rewards.",
         f"Set train.max_steps: {turn}; for more than that, more prompts in data, or loss.beta: "
         f"{4 * run.recipe.loss.beta or 0.01:g}.",
@@ -101,8 +100,7 @@ def evaluation_noisy(run: Run) -> Finding | None:
         "evaluation_noisy",
         0.1,
         f"From the first evaluation to the last the reward went from {values[0]:.3g} to {values[-1]:.3g}, and "
-        "one is exact "
-        f"to {noise:.2g} (standard error).",
+        f"one is exact to {noise:.2g} (standard error).",
         "Whether it has learned cannot be told from them.",
         f"For a difference of this size: {more}.",
     )

@@ -85,8 +85,7 @@ def learning_rate_too_high(run: Run) -> Finding | None:
         "One update made another policy of it: the steps are larger than what the gradient is true for"
         + (", even if the reward rose in the end." if paid else "."),
         f"Lower optim.learning_rate from {_rate(run)} to {_rate(run, 0.1)}, and to {_rate(run, 0.01)} if that "
-        "does "
-        "the same; start again from the first model, since this one is spoilt.",
+        "does the same; start again from the first model, since this one is spoilt.",
         (step, step + 1),
     )
 
@@ -116,8 +115,8 @@ def _reward_drop(run: Run) -> tuple[str, int] | None:
             continue
         drop, unit = before - later, max(spread, usual)
         if unit > 0 and REWARD_DROP * unit <= drop < math.inf:
-            times = f"{drop / unit:.1f} standard deviations of a completion's,"
-            return f"The mean reward fell from {before:.3g} to {later:.3g}, by {times}", row["step"]
+            times = f"{drop / unit:.1f} standard deviations of a completion,"
+            return f"The mean reward fell from {before:.3g} to {later:.3g}, {times}", row["step"]
     return None
 
 
@@ -140,9 +139,8 @@ def learning_rate_too_low(run: Run) -> Finding | None:
     return Finding(
         "learning_rate_too_low",
         0.6,
-        f"After {len(run.rows)} steps the reward is where it was ({reward}), and so are the entropy "
-        f"({entropy}) and the length; "
-        f"{distance}.",
+        f"After {len(run.rows)} steps the reward is where it was ({reward}), and so are the entropy ({entropy}) "
+        f"and the length; {distance}.",
         "The policy is still the model that it started as: the updates are too small"
         + (", and in bfloat16 most of them are rounded away." if vanishes else ", or too few."),
         f"Raise optim.learning_rate from {_rate(run)} to {_rate(run, 10)}"

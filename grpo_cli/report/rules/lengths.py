@@ -29,7 +29,7 @@ def truncated(run: Run) -> Finding | None:
     learns_to_end = ends is not None and ends.last < ends.first - GAIN
     limit = run.recipe.generation.max_completion_tokens
     unlearned = (
-        " They are also left out of the loss (loss.mask_truncated)." if run.recipe.loss.mask_truncated else ""
+        ", and they are left out of the loss (loss.mask_truncated)" if run.recipe.loss.mask_truncated else ""
     )
     # Rewards of what is cut off can be learned, too: those of length or of style.
     badness = 0.3 if learns_to_end else 0.45 if has_learned(run) else 0.4 + 0.5 * min(cut, 1.0)
@@ -37,11 +37,10 @@ def truncated(run: Run) -> Finding | None:
         "truncated",
         badness,
         f"{cut:.0%} of the completions of the last steps were cut off at {limit} tokens "
-        f"({ends.first if ends else cut:.0%} in the first). {_would_end(run, limit)}",
-        "The reward judges an answer that is not finished: what comes at its end does not count." + unlearned,
-        f"Raise generation.max_completion_tokens from {limit} to {4 * limit}, and see with grpo sample RECIPE "
-        "-n 4 "
-        "whether they end then; if none does, ask for short answers in the prompt, or reward an end.",
+        f"({ends.first if ends else cut:.0%} in the first).",
+        f"What comes at the end of an answer does not count{unlearned}. {_would_end(run, limit)}",
+        f"Raise generation.max_completion_tokens from {limit} to {4 * limit}, and see with grpo sample RECIPE -n "
+        "4 if they end then; if none does, ask for short answers in the prompt, or reward an end.",
     )
 
 

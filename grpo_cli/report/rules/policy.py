@@ -85,9 +85,8 @@ def clipped_ratio(run: Run) -> Finding | None:
         "clipped_ratio",
         0.4 + 0.5 * min(share, 1.0),
         f"{share:.0%} of the tokens of the last steps were clipped ({name}).",
-        f"The policy moves past the clip range within the {passes} optimizer steps of a rollout, and then "
-        "learns nothing "
-        "from its tokens.",
+        f"The policy moves past the clip range within the {passes} optimizer steps of a rollout, and then learns "
+        "nothing from its tokens.",
         f"Have each rollout make less of a change: {fewer}lower optim.learning_rate from "
         f"{run.recipe.optim.learning_rate:.3g} to {run.recipe.optim.learning_rate / 3:.2g}.",
     )
@@ -106,9 +105,8 @@ def gradient_clipped(run: Run) -> Finding | None:
     return Finding(
         "gradient_clipped",
         0.1 if is_adamw else 0.3,
-        f"The gradient norm is over optim.max_grad_norm ({limit:g}) in {share:.0%} of the steps, {middle:.3g} "
-        "at the "
-        "median.",
+        f"The gradient norm is over optim.max_grad_norm ({limit:g}) in {share:.0%} of the steps, {middle:.3g} at "
+        "the median.",
         "Each step is scaled down, so that large gradients count no more than small ones"
         + (": AdamW divides by their size anyway, so this seldom costs much." if is_adamw else "."),
         f"Set optim.max_grad_norm: {usual:.2g}, which is over nine in ten steps, if the rewards are as they "
@@ -128,8 +126,7 @@ def sampler_mismatch(run: Run) -> Finding | None:
         "sampler_mismatch",
         (0.3 if corrected else 0.55) + (0.1 if grows else 0.0),
         f"Log-probabilities of sampler and policy differ by {apart.last:.3g} on average ({apart.first:.3g} in "
-        "the first "
-        "steps).",
+        "the first steps).",
         "What is trained is not quite what sampled, so the gradient is not quite that of the reward"
         + (", and less so with every step." if grows else "."),
         ("" if corrected else "Set loss.sampler_correction: {}. ")
@@ -151,9 +148,8 @@ def skipped_steps(run: Run) -> Finding | None:
         f"{skipped:g} of {total:g} optimizer steps were skipped, the first of them in step {when[0]}.",
         "Loss or gradient were not finite there, so nothing was learned from those completions.",
         f"Lower optim.learning_rate from {run.recipe.optim.learning_rate:.3g} to "
-        f"{run.recipe.optim.learning_rate / 3:.2g}; set model.compute_dtype: float32 if it is bfloat16; look "
-        "for rewards "
-        "of a size out of proportion.",
+        f"{run.recipe.optim.learning_rate / 3:.2g}; set model.compute_dtype: float32 if it is bfloat16; look for "
+        "rewards of a size out of proportion.",
         (when[0], when[-1]),
     )
 

@@ -80,13 +80,11 @@ def _same_to_all(run: Run, last: Shares, before: str, steps: tuple[int, int]) ->
         "repeated_completions",
         0.85 if learned else 0.6,
         f"{last.across:.0%} of pairs of completions of different prompts say the same ({before}; "
-        f"{_sampled(steps)}), such "
-        f"as {last.same!r}.",
+        f"{_sampled(steps)}), such as {last.same!r}.",
         "The reward is had without reading the prompt"
         + (", and it rises: this is what the reward asks for, not the task." if learned else "."),
         "Make the reward depend on the prompt: compare with a column of the data, or take off for what other "
-        "prompts get "
-        f"as well; {_hold(run)} slows it down.",
+        f"prompts get as well; {_hold(run)} slows it down.",
         steps,
     )
 
@@ -101,8 +99,8 @@ def _copies(run: Run, last: Shares, before: str, steps: tuple[int, int]) -> Find
         "The policy says what it has read"
         + (", and the reward rises by it" if learned else "")
         + ": well if the task is to quote, else a way around it.",
-        f"Take off for words of the prompt in a reward function, with a weight of its own; {_hold(run)} slows "
-        "it down.",
+        f"Take off for words of the prompt in a reward function, with a weight of its own; {_hold(run)} slows it "
+        "down.",
         steps,
     )
 

@@ -24,7 +24,9 @@ def constant_reward(run: Run) -> Finding | None:
     completions = len(run.rows) * run.recipe.train.prompts_per_step * run.group_size
     if completions < ENOUGH_SCORED or len(run.rows) < 2:
         return None
-    for name in run.reward_names:
+    for name, weight in zip(run.reward_names, _weights(run), strict=True):
+        if weight == 0:
+            continue  # it is only logged
         means, spreads = (known(run.series(f"rewards/{name}/{part}")) for part in ("mean", "std"))
         tolerance = 1e-6 * max((abs(value) for value in means), default=0)
         if max(spreads, default=0) > tolerance or max(means, default=0) - min(means, default=0) > tolerance:
@@ -38,9 +40,8 @@ def constant_reward(run: Run) -> Finding | None:
             "It never tells two completions apart, so "
             + ("there is nothing to learn from." if only else "it has no part in what is learned."),
             f"See what it is given and says: grpo sample RECIPE -n 4. If it works and {name} is too seldom "
-            "earned, give "
-            "part of the reward for part of the way, or start with prompts that the model can already do at "
-            "times.",
+            "earned, give part of the reward for part of the way, or start with prompts that the model can "
+            "already do at times.",
         )
     return None
 
@@ -75,15 +76,20 @@ def no_spread(run: Run) -> Finding | None:
     return Finding("no_spread", badness, f"{shown} ({flat.first:.0%} in the first).", meaning, advice)
 
 
+def _weights(run: Run) -> list[float]:
+    """Of `run.reward_names`. The reward of an environment comes last, with a weight of 1."""
+    weights = [reward.weight for reward in run.recipe.rewards][: len(run.reward_names)]
+    return weights + [1.0] * (len(run.reward_names) - len(weights))
+
+
 def drowned_reward(run: Run) -> Finding | None:
     """One reward function decides alone, beside others that vary, too."""
     names = run.reward_names
     if len(names) < 2 or run.recipe.loss.aggregation == "normalize_then_sum":
         return None
-    weights = [abs(reward.weight) for reward in run.recipe.rewards][: len(names)]
-    weights += [1.0] * (len(names) - len(weights))  # an environment's own reward comes last
+    weights = _weights(run)
     spreads = [mean(run.series(f"rewards/{name}/std")) or 0.0 for name in names]
-    parts = [weight * spread for weight, spread in zip(weights, spreads, strict=True)]
+    parts = [abs(weight) * spread for weight, spread in zip(weights, spreads, strict=True)]
     loud = max(range(len(names)), key=parts.__getitem__)
     varying = [place for place in range(len(names)) if place != loud and parts[place] > 0]
     if not varying:
@@ -112,11 +118,10 @@ def skipped_groups(run: Run) -> Finding | None:
     return Finding(
         "skipped_groups",
         min(0.9, skipped),
-        f"{skipped:.0%} of the groups of the last steps were not trained on, and only {flat or 0:.0%} for "
-        "equal rewards.",
+        f"{skipped:.0%} of the groups of the last steps were not trained on, and only {flat or 0:.0%} for equal "
+        "rewards.",
         "Their completions were left out as a whole: cut off under loss.mask_truncated, or lost with their "
         "environment.",
-        "Raise generation.max_completion_tokens, or set loss.mask_truncated: false; for lost ones see the "
-        "notes on "
-        "the screen of the run.",
+        "Raise generation.max_completion_tokens, or set loss.mask_truncated: false; for lost ones see the notes "
+        "on the screen of the run.",
     )
