@@ -53,7 +53,7 @@ def overfitting(run: Run) -> Finding | None:
         f"while that of training rose to {mean(train) or 0.0:.3g}; one evaluation is exact to {noise:.2g}.",
         "What is learned now holds for the prompts of training only, or is a trick of their rewards.",
         f"Set train.max_steps: {turn}; for more than that, more prompts in data, or loss.beta: "
-        f"{4 * run.recipe.loss.beta or 0.01:g}.",
+        f"{4 * run.recipe.loss.beta or 0.04:g}.",
         (turn, run.rows[-1]["step"]),
     )
 

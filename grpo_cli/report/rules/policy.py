@@ -51,7 +51,7 @@ def entropy_collapse(run: Run) -> Finding | None:
         "groups have equal rewards.",
         f"Without other completions to compare, nothing more is learned; {kl}.",
         f"Set loss.entropy_coef: {10 * run.recipe.loss.entropy_coef or 0.001:g}, "
-        + f"loss.beta: {4 * beta or 0.01:g}"
+        + f"loss.beta: {4 * beta or 0.04:g}"
         + (", loss.epsilon_high: 0.28" if _passes(run) > 1 else "")
         + f" or half of optim.learning_rate ({run.recipe.optim.learning_rate / 2:.3g}); or stop before.",
     )
