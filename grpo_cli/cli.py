@@ -201,6 +201,29 @@ def eval_(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, done or going on.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; report.html in the run's folder, of several here.")
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    text: Annotated[bool, typer.Option("--text", help="Print it in words instead.")] = False,
+) -> None:
+    """Write one HTML page about runs: what looks wrong, curves, completions. It needs no network."""
+    from grpo_cli.verbs.report import print_in_words
+    from grpo_cli.verbs.report import report as write_page
+
+    if not text:
+        typer.echo(write_page(runs, out, opens=open_))
+    elif out is not None or open_:
+        raise UserError("--text prints: it goes with neither --out nor --open")
+    else:
+        from rich.console import Console
+
+        print_in_words(runs, Console())
+
+
+@app.command()
 def slurm(
     recipe: RecipePath,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes of the job, those that serve included.")],
