@@ -302,9 +302,11 @@ class LoggingConfig(Section):
     every: int = Field(default=1, ge=1)
     """Steps between lines on the screen; `metrics.jsonl` has every step."""
     print_completions: int = Field(default=0, ge=0)
-    """Steps between tables of sample completions on the screen; 0 prints none."""
+    """Steps between tables of sample completions on the screen, and of all completions of a step in wandb and
+    trackio; 0 makes none."""
     trackers: list[str] = ["tensorboard"]
-    """Where metrics go beside `metrics.jsonl`: any tracker of Accelerate, such as tensorboard or wandb."""
+    """Where metrics go beside `metrics.jsonl`: any tracker of Accelerate, such as tensorboard, wandb or trackio;
+    see `docs/trackers.md`."""
     project: str | None = Field(default=None, min_length=1)
     """Project that the run belongs to in trackers that have projects, under its folder's name and with its recipe.
     If empty, what WANDB_PROJECT says, or grpo-cli."""

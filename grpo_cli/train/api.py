@@ -110,7 +110,7 @@ def train(
     strategy = resolve_strategy(loaded.distributed, os.environ)
     ranks = Ranks.join(needs_group=STRATEGIES[strategy].needs_group)
     console = (console or Console()) if ranks.is_main else Console(quiet=True)
-    check_trackers(loaded.logging.trackers)
+    ranks.led(lambda: check_trackers(loaded.logging.trackers))
 
     def note(text: str) -> None:
         console.print(escape(text), soft_wrap=True)
@@ -167,6 +167,7 @@ def _train(rollouts: Rollouts, learner: Learner, recorder: Recorder) -> TrainRes
     with display.noting():
         recorder.notify("on_train_end")
     final = save_final(recorder.folder, learner)
+    recorder.is_done = True
     after = None
     # What fails on one of several ranks alone leaves the others waiting: it has to end the process.
     with display.noting(Exception if learner.ranks.world_size == 1 else EXPECTED_ERRORS):

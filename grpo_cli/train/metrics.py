@@ -175,7 +175,10 @@ class MetricsFile:
 
     def __init__(self, path: Path, steps_done: int) -> None:
         self.path = path
-        kept = [row for row in read_metrics(path) if row["step"] <= steps_done] if path.exists() else []
+        rows = read_metrics(path) if path.exists() else []
+        self.steps_before = rows[-1]["step"] if rows else 0
+        """The last step that it held."""
+        kept = [row for row in rows if row["step"] <= steps_done]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, metrics: Metrics) -> None:

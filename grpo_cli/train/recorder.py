@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import ServerLost, StoppedEarly
 from grpo_cli.recipe.schema import Recipe
-from grpo_cli.record.completions import completions_file
+from grpo_cli.record.completions import completions_file, read_completions
 from grpo_cli.record.metrics import METRICS, Metrics, read_metrics
 from grpo_cli.train.callbacks import TrainState, check_callback, load_callbacks, notify
 from grpo_cli.train.checkpoint import Position, checkpoint_path, load_checkpoint, save_checkpoint
@@ -28,6 +28,7 @@ from grpo_cli.train.signals import StopRequest
 from grpo_cli.train.step_data import StepData
 from grpo_cli.train.stored_completions import remove_completions_after, save_completions
 from grpo_cli.train.token_texts import TokenTexts
+from grpo_cli.train.tracked_run import completions_table
 from grpo_cli.train.trackers import Trackers
 from grpo_cli.train.whole_files import sync
 
@@ -64,6 +65,8 @@ class Recorder:
         self.display = display
         self.position = Position()
         self.resumed_from: Path | None = None
+        self.is_done = False
+        """Whether the final model is written."""
         self.state = TrainState(recipe, learner.model, learner.tokenizer, self.folder, self.max_steps)
         self._ranks: Ranks = learner.ranks
         self._stop_request = stop_request
@@ -100,7 +103,8 @@ class Recorder:
             steps_done = self._synced_steps = self.position.step
             remove_completions_after(self.folder, steps_done)
             self._metrics_file = MetricsFile(self.folder / METRICS, steps_done)
-            self._trackers = Trackers(self.recipe, steps_done)
+            steps_logged = max(steps_done, self._metrics_file.steps_before)
+            self._trackers = Trackers(self.recipe, steps_done, steps_logged, self.display.note)
             self.display.resume(steps_done, [row.get("reward") for row in self.history()])
 
     def start(self) -> None:
@@ -120,7 +124,7 @@ class Recorder:
         evaluation = self._evaluation(self._evaluate)
         if self._metrics_file is not None and self._trackers is not None:
             self._metrics_file.amend(evaluation)
-            self._trackers.log(evaluation, row["step"])
+            self._trackers.amend(evaluation, row["step"])
 
     def _last_row(self) -> dict[str, Any] | None:
         """Of the checkpoint's position, if there is one."""
@@ -207,10 +211,15 @@ class Recorder:
         if self._metrics_file is None or self._trackers is None:
             return
         step, metrics = self.position.step, self.state.metrics
+        shows_completions = _is_due(step, self.recipe.logging.print_completions)
         self._metrics_file.append(metrics)
-        self._trackers.log(metrics, step)
+        table = None
+        if shows_completions and self._trackers.show_tables:
+            group_size = self.recipe.generation.num_generations
+            table = completions_table(read_completions(self.folder, step, group_size))
+        self._trackers.log(metrics, step, table)
         self.display.step(metrics)
-        if _is_due(step, self.recipe.logging.print_completions):
+        if shows_completions:
             self.display.completions(f"step {step}", data.rollout, self._reward_names, data.rewards)
 
     def save_checkpoint(self, learner: Learner) -> None:
@@ -253,7 +262,7 @@ class Recorder:
     def close(self) -> None:
         if self._trackers is not None:
             with self.display.noting(), explained(self.folder):
-                self._trackers.finish()
+                self._trackers.finish(self.is_done)
         if self._lock is not None:
             self._lock.close()
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from grpo_cli.data.prompts import Prompt
-from grpo_cli.recipe.load import load_recipe
+from grpo_cli.recipe.load import dump_recipe, load_recipe
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.unused import RUN_NAMES
 from grpo_cli.rollout.engine import Completion
@@ -40,10 +38,10 @@ def scalars(recipe: Recipe) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_tensorboard_has_every_finite_metric_of_every_step(recipe: Recipe) -> None:
-    trackers = Trackers(recipe, 0)
+    trackers = Trackers(recipe, 0, 0, print)
     trackers.log({"step": 1, "reward": 0.5, "rewards/length/mean": 2.0, "kl": math.nan}, 1)
     trackers.log({"step": 2, "reward": -1.25, "rewards/length/mean": 3.0, "kl": 0.5, "ratio": math.inf}, 2)
-    trackers.finish()
+    trackers.finish(is_done=True)
     assert scalars(recipe) == {
         "step": [(1, 1.0), (2, 2.0)],
         "reward": [(1, 0.5), (2, -1.25)],
@@ -53,14 +51,14 @@ def test_tensorboard_has_every_finite_metric_of_every_step(recipe: Recipe) -> No
 
 
 def test_steps_that_are_run_again_after_a_resume_are_there_once(recipe: Recipe) -> None:
-    first = Trackers(recipe, 0)
+    first = Trackers(recipe, 0, 0, print)
     for step in range(1, 5):
         first.log({"reward": float(step)}, step)
-    first.finish()
-    resumed = Trackers(recipe, 2)
+    first.finish(is_done=True)
+    resumed = Trackers(recipe, 2, 4, print)
     for step in range(3, 6):
         resumed.log({"reward": 10.0 * step}, step)
-    resumed.finish()
+    resumed.finish(is_done=True)
     assert scalars(recipe)["reward"] == [(1, 1.0), (2, 2.0), (3, 30.0), (4, 40.0), (5, 50.0)]
 
 
@@ -70,41 +68,18 @@ def test_the_home_folder_may_be_written_as_a_tilde(
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     train = recipe.train.model_copy(update={"output_dir": "~/at-home"})
-    trackers = Trackers(recipe.model_copy(update={"train": train}), 0)
-    trackers.finish()
+    trackers = Trackers(recipe.model_copy(update={"train": train}), 0, 0, print)
+    trackers.finish(is_done=True)
     assert (tmp_path / "at-home" / "tensorboard").is_dir()
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.parametrize(
-    ("settings", "environment", "project"),
-    [
-        (["logging.project=math"], {"WANDB_PROJECT": "other"}, "math"),
-        ([], {"WANDB_PROJECT": "other"}, "other"),
-        ([], {}, "grpo-cli"),
-    ],
-)
-def test_a_run_belongs_to_a_project_under_its_folders_name_and_with_its_recipe(
-    tiny_recipe: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch,
-    settings: list[str],
-    environment: dict[str, str],
-    project: str,
-) -> None:
-    begun: list[dict[str, Any]] = []
-    config: dict[str, Any] = {}
-    wandb = SimpleNamespace(
-        init=lambda **options: begun.append(options),
-        config=SimpleNamespace(update=lambda values, **_: config.update(values)),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.delenv("WANDB_PROJECT", raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    recipe = load_recipe(tiny_recipe, ["logging.trackers=[wandb]", *settings])
-    Trackers(recipe, 0)
-    assert begun == [{"project": project, "name": "run"}]
-    assert load_recipe(config) == recipe
+def test_tensorboard_has_the_recipe_as_a_text(recipe: Recipe) -> None:
+    Trackers(recipe, 0, 0, print).finish(is_done=True)
+    accumulator = EventAccumulator(str(Path(recipe.train.output_dir) / "tensorboard"))
+    accumulator.Reload()
+    [event] = accumulator.Tensors("recipe/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == f"```yaml\n{dump_recipe(recipe)}\n```"
 
 
 @pytest.mark.parametrize("name", [name for name, option in RUN_NAMES.items() if option])
@@ -115,9 +90,9 @@ def test_the_trackers_that_have_projects_take_a_runs_name(name: str) -> None:
 
 def test_no_trackers_write_nothing(recipe: Recipe) -> None:
     logging = recipe.logging.model_copy(update={"trackers": []})
-    trackers = Trackers(recipe.model_copy(update={"logging": logging}), 0)
+    trackers = Trackers(recipe.model_copy(update={"logging": logging}), 0, 0, print)
     trackers.log({"reward": 1.0}, 1)
-    trackers.finish()
+    trackers.finish(is_done=True)
     assert not Path(recipe.train.output_dir).exists()
 
 
