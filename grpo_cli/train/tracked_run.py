@@ -66,10 +66,14 @@ class TrackedRun:
 
     def finish(self, is_done: bool) -> None:
         """Wait until everything is sent. wandb shows a run that is not done as failed, until it is resumed."""
-        if self.name == "wandb":
-            self.tracker.tracker.finish(exit_code=0 if is_done else 1)
-        else:
-            _quietly(self.tracker.finish)
+        if self.name != "wandb":
+            return _quietly(self.tracker.finish)
+        run = self.tracker.tracker
+        try:
+            run.finish(exit_code=0 if is_done else 1)
+        except TimeoutError as error:
+            rest = f"`wandb sync {Path(run.dir).parent}` sends the rest"
+            raise TimeoutError(f"not everything was sent in {WANDB_UPLOAD_S:.0f} s; {rest}") from error
 
 
 def begin(name: str, recipe: Recipe, folder: Path, steps_done: int, steps_logged: int) -> TrackedRun:

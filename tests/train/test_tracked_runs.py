@@ -7,7 +7,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,16 @@ import grpo_cli
 from grpo_cli.errors import RunError, UserError
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.record.completions import StoredCompletion, read_completions
+from grpo_cli.train import tracked_run
 from grpo_cli.train.tracked_run import completions_table
 from grpo_cli.train.trackers import Trackers, check_trackers
 from tests.train.wandb_file import Offline, offline_run
 
-COLUMNS = ["step", "prompt", "completion", "reward/letters", "advantage"]
+COLUMNS = ["step", "prompt", "completion", "reward/letters", "advantage", "extra/first"]
 
 
-def letters(completions: list[str]) -> list[float]:
+def letters(completions: list[str], log_extra: Any) -> list[float]:
+    log_extra("first", [completion[:1] for completion in completions])
     return [float(sum(map(str.isalpha, completion))) for completion in completions]
 
 
@@ -149,7 +154,8 @@ def test_trackio_has_a_resumed_run_once_with_its_recipe_tables_and_report(
             assert columns == COLUMNS
             shown_rows = row["completions"]["_value"]
             assert [[one[column] for column in columns] for one in shown_rows] == values
-    page = trackio.init("of-a-test", name="reader").use_artifact(f"report-{run.id}:latest").download(str(tmp_path / "read"))
+    artifact = trackio.init("of-a-test", name="reader").use_artifact(f"report-{run.id}:latest")
+    page = artifact.download(str(tmp_path / "read"))
     trackio.finish()
     assert result.output_dir.name in (Path(page) / "report.html").read_text(encoding="utf-8")
     assert f"trackio: `trackio show --project of-a-test` shows {run.name}" in shown
@@ -271,6 +277,52 @@ def test_a_tracker_that_cannot_begin_is_told_and_the_run_goes_on(
     told = begun(recipe, "wandb", 0, 1)
     assert len(told) == 1
     assert told[0].startswith("wandb failed, and is sent nothing more until the run is resumed (CommError: ")
+
+
+class WandbServer(BaseHTTPRequestHandler):
+    """Says yes to whatever a run asks for at its start."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        project = {"id": "1", "name": "p", "entity": {"id": "2", "name": "e"}}
+        bucket = {"id": "3", "name": "an-id", "displayName": "run", "config": "{}", "project": project}
+        data = {"model": {"bucket": None}, "upsertBucket": {"bucket": bucket, "inserted": True}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *told: Any) -> None:
+        """The screen is not for it."""
+
+
+def test_a_network_that_dies_holds_a_run_up_for_no_longer_than_it_may(
+    wandb: Any, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), WandbServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    monkeypatch.setattr(tracked_run, "WANDB_UPLOAD_S", 1.0)
+    told: list[str] = []
+    recipe["logging"]["trackers"] = ["wandb"]
+    check_trackers(["wandb"])
+    folder = Path(recipe["train"]["output_dir"])
+    folder.mkdir()
+    trackers = Trackers(load_recipe(recipe), 0, 0, told.append)
+    assert told == [f"wandb: {address}/e/p/runs/an-id"]
+    server.shutdown()
+    server.server_close()
+    trackers.log({"reward": 1.0}, 1)
+    began = time.monotonic()
+    trackers.finish(is_done=False)
+    assert time.monotonic() - began < 30
+    [_, why] = told
+    assert f"not everything was sent in 1 s; `wandb sync {folder}/wandb/run-" in why
+    assert not [text for text in capfd.readouterr() if "wandb" in text]
 
 
 @pytest.mark.parametrize(
