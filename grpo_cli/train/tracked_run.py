@@ -66,8 +66,10 @@ class TrackedRun:
 
     def finish(self, is_done: bool) -> None:
         """Wait until everything is sent. wandb shows a run that is not done as failed, until it is resumed."""
+        if self.name == "trackio":
+            return _quietly(self.package.finish)  # Accelerate's leaves the run to be finished again at the exit
         if self.name != "wandb":
-            return _quietly(self.tracker.finish)
+            return self.tracker.finish()
         run = self.tracker.tracker
         try:
             run.finish(exit_code=0 if is_done else 1)
