@@ -40,7 +40,8 @@ def completions_file(folder: Path, step: int) -> Path:
 
 def stored_steps(folder: Path) -> list[int]:
     """The steps whose completions a run has stored, in order."""
-    return sorted(int(path.stem.removeprefix("step-")) for path in (folder / "completions").glob("step-*.parquet"))
+    names = (path.stem.removeprefix("step-") for path in (folder / "completions").glob("step-*.parquet"))
+    return sorted(int(name) for name in names if name.isdecimal())  # others are no files of a run
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _prompt(stored: str) -> str | list[dict[str, Any]]:
     """A prompt as it was: conversations are stored as JSON, texts as they are."""
     try:
         messages = json.loads(stored)
-    except ValueError:
+    except (ValueError, RecursionError):  # a text, and one may begin with thousands of brackets
         return stored
     is_chat = isinstance(messages, list) and all(isinstance(one, dict) and "role" in one for one in messages)
     return messages if is_chat and messages else stored

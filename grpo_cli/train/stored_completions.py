@@ -20,6 +20,7 @@ from grpo_cli.record.completions import (
     SAMPLED,
     TOKEN_TEXTS,
     completions_file,
+    stored_steps,
 )
 from grpo_cli.reward.hooks import Plain, as_text
 from grpo_cli.rollout.engine import Completion
@@ -29,9 +30,9 @@ from grpo_cli.train.disk import writing
 
 def remove_completions_after(folder: Path, step: int) -> None:
     """Remove what an earlier start of the run wrote for steps that will be run again."""
-    for path in (folder / "completions").glob("step-*.parquet"):
-        if int(path.stem.removeprefix("step-")) > step:
-            path.unlink()
+    for stored in stored_steps(folder):
+        if stored > step:
+            completions_file(folder, stored).unlink()
 
 
 def save_completions(

@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import grpo_cli
 from grpo_cli.errors import RunError
 from grpo_cli.record.completions import completions_file, read_completions, stored_steps
+from grpo_cli.train.stored_completions import remove_completions_after
+from tests.train.test_trackers import rollout_of, save
 
 
 def test_stored_completions_are_read_group_by_group(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -23,6 +26,23 @@ def test_stored_completions_are_read_group_by_group(tiny_recipe: dict[str, Any],
     rewards = [score for one in read for score in one.rewards.values() if score is not None]
     assert result.metrics[0]["reward"] == pytest.approx(sum(rewards) / len(rewards))
     assert all(len(one.token_ids) == len(one.logprobs) == len(one.sampled) == one.num_sampled for one in read)
+
+
+def test_files_that_are_not_a_runs_own_are_left_alone(tmp_path: Path) -> None:
+    own = completions_file(tmp_path, 2)
+    copies = [own.with_name("step-000002 (copy).parquet"), own.with_name("step-last.parquet")]
+    own.parent.mkdir()
+    for path in (own, *copies):
+        path.write_bytes(b"")
+    assert stored_steps(tmp_path) == [2]
+    remove_completions_after(tmp_path, 1)
+    assert sorted(own.parent.iterdir()) == copies
+
+
+@pytest.mark.parametrize("prompt", ["[" * 100_000, '{"a":' * 100_000, "1" * 10_000, "[1]", '[{"role": 1}, 2]'])
+def test_a_prompt_that_looks_like_json_is_a_text(tmp_path: Path, prompt: str) -> None:
+    save(tmp_path, 1, rollout_of([prompt]), ["r"], torch.zeros(2, 1), torch.zeros(2))
+    assert [one.prompt for one in read_completions(tmp_path, 1, 2)] == [prompt] * 2
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
