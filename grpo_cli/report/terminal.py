@@ -56,5 +56,14 @@ def printable(text: str) -> str:
 
 
 def visible(text: str) -> str:
-    """Text without control characters, which Rich's markup still acts on: for a Rich `Text`."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Text without control characters, which Rich's markup still acts on: for a Rich `Text`.
+
+    Every kind of space but a line break is shown as one: not every terminal knows them.
+    """
+    return "".join(map(_shown, text))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character == "\n":
+        return character
+    return " " if character.isspace() else "\N{REPLACEMENT CHARACTER}"

@@ -168,7 +168,7 @@ def _print_completion(run: Run, completion: StoredCompletion, reward: float | No
 def _facts(completion: StoredCompletion, reward: float | None) -> list[str]:
     parts = [f"{name} {_number(score)}" for name, score in completion.rewards.items()]
     each = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-    facts = [f"reward {_number(reward)}{each}", f"advantage {completion.advantage:+.3g}"]
+    facts = [f"reward {_number(reward)}{each}", f"advantage {completion.advantage + 0.0:+.3g}"]
     facts += [f"ended by {completion.finish_reason}", f"{completion.num_sampled} tokens"]
     if not isinstance(completion.completion, str):
         turns = [message for message in completion.completion if message["role"] == "assistant"]
@@ -200,9 +200,11 @@ def _what_training_made(run: Run, completion: StoredCompletion) -> Iterable[Any]
         return
     drifts = [None if ratio is None else abs(math.log(ratio)) for ratio in ratios]
     known = [drift for drift in drifts if drift is not None]
-    if known and max(known) < SAME:
+    if not known:
+        yield Text("ratio of policy to sampler: not known, since the engine told no log-probabilities", "dim")
+    elif max(known) < SAME:
         yield Text(f"ratio of policy to sampler: 1 for all tokens, to {SAME:g}", "dim")
-    elif known:
+    else:
         yield _token_table("farthest from what sampled them", completion, ratios, losses, drifts)
     of_loss = [loss for loss in losses if loss is not None]
     if of_loss and max(of_loss) - min(of_loss) < SAME:
@@ -228,7 +230,7 @@ def _token_table(
         table.add_column(name, justify="left" if name == "token" else "right")
     for place in places[:MOST_TOKENS]:
         numbers = (completion.logprobs, completion.policy_logprobs, ratios, losses)
-        token = Text(repr(visible(completion.token_texts[place])))
+        token = Text(repr(completion.token_texts[place]))  # which escapes what a terminal would act on
         table.add_row(str(place), token, *[_number(values[place]) for values in numbers])
     return table
 
@@ -264,7 +266,7 @@ def _ending(content: str | list[dict[str, Any]], most: int) -> str:
 
 def _is_of_older_version(completions: Sequence[StoredCompletion]) -> bool:
     """Whether there are tokens whose texts were not stored."""
-    return any(one.token_ids and not one.token_texts for one in completions)
+    return any(one.num_sampled and not one.token_texts for one in completions)
 
 
 def _mean(values: Sequence[float]) -> float | None:
@@ -272,4 +274,4 @@ def _mean(values: Sequence[float]) -> float | None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    return "-" if value is None else f"{value + 0.0:.3g}"  # nothing is -0

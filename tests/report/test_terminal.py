@@ -9,8 +9,12 @@ from grpo_cli.report.terminal import beginning, ending, printable, visible
 
 def test_control_characters_become_visible_and_markup_stays_text() -> None:
     text = "\x1b[31m[red]a\u202e\tb\n"
-    assert visible(text) == "\ufffd[31m[red]a\ufffd\ufffdb\n"
+    assert visible(text) == "\ufffd[31m[red]a\ufffd b\n"
     assert Text.from_markup(printable(text)).plain == visible(text)
+
+
+def test_spaces_of_all_kinds_are_spaces() -> None:
+    assert visible("日\u3000本\tif\xa0x:\r\n\u2028") == "日 本 if x: \n "
 
 
 def test_long_texts_are_cut_where_they_matter_least() -> None:

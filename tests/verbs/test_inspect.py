@@ -170,6 +170,31 @@ def test_what_was_not_trained_on_says_so(run: Path, tmp_path: Path) -> None:
     assert shown(copy, 1, 0).count("not trained on") == 4
 
 
+def test_what_the_engine_did_not_tell_is_not_known(run: Path, tmp_path: Path) -> None:
+    output = shown(older(run, tmp_path, ["logprobs"]), 1, 0)
+    assert output.count("not known, since the engine told no log-probabilities") == 4
+    assert "largest loss" not in output
+
+
+def test_a_listed_token_is_written_so_that_it_can_be_told_from_others(run: Path, tmp_path: Path) -> None:
+    copy = older(run, tmp_path, [])
+    table = pq.read_table(completions_file(copy, 1))
+    texts = pa.array([["\t"] * len(ids) for ids in table["completion_ids"].to_pylist()])
+    column = table.column_names.index(TOKEN_TEXTS)
+    pq.write_table(table.set_column(column, TOKEN_TEXTS, texts), completions_file(copy, 1))
+    assert r"'\t'" in shown(copy, 1, 2)
+
+
+def test_no_number_is_minus_zero(run: Path, tmp_path: Path) -> None:
+    copy = older(run, tmp_path, [])
+    table = pq.read_table(completions_file(copy, 1))
+    column = table.column_names.index("advantage")
+    nothing = pa.array([-0.0] * len(table))
+    pq.write_table(table.set_column(column, "advantage", nothing), completions_file(copy, 1))
+    output = shown(copy, 1, 0)
+    assert output.count("advantage +0 ") == output.count("loss: 0 of each token") == 4
+
+
 def test_a_completion_that_began_otherwise_than_its_group_shows_its_own_prompt(run: Path, tmp_path: Path) -> None:
     copy = older(run, tmp_path, [])
     table = pq.read_table(completions_file(copy, 1))
@@ -204,6 +229,13 @@ def test_a_run_of_an_older_version_shows_texts_and_says_so(run: Path, tmp_path: 
     assert "An older version stored these completions" in output
     assert "largest loss" not in output
     assert [line.split()[-1] for line in shown(copy).splitlines()[-4:-1]] == ["?"] * 3
+
+
+def test_a_run_that_stored_no_tokens_at_all_is_of_an_older_version(run: Path, tmp_path: Path) -> None:
+    ids = ["prompt_ids", "completion_ids", "logprobs"]
+    copy = older(run, tmp_path, [TOKEN_TEXTS, POLICY_LOGPROBS, *ids])
+    assert "An older version stored these completions" in shown(copy, 1, 0)
+    assert [line.split()[-1] for line in shown(copy, 1).splitlines()[-4:-1]] == ["?"] * 3
 
 
 def test_steps_and_groups_that_there_are_not_end_with_what_there_is(run: Path, tmp_path: Path) -> None:
