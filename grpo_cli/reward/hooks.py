@@ -15,7 +15,7 @@ from typing import Any
 
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.record.metrics import Metrics, is_own_metric
-from grpo_cli.reward.values import Unusable, is_real, shortened
+from grpo_cli.reward.values import Unusable, as_many, is_real, shortened
 
 LARGEST_INTEGER = 2**63
 """Integers from here on are logged as text."""
@@ -88,10 +88,8 @@ class CallLog:
         listed = values.tolist() if hasattr(values, "tolist") else values
         if isinstance(listed, str | bytes | bytearray | Mapping | Set) or not isinstance(listed, Iterable):
             raise Unusable(f"log_extra of {column!r} was given a {type(values).__name__} instead of a list")
-        plain = [_plain(value) for value in listed]
-        if len(plain) != self._count:
-            raise Unusable(f"log_extra of {column!r} was given {len(plain)} values for {self._count} completions")
-        self.extras[column] = plain
+        counted = as_many(listed, self._count, f"log_extra of {column!r} was given")
+        self.extras[as_text(column)] = [_plain(value) for value in counted]
 
     def log_metric(self, name: str, value: float) -> None:
         """Add a number to the metrics of the step: the mean over the completions of all calls that log the name.
@@ -105,7 +103,7 @@ class CallLog:
             raise Unusable(f"log_metric: {name!r} is a metric of the run's own; log it under another name")
         if not is_real(value):
             raise Unusable(f"log_metric of {name!r} was given {shortened(value)}, which is not a number")
-        self.metrics.append((name, float(value)))
+        self.metrics.append((as_text(name), float(value)))
 
     def taken(self, function: str) -> Logged:
         """What a call of this function has logged until now."""
@@ -169,7 +167,7 @@ def _mean(weighted: Sequence[tuple[float, int]]) -> float:
 
 def _plain(value: Any) -> Plain:
     """A value as a column can hold it."""
-    if hasattr(value, "item") and not getattr(value, "shape", ()):
+    if hasattr(value, "dtype") and hasattr(value, "item") and not getattr(value, "shape", ()):
         value = value.item()
     if isinstance(value, int) and not isinstance(value, bool) and not -LARGEST_INTEGER <= value < LARGEST_INTEGER:
         return str(value)
@@ -181,6 +179,14 @@ def _plain(value: Any) -> Plain:
 
 
 def as_text(value: Any) -> str:
-    """A text as it is, without what UTF-8 cannot hold; anything else as JSON."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """A text as it is, without what UTF-8 cannot hold; anything else as JSON, or as Python writes it where JSON
+    cannot hold its keys or its depth."""
+    text = value if isinstance(value, str) else _as_json(value)
     return text.encode("utf-8", "replace").decode()
+
+
+def _as_json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        return str(value)

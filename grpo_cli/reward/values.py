@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Mapping, Set, Sized
 from itertools import islice
 from numbers import Complex, Real
 from typing import Any
@@ -34,15 +34,27 @@ def checked_values(result: Any, count: int) -> list[float]:
     # One copy for a whole tensor, where reading entry by entry would wait for the GPU each time.
     values = result.tolist() if hasattr(result, "tolist") else result
     try:
-        entries: Iterator[Any] = iter(values)
+        iter(values)
     except TypeError:
         raise Unusable(f"returned a {type(result).__name__} instead of {wanted}") from None
-    listed = list(islice(entries, count + 1))
-    if len(listed) != count:
-        number = len(values) if hasattr(values, "__len__") else len(listed)
-        more = " or more" if number == len(listed) > count and not hasattr(values, "__len__") else ""
-        raise Unusable(f"returned {number}{more} values for {count} completions")
+    listed = as_many(values, count, "returned")
     return [math.nan if value is None else _number(value, index) for index, value in enumerate(listed)]
+
+
+def as_many(values: Iterable[Any], count: int, verb: str) -> list[Any]:
+    """The values as a list of `count`; there may be no end of them.
+
+    Raises:
+        Unusable: `<verb> 3 values for 4 completions`.
+    """
+    listed = list(islice(values, count + 1))
+    if len(listed) == count:
+        return listed
+    if isinstance(values, Sized):
+        number = str(len(values))
+    else:
+        number = f"{len(listed)} or more" if len(listed) > count else str(len(listed))
+    raise Unusable(f"{verb} {number} values for {count} completions")
 
 
 def is_real(value: Any) -> bool:

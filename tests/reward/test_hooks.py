@@ -117,6 +117,7 @@ def test_a_state_counts_from_the_recipe() -> None:
     [
         ([1, 2], "was given 2 values for 3 completions"),
         ([1, 2, 3, 4], "was given 4 values for 3 completions"),
+        (itertools.repeat(1), "was given 4 or more values for 3 completions"),
         ("abc", "was given a str instead of a list"),
         (None, "was given a NoneType instead of a list"),
         (5, "was given a int instead of a list"),
@@ -198,6 +199,31 @@ def test_what_is_no_number_and_no_text_is_json() -> None:
     log = CallLog(5)
     log.log_extra("any", [{"ä": [1, None]}, (1, 2), 2**63, "\ud800x", object])
     assert log.extras["any"] == ['{"ä": [1, null]}', "[1, 2]", str(2**63), "?x", "\"<class 'object'>\""]
+
+
+def test_what_json_cannot_hold_is_as_python_writes_it() -> None:
+    itself: list[Any] = []
+    itself.append(itself)
+    log = CallLog(3)
+    log.log_extra("any", [{(1, 2): 3}, itself, Order("tea")])
+    assert log.extras["any"] == ["{(1, 2): 3}", "[[...]]", '"an order of tea"']
+
+
+class Order:
+    """Has an `item`, as numbers of other libraries do, and is none."""
+
+    def __init__(self, item: str) -> None:
+        self.item = item
+
+    def __str__(self) -> str:
+        return f"an order of {self.item}"
+
+
+def test_names_can_be_written_to_files() -> None:
+    log = CallLog(1)
+    log.log_extra("a\ud800", [1])
+    log.log_metric("b\udfff", 1)
+    assert (log.extras, log.metrics) == ({"a?": [1]}, [("b?", 1.0)])
 
 
 def test_values_that_are_not_finite_are_not_hidden_in_a_mean() -> None:
