@@ -139,7 +139,7 @@ class _Process:
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._shown = f"{job['setting']}: {job['path']} cannot be called apart"
         self._connection, other_end = socket.socketpair()
-        self._unread = b""
+        self._unread = bytearray()
         with other_end:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(CHILD), str(other_end.fileno())],
@@ -205,13 +205,17 @@ class _Process:
 
     def _receive(self, deadline: float | None) -> dict[str, Any]:
         """The next line that makes sense. What a dying process wrote half is followed by one that says so."""
+        searched = 0  # bytes without a line's end: what is logged can be long
         while True:
-            line, newline, rest = self._unread.partition(b"\n")
-            if newline:
-                self._unread = rest
+            end = self._unread.find(b"\n", searched)
+            if end >= 0:
+                line = bytes(self._unread[:end])
+                del self._unread[: end + 1]
+                searched = 0
                 with suppress(ValueError):
                     return json.loads(line)
                 continue
+            searched = len(self._unread)
             left = None if deadline is None else deadline - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -303,6 +304,27 @@ def test_what_is_logged_comes_back_and_the_state_goes_there(folder):
     metrics = logged_metrics(scored.logged)
     assert np.isnan(metrics.pop("odd"))
     assert metrics == {"length": 1.5, "later": 2.0}
+
+
+def test_reading_a_long_answer_takes_time_in_proportion():
+    """Not with its square: what is logged may be megabytes."""
+    line = json.dumps({"extras": {"text": ["a" * 2_000_000]}}).encode() + b"\n"
+
+    class Dribbles:
+        sent = 0
+
+        def settimeout(self, _):
+            pass
+
+        def recv(self, _):
+            self.sent += 10
+            return line[self.sent - 10 : self.sent]
+
+    process = object.__new__(isolated._Process)
+    process._unread, process._connection = bytearray(b"half of something\n"), Dribbles()
+    begin = time.monotonic()
+    assert process._receive(None) == json.loads(line)
+    assert time.monotonic() - begin < 4, "it takes 0.1 s, and took 9 when the time went with the square"
 
 
 def test_what_is_logged_wrongly_there_is_named_here(folder):
