@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from grpo_cli.errors import EXPECTED_ERRORS, UserError
 from grpo_cli.hub import without_bars
 from grpo_cli.launch.failures import exit_code, reported
 from grpo_cli.recipe.addresses import DEFAULT_PORT
-from grpo_cli.verbs.completion import complete_recipe, complete_setting
+from grpo_cli.verbs.completion import complete_recipe, complete_setting, set_key_aside
 from grpo_cli.verbs.init import STARTS
 from grpo_cli.verbs.init import init as write_files
 
@@ -301,7 +302,7 @@ def init(
     """Write a recipe and what it names to start from: rewards, prompts, tools or an environment."""
     for path in write_files(folder, start):
         typer.echo(f"wrote {path}")
-    typer.echo(f"next: cd {folder} && grpo check recipe.yaml")
+    typer.echo(f"next: cd {shlex.quote(str(folder))} && grpo check recipe.yaml")
 
 
 def main() -> None:
@@ -309,6 +310,7 @@ def main() -> None:
     # Deprecations are addressed to the programmers of the libraries involved, not to who runs a recipe.
     warnings.simplefilter("ignore", FutureWarning)
     without_bars(os.environ)
+    set_key_aside(os.environ)
     try:
         app(prog_name="grpo")
     except EXPECTED_ERRORS as error:

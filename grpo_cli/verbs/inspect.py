@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def _print_step(run: Run, step: int, groups: Sequence[GroupSummary], console: Co
         prompt = _ending(group.completions[0].prompt, of_prompt)
         table.add_row(str(group.group), Text(prompt), *_group_numbers(group, functions), _trained_on(group))
     console.print(table)
-    hint = f"one group: grpo inspect {run.folder} --step {step} --group {groups[0].group}"
+    hint = f"one group: grpo inspect {shlex.quote(str(run.folder))} --step {step} --group {groups[0].group}"
     console.print(Text(hint, "dim"), soft_wrap=True)
 
 

@@ -97,6 +97,12 @@ def test_a_key_that_is_the_only_one_is_offered_with_its_values() -> None:
     assert offers("grpo train --set model.nam") == ["model.name="], "it has to be given one"
 
 
+def test_a_value_that_has_begun_is_completed() -> None:
+    assert offers("grpo train --set loss.type=d") == ["loss.type=dr_grpo", "loss.type=dapo"]
+    assert offers("grpo train --set loss.epsilon=") == ["loss.epsilon=", "loss.epsilon=0.2"]
+    assert offers("grpo train --set loss.eps=") == []
+
+
 def test_every_value_that_is_offered_is_one_that_the_recipe_takes() -> None:
     refused = []
     for key in complete_setting(""):
@@ -125,13 +131,19 @@ def test_bash_offers_what_grpo_tells_it_and_waits_for_no_torch(folder: Path) -> 
     )
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{code}" "$@"\n')
     program.chmod(0o755)
-    script = """
-        source <(grpo --show-completion bash)
-        complete -p grpo
-        COMP_WORDS=(grpo train first.yaml --set loss.eps) COMP_CWORD=4
-        _grpo_completion grpo
-        printf '%s\\n' "${COMPREPLY[@]}"
-    """
+    # After the first bash has put what is alike of both; its words end at an equals sign.
+    lines = (
+        "loss.eps",
+        "loss.epsilon =",
+        "loss.type = d",
+        "loss.type = nothing",
+        "model.gradient_checkpointing = t",
+    )
+    script = "source <(grpo --show-completion bash)\ncomplete -p grpo\n" + "".join(
+        f"COMP_WORDS=(grpo train first.yaml --set {line}) COMP_CWORD={3 + len(line.split())}\n"
+        """_grpo_completion grpo; echo "${COMPREPLY[*]}"\n"""
+        for line in lines
+    )
     environment = os.environ | {
         "PATH": f"{program.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -141,6 +153,9 @@ def test_bash_offers_what_grpo_tells_it_and_waits_for_no_torch(folder: Path) -> 
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "complete -o default -F _grpo_completion grpo",
-        "loss.epsilon=",
-        "loss.epsilon_high=",
+        "loss.epsilon= loss.epsilon_high=",
+        "0.2",
+        "dr_grpo dapo",
+        "",
+        "true",
     ]

@@ -92,13 +92,13 @@ def test_every_starting_point_has_a_name_and_its_files() -> None:
 @pytest.mark.parametrize("start", STARTS)
 def test_what_init_writes_passes_check(start: str, model: Path, tmp_path: Path) -> None:
     chosen = [] if start == STARTS[0] else ["--from", start]
-    code, output = grpo("init", "new/experiment", *chosen, folder=tmp_path)
+    code, output = grpo("init", "new/my experiment", *chosen, folder=tmp_path)
     assert code == 0, output
     assert output.splitlines() == [
-        *(f"wrote new/experiment/{name}" for name in FILES[start]),
-        "next: cd new/experiment && grpo check recipe.yaml",
+        *(f"wrote new/my experiment/{name}" for name in FILES[start]),
+        "next: cd 'new/my experiment' && grpo check recipe.yaml",
     ]
-    folder = tmp_path / "new" / "experiment"
+    folder = tmp_path / "new" / "my experiment"
     code, output = grpo("check", "recipe.yaml", "--set", f"model.name={model}", folder=folder)
     assert code == 0, output
     for said in (*CHECKED[start], "the recipe is fine"):
