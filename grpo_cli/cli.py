@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import shlex
@@ -311,6 +312,9 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)
     without_bars(os.environ)
     set_key_aside(os.environ)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # models write what not every terminal can show
+            stream.reconfigure(errors="replace")
     try:
         app(prog_name="grpo")
     except EXPECTED_ERRORS as error:

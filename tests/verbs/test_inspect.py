@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import re
 import subprocess
 import sys
@@ -255,6 +256,14 @@ def test_the_command_line_shows_the_same(run: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(run), "--step", "1", "--group", "2"], catch_exceptions=False)
     assert result.exit_code == 0
     assert result.output.splitlines()[0] == shown(run, 1, 2).splitlines()[0]
+
+
+def test_what_the_terminal_cannot_show_ends_nothing(run: Path) -> None:
+    command = [sys.executable, "-m", "grpo_cli.cli", "inspect", str(run), "--step", "1", "--group", "0"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "?? prompt ??" in done.stdout
 
 
 def test_neither_torch_nor_pandas_is_imported(run: Path) -> None:
