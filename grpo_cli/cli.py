@@ -323,9 +323,7 @@ def main() -> None:
 
 
 def _shown(error: Exception) -> str:
-    from grpo_cli.recipe.raw import RecipeError
-
-    if not isinstance(error, RecipeError):
+    if not isinstance(error, UserError):
         return str(error)
     from grpo_cli.recipe.links import with_links
 

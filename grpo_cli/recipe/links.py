@@ -7,21 +7,27 @@ not depend on where grpo is installed.
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
-from grpo_cli.recipe.raw import RecipeError
+from grpo_cli.errors import UserError
+from grpo_cli.recipe.raw import RecipeError, key_path
 from grpo_cli.recipe.reference import line_of
 
 PACKAGE = Path(__file__).parents[1]
 
 
-def with_links(error: RecipeError) -> str:
-    """The message, each line about a key with the page and line that explain it, if the page is there."""
-    page = reference_file()
-    if page is None:
+def with_links(error: UserError) -> str:
+    """The message, each line about a key with the page and line that explain it, if the page is there.
+
+    What is wrong with the world that a recipe names (`data.name: no such file`) begins with the key.
+    """
+    page, lines = reference_file(), str(error).splitlines()
+    if page is None or not lines:
         return str(error)
-    lines = str(error).splitlines()
-    for index, key in enumerate(error.about):
+    named = re.match(r"([a-z_]+(\.\w+)*): ", lines[0])
+    about = error.about if isinstance(error, RecipeError) else [key_path(named[1])] if named else []
+    for index, key in enumerate(about):
         if (number := line_of(key)) is not None:
             lines[index] += f" ({page}:{number})"
     return "\n".join(lines)

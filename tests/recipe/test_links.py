@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from grpo_cli import cli
+from grpo_cli.errors import UserError
 from grpo_cli.recipe import links
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.recipe.messages import all_keys
-from grpo_cli.recipe.raw import KeyPath, RecipeError, dotted
+from grpo_cli.recipe.raw import KeyPath, RecipeError, dotted, key_path
 from grpo_cli.recipe.reference import line_of
 from tests.recipe.recipes import PLAIN
 
@@ -93,6 +94,35 @@ def test_errors_that_are_about_no_key_have_no_link(recipe: Path, capsys: pytest.
         recipe.write_text(text)
         (shown,) = on_screen(recipe, capsys=capsys)
         assert "recipe.md" not in shown
+
+
+def test_what_a_recipe_names_and_is_not_there_is_explained_too(
+    recipe: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe.write_text(PLAIN)
+    named = f"model.name={tiny_model_dir}", "--set", "data.name=nothing.jsonl"
+    (shown,) = on_screen(recipe, "--set", *named, capsys=capsys)
+    assert shown.startswith("data.name: no such file: nothing.jsonl")
+    assert shown.endswith(f" (docs/recipe.md:{line_of(('data', 'name'))})")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("rewards.1: there is no module 'mine'\nand more", "rewards.0"),
+        ("data: row 1 is text", "data"),
+        ("loss.type: f: 1", "loss.type"),
+        ("nothing.at.all: 1", None),
+        ("reward data: no", None),
+        ("model tiny: no", None),
+        ("", None),
+    ],
+)
+def test_only_a_line_that_begins_with_a_key_has_a_link(text: str, key: str | None) -> None:
+    first, *others = links.with_links(UserError(text)).split("\n")
+    page = links.reference_file()
+    link = "" if key is None else f" ({page}:{line_of(key_path(key))})"
+    assert [first, *others] == [text.split("\n")[0] + link, *text.split("\n")[1:]]
 
 
 def test_the_text_of_an_error_does_not_depend_on_where_the_page_is(recipe: Path) -> None:
