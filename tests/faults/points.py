@@ -36,7 +36,7 @@ POINTS = {
     "turn": "grpo_cli.episode.driver:Play.sampled",
     "generation": "grpo_cli.episode.driver:Driver.generate",
     "sampled token": "grpo_cli.rollout.embedded.batch:Batch.append",
-    "scoring": "grpo_cli.reward.scorer:Scorer.score",
+    "scoring": "grpo_cli.reward.scorer:Scorer.score_and_log",
     "forward": "grpo_cli.train.learner:Learner.logprobs",
     "backward": "grpo_cli.train.learner:Learner.backward",
     "optimizer step": "grpo_cli.train.learner:Learner.step",
