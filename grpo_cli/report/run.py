@@ -67,6 +67,10 @@ class Run:
         """See `read_completions`."""
         return read_completions(self.folder, step, self.group_size)
 
+    def texts(self, step: int) -> list[StoredCompletion]:
+        """`completions` without their tokens, for which the memory of a large step would not do."""
+        return read_completions(self.folder, step, self.group_size, with_tokens=False)
+
 
 def read_run(folder: Path) -> Run:
     """Read a run's folder, whether it is done, goes on or died.

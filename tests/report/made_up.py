@@ -36,6 +36,9 @@ class MadeUpRun(Run):
     def completions(self, step: int) -> list[StoredCompletion]:
         return self.said[step]
 
+    def texts(self, step: int) -> list[StoredCompletion]:
+        return self.said[step]
+
 
 def ramp(first: float, last: float, steps: int = STEPS) -> list[float]:
     """A straight line with a little noise."""
