@@ -22,7 +22,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from grpo_cli.errors import RunError, UserError
-from grpo_cli.report.curves import change
+from grpo_cli.report.curves import change, known
 from grpo_cli.report.finding import Finding
 from grpo_cli.report.findings import find
 from grpo_cli.report.page_completions import Completions
@@ -163,10 +163,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     held_out = run.points("eval_reward")[1]
     if held_out:
         facts.append(("held-out reward", f"{held_out[-1]:.3g}"))
-    seconds = sum(value for value in run.series("time/step") if value is not None)
+    seconds = sum(sum(known(run.series(name))) for name in ("time/step", "time/eval"))
     facts.append(("time", _duration(seconds)))
-    tokens = run.rows[-1].get("num_tokens")
-    return facts if tokens is None else [*facts, ("tokens", f"{tokens:,.0f}")]
+    tokens = known(run.series("num_tokens"))
+    return [*facts, ("tokens", f"{tokens[-1]:,.0f}")] if tokens else facts
 
 
 def _duration(seconds: float) -> str:

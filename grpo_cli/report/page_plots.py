@@ -74,7 +74,7 @@ LEARNING = Section(
         _one("Entropy", "Of the next token. A fall towards 0 means that completions become alike.", "entropy"),
         _several(
             "Clipped tokens",
-            "Share whose ratio left the clip range and so gave no gradient.",
+            "Share whose ratio left the clip range and so gave no gradient; CISPO's, above the bound, keeps it.",
             clip_ratio__low_mean="below", clip_ratio__high_mean="above", clip_ratio__region_mean="either",
             cispo_clip_ratio="above the bound",
         ),

@@ -209,6 +209,29 @@ def test_a_ratio_per_completion_may_clip_more() -> None:
     assert the("clipped_ratio", made_up({"clip_ratio/region_mean": 0.6}, of_completions)) is None
 
 
+def test_what_cispo_clips_keeps_its_gradient() -> None:
+    clipped: dict[str, Curve] = {"clip_ratio/region_mean": None, "cispo_clip_ratio": 0.9}
+    assert the("clipped_ratio", made_up(clipped, {"loss": {"type": "cispo"}})) is None
+
+
+@pytest.mark.parametrize(
+    ("rewards", "advised"),
+    [
+        ([{"path": "rewards.length:reward_len", "workers": 2}], "rewards.0.isolate: true"),
+        (["rewards.length:reward_len"], "Set rewards.0.workers: 8"),
+        ([], "get_reward of the environment"),
+    ],
+)
+def test_slow_rewards_are_advised_in_whole_sentences(rewards: list[Any], advised: str) -> None:
+    recipe: dict[str, Any] = {"rewards": rewards}
+    if not rewards:
+        recipe["episode"] = {"environment": "environments.guessing:GuessingGame"}
+    found = the("bottleneck", made_up({"time/reward": 6}, recipe))
+    assert found is not None
+    assert advised in found.advice
+    assert found.advice.endswith(".")
+
+
 def test_truncation_that_goes_away_by_itself_weighs_less() -> None:
     stays, goes = (the("truncated", made_up(FLAT | {"completions/clipped_ratio": c})) for c in (0.7, ramp(1, 0.5)))
     assert stays is not None

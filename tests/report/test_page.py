@@ -202,3 +202,12 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
         write_report([run], tmp_path / "missing" / "page.html")
     with pytest.raises(UserError, match="cannot be written"):
         write_report([run], tmp_path)
+
+
+def test_the_time_is_that_of_steps_and_evaluations(tmp_path: Path) -> None:
+    times = {"time/step": 50.0, "time/eval": 10.0}
+    run = read_run(write_run(tmp_path / "run", MadeUp(steps=2, metrics=times)))
+    run.rows[1]["num_tokens"] = float("nan")  # as Python's JSON may hold it
+    page = report_page([run])
+    assert "2 min 0 s" in page
+    assert "1,000" in page

@@ -74,9 +74,8 @@ def kl_running_away(run: Run) -> Finding | None:
 
 
 def clipped_ratio(run: Run) -> Finding | None:
-    """Most tokens are clipped, so they have no gradient."""
-    name = next((one for one in ("clip_ratio/region_mean", "cispo_clip_ratio") if one in run.metric_names), None)
-    share = latest(run.series(name)) if name is not None else None
+    """Most tokens are clipped, so they have no gradient. CISPO's keep theirs, so their share is no reason."""
+    share = latest(run.series("clip_ratio/region_mean"))
     if share is None or share < MUCH_CLIPPED[run.recipe.loss.importance_level]:
         return None
     passes = _passes(run)
@@ -84,7 +83,7 @@ def clipped_ratio(run: Run) -> Finding | None:
     return Finding(
         "clipped_ratio",
         0.4 + 0.5 * min(share, 1.0),
-        f"{share:.0%} of the tokens of the last steps were clipped ({name}).",
+        f"{share:.0%} of the tokens of the last steps were clipped (clip_ratio/region_mean).",
         f"The policy moves past the clip range within the {passes} optimizer steps of a rollout, and then learns "
         "nothing from its tokens.",
         f"Have each rollout make less of a change: {fewer}lower optim.learning_rate from "
