@@ -124,8 +124,9 @@ class Trackers:
             page = Path(place) / "report.html"
             try:
                 write_report([read_run(self._folder)], page)
-            except (OSError, *EXPECTED_ERRORS) as error:
-                return self._note(f"the report for the trackers could not be made: {one_line(error)}")
+            except Exception as error:  # the trackers have yet to send what they hold
+                kind = "" if isinstance(error, EXPECTED_ERRORS) else f"{type(error).__name__}: "
+                return self._note(f"the report for the trackers could not be made: {kind}{one_line(error)}")
             for name, run in list(self._runs.items()):
                 if run.package is not None:
                     with self._left_if_it_fails(name):
