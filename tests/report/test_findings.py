@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.report.finding import Finding
-from grpo_cli.report.findings import RULES, find
+from grpo_cli.report.findings import RULES, WORTH_TELLING, find
 from grpo_cli.report.run import Run
 from tests.report.made_up import RECIPE, STEPS, WELL, Curve, made_up, ramp, seldom
 
@@ -135,6 +135,18 @@ def test_the_weight_that_makes_both_rewards_count_is_computed() -> None:
     weighted = {"rewards": [{"path": "rewards.length:reward_len", "weight": 0.01}, *TWO_REWARDS["rewards"][1:]]}
     spreads["rewards/reward_len/std"] = 30.0
     assert the("drowned_reward", made_up(spreads, weighted)) is None
+
+
+def test_a_small_reward_that_is_learned_is_not_drowned_and_one_weighed_less_is_hardly_wrong() -> None:
+    spreads: dict[str, Curve] = {"rewards/think_answer_format/mean": 0.5, "rewards/think_answer_format/std": 0.1}
+    light: dict[str, Any] = {
+        "rewards": [TWO_REWARDS["rewards"][0], {"path": TWO_REWARDS["rewards"][1], "weight": 0.1}]
+    }
+    found = the("drowned_reward", made_up(spreads, light))
+    assert found is not None
+    assert found.badness < WORTH_TELLING
+    learned = spreads | {"rewards/think_answer_format/mean": ramp(0.3, 0.9)}
+    assert the("drowned_reward", made_up(learned, light)) is None
 
 
 def test_a_reward_of_no_weight_may_be_constant() -> None:
