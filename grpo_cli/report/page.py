@@ -61,8 +61,8 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
 
 def report_page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
-    curves, completions = Curves(runs), Completions(runs)
     labels = run_labels(runs)
+    curves, completions = Curves(runs), Completions(runs, labels)
     drawn = curves.data() | {"runs": labels}
     stored = completions.data()
     script_texts = [_plotly(), *(_asset(name) for name in SCRIPTS)]

@@ -38,8 +38,9 @@ LEAST_OF_A_MESSAGE = 100
 class Completions:
     """Samples the completions of runs, and remembers what was left out."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], labels: Sequence[str]) -> None:
         self._runs = runs
+        self._labels = labels
         self._unreadable: list[str] = []
         self._is_sampled = {"groups": False, "completions": False, "texts": False}
         self._has_all_groups = True
@@ -63,13 +64,13 @@ class Completions:
     def notes(self) -> list[str]:
         """What the sample leaves out, a sentence each; to be asked after `data`."""
         notes = []
-        for run, shown in zip(self._runs, self._steps_shown, strict=True):
+        for run, label, shown in zip(self._runs, self._labels, self._steps_shown, strict=True):
             stored = len(run.stored_steps)
             if shown < stored:
                 why = f", few enough for {MAX_BYTES // 1_000_000} MB" if self._lost_to_size else ""
                 which = "evenly spaced, the first and the last among them" if shown > 1 else "the last"
                 notes.append(
-                    f"{run.name}: the completions of {shown} of {stored} stored steps are here, {which}{why}."
+                    f"{label}: the completions of {shown} of {stored} stored steps are here, {which}{why}."
                 )
         if self._is_sampled["groups"]:
             notes.append(
