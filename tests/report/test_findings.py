@@ -21,6 +21,10 @@ FLAT: dict[str, Curve] = {"reward": ramp(0.3, 0.3)}
 TWO_REWARDS = {"rewards": ["rewards.length:reward_len", "rewards.format:think_answer_format"]}
 TOOLS = {"episode": {"tools": ["my_tools:weather"]}}
 
+APART: dict[str, Curve] = {"sampling/sampling_logp_difference/mean": 0.1}
+SKIPPED: dict[str, Curve] = {"train/skipped_steps": seldom(0, 2)}
+SURE: dict[str, Curve] = FLAT | {"entropy": ramp(1, 0.1)}
+
 LOADED, LOADED_WITH_TOOLS = load_recipe(RECIPE), load_recipe(RECIPE | TOOLS | TWO_REWARDS)
 
 HAS_AND_NEAR: dict[str, tuple[Mapping[str, Curve], Mapping[str, Curve]]] = {
@@ -242,6 +246,34 @@ def test_slow_rewards_are_advised_in_whole_sentences(rewards: list[Any], advised
     assert found is not None
     assert advised in found.advice
     assert found.advice.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("rule", "curves", "recipe", "advised", "not_advised"),
+    [
+        ("sampler_mismatch", APART, {"generation": {"engine": "vllm"}}, "vllm: {dtype: float32}", "serve"),
+        (
+            "sampler_mismatch", APART,
+            {"generation": {"engine": "vllm_server", "server": {"urls": ["http://10.0.0.5:8000"]}}},
+            "grpo serve with --dtype float32", "generation.vllm",
+        ),
+        ("sampler_mismatch", APART, {}, "model.compute_dtype: float32", "vllm"),
+        ("skipped_steps", SKIPPED, {"model": {"dtype": "bfloat16"}}, "model.dtype: float32", "compute_dtype"),
+        ("skipped_steps", SKIPPED, {}, "model.compute_dtype: float32", "model.dtype"),
+        ("entropy_collapse", SURE, {"train": {"num_iterations": 2}}, "loss.epsilon_high: 0.28", "none"),
+        (
+            "entropy_collapse", SURE, {"train": {"num_iterations": 2}, "loss": {"type": "cispo"}},
+            "loss.entropy_coef", "epsilon_high",
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_the_recipe_takes_is_advised(
+    rule: str, curves: dict[str, Curve], recipe: dict[str, Any], advised: str, not_advised: str
+) -> None:
+    found = the(rule, made_up(curves, recipe))
+    assert found is not None
+    assert advised in found.advice
+    assert not_advised not in found.advice
 
 
 def test_truncation_that_goes_away_by_itself_weighs_less() -> None:

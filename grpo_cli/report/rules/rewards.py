@@ -112,7 +112,8 @@ def drowned_reward(run: Run) -> Finding | None:
         f"{names[loud]} makes {parts[loud] / sum(parts):.1%} of the spread of the rewards (weight times standard "
         f"deviation over a step), {names[quiet]} {share:.2g} of it.",
         f"Who is better in a group is decided by {names[loud]}; {names[quiet]} hardly counts.",
-        f"Set {place} to {balanced:.2g}, which makes both count alike, or loss.aggregation: normalize_then_sum.",
+        f"Set {place} to {balanced:.2g}, which makes both count alike, or loss.aggregation: "
+        "normalize_then_sum in place of loss.scale_rewards.",
     )
 
 
