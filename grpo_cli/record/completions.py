@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class StoredCompletion:
 
 
 def read_completions(
-    folder: Path, step: int, group_size: int, *, with_tokens: bool = True
+    folder: Path, step: int, group_size: int, *, with_tokens: bool = True, places: Sequence[int] | None = None
 ) -> list[StoredCompletion]:
     """The completions that a run has stored for a step, group by group.
 
@@ -97,6 +98,7 @@ def read_completions(
         step: counted from 1.
         group_size: the recipe's `generation.num_generations`.
         with_tokens: if not, the lists of tokens are left in the file, and are empty.
+        places: of the completions in the step, counted from 0; all if not given.
 
     Raises:
         RunError: the file is not there, damaged, or not of completions.
@@ -108,8 +110,9 @@ def read_completions(
             names = [name for name in file.schema_arrow.names if with_tokens or name not in TOKEN_COLUMNS]
             table = file.read(columns=names)
         table.validate(full=True)
-        rows = table.to_pylist()
-        return [_completion(row, *divmod(place, group_size)) for place, row in enumerate(rows)]
+        places = range(table.num_rows) if places is None else places
+        rows = table.take(pa.array(places, pa.int64())).to_pylist()
+        return [_completion(row, *divmod(place, group_size)) for place, row in zip(places, rows, strict=True)]
     except KeyError as error:
         raise RunError(f"{path} holds no completions of a run: it has no column {error}") from error
     except (OSError, pa.ArrowException, ValueError) as error:

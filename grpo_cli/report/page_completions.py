@@ -95,33 +95,37 @@ class Completions:
         found = []
         for step in evenly_spaced(run.stored_steps, count):
             try:
-                completions = run.completions(step)
+                found.append({"step": step, "groups": self._groups(run, step)})
             except RunError as error:  # the others can be shown
                 self._unreadable.append(f"Left out: {error}")
-                continue
-            found.append({"step": step, "groups": self._groups(completions, weights(run))})
         return found
 
-    def _groups(self, completions: list[StoredCompletion], weight: dict[str, float]) -> list[dict[str, Any]]:
-        groups = [list(group) for _, group in groupby(completions, lambda one: one.group)]
-        totals = [[total(one, weight) for one in group] for group in groups]
-        every = [ChosenGroup(place, []) for place in range(len(groups))]
+    def _groups(self, run: Run, step: int) -> list[dict[str, Any]]:
+        """The groups of a step that are shown. Only their tokens are read: all might not fit into memory."""
+        weight = weights(run)
+        totals = [
+            [total(one, weight) for one in group] for _, group in groupby(run.texts(step), lambda one: one.group)
+        ]
+        every = [ChosenGroup(place, []) for place in range(len(totals))]
         chosen = every if self._has_all_groups else chosen_groups(totals)
-        self._is_sampled["groups"] |= len(chosen) < len(groups)
-        return [self._group(groups[one.group], totals[one.group], one.reasons, len(groups)) for one in chosen]
+        self._is_sampled["groups"] |= len(chosen) < len(totals)
+        samples = {one.group: chosen_samples(totals[one.group]) for one in chosen}
+        places = [group * run.group_size + sample for group, own in samples.items() for sample in own]
+        read = groupby(run.completions(step, places), lambda one: one.group)
+        shown = {group: list(completions) for group, completions in read}
+        return [
+            {"of": len(totals), "reasons": one.reasons} | self._group(shown[one.group], totals[one.group])
+            for one in chosen
+        ]
 
-    def _group(
-        self, group: list[StoredCompletion], totals: list[float | None], reasons: list[str], num_groups: int
-    ) -> dict[str, Any]:
-        samples = chosen_samples(totals)
-        self._is_sampled["completions"] |= len(samples) < len(group)
+    def _group(self, shown: list[StoredCompletion], totals: list[float | None]) -> dict[str, Any]:
+        """A group of which some completions are shown, and the rewards of all."""
+        self._is_sampled["completions"] |= len(shown) < len(totals)
         return {
-            "group": group[0].group,
-            "of": num_groups,
-            "reasons": reasons,
-            "size": len(group),
-            "prompt": self._said(group[0].prompt),
-            "completions": [self._completion(group[place], totals[place]) for place in samples],
+            "group": shown[0].group,
+            "size": len(totals),
+            "prompt": self._said(shown[0].prompt),
+            "completions": [self._completion(one, totals[one.sample]) for one in shown],
         }
 
     def _completion(self, one: StoredCompletion, reward: float | None) -> dict[str, Any]:

@@ -72,3 +72,10 @@ def test_without_tokens_the_rest_is_the_same(tmp_path: Path) -> None:
     nothing: dict[str, Any] = {name: [] for name in of_tokens}
     assert whole[0].token_texts
     assert texts == [replace(one, **nothing) for one in whole]
+
+
+def test_some_completions_of_a_step_are_read_as_among_all(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", MadeUp(steps=1))
+    whole = read_completions(folder, 1, 4)
+    assert read_completions(folder, 1, 4, places=[6, 1]) == [whole[6], whole[1]]
+    assert read_completions(folder, 1, 4, places=[]) == []
