@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from grpo_cli.errors import RunError, one_line
 from grpo_cli.report.finding import Finding
 from grpo_cli.report.rules.episodes import failing_tools, lost_episodes, unused_tools
 from grpo_cli.report.rules.evaluation import evaluation_missing, evaluation_noisy, overfitting
@@ -58,10 +59,19 @@ WORTH_TELLING = 0.4
 
 
 def find(run: Run) -> list[Finding]:
-    """What looks wrong in a run, worst first.
+    """What looks wrong in a run, worst first. A file that a rule could not read is a finding, too."""
+    found = list(filter(None, (_judged(rule, run) for rule in RULES)))
+    return sorted(dict.fromkeys(found), key=lambda one: -one.badness)
 
-    Raises:
-        RunError: a file of stored completions is damaged.
-    """
-    found = (rule(run) for rule in RULES)
-    return sorted((one for one in found if one is not None), key=lambda one: -one.badness)
+
+def _judged(rule: Callable[[Run], Finding | None], run: Run) -> Finding | None:
+    try:
+        return rule(run)
+    except RunError as error:
+        return Finding(
+            "damaged_file",
+            0.3,
+            f"{one_line(error).rstrip('.')}.",
+            "Rules that read completions had nothing to go by.",
+            "If the run was copied, copy the file anew; else remove it, and the report goes by the other steps.",
+        )

@@ -21,15 +21,15 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from grpo_cli.errors import RunError, UserError
-from grpo_cli.report.curves import change
+from grpo_cli.errors import UserError
+from grpo_cli.report.curves import change, known
 from grpo_cli.report.finding import Finding
-from grpo_cli.report.findings import find
+from grpo_cli.report.findings import WORTH_TELLING, find
 from grpo_cli.report.page_completions import Completions
 from grpo_cli.report.page_data import Curves
 from grpo_cli.report.recipe_words import differing_settings, in_words, non_defaults
 from grpo_cli.report.run import Run
-from grpo_cli.report.text import NOTABLE, SEVERE
+from grpo_cli.report.text import SEVERE
 
 SCRIPTS = ("page.js", "plots.js", "completions.js")
 """In the order in which they run, after Plotly."""
@@ -61,8 +61,8 @@ def write_report(runs: Sequence[Run], out: Path) -> None:
 
 def report_page(runs: Sequence[Run]) -> str:
     """The page as HTML."""
-    curves, completions = Curves(runs), Completions(runs)
     labels = run_labels(runs)
+    curves, completions = Curves(runs), Completions(runs, labels)
     drawn = curves.data() | {"runs": labels}
     stored = completions.data()
     script_texts = [_plotly(), *(_asset(name) for name in SCRIPTS)]
@@ -130,16 +130,11 @@ def _plotly() -> str:
 
 def _about(run: Run, label: str) -> dict[str, Any]:
     """What the page says of a run before its curves."""
-    try:
-        findings, unread = find(run), None
-    except RunError as error:  # the rest can be shown
-        findings, unread = [], str(error)
     return {
         "label": label,
         "folder": str(run.folder),
         "facts": _facts(run),
-        "findings": [(_tone(finding), finding) for finding in findings],
-        "unread": unread,
+        "findings": [(_tone(finding), finding) for finding in find(run)],
         "words": in_words(run.recipe),
         "settings": non_defaults(run.recipe),
     }
@@ -148,7 +143,7 @@ def _about(run: Run, label: str) -> dict[str, Any]:
 def _tone(finding: Finding) -> str:
     if finding.badness >= SEVERE:
         return "severe"
-    return "notable" if finding.badness >= NOTABLE else "minor"
+    return "notable" if finding.badness >= WORTH_TELLING else "minor"
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -163,10 +158,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     held_out = run.points("eval_reward")[1]
     if held_out:
         facts.append(("held-out reward", f"{held_out[-1]:.3g}"))
-    seconds = sum(value for value in run.series("time/step") if value is not None)
+    seconds = sum(sum(known(run.series(name))) for name in ("time/step", "time/eval"))
     facts.append(("time", _duration(seconds)))
-    tokens = run.rows[-1].get("num_tokens")
-    return facts if tokens is None else [*facts, ("tokens", f"{tokens:,.0f}")]
+    tokens = known(run.series("num_tokens"))
+    return [*facts, ("tokens", f"{tokens[-1]:,.0f}")] if tokens else facts
 
 
 def _duration(seconds: float) -> str:

@@ -38,8 +38,9 @@ LEAST_OF_A_MESSAGE = 100
 class Completions:
     """Samples the completions of runs, and remembers what was left out."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[Run], labels: Sequence[str]) -> None:
         self._runs = runs
+        self._labels = labels
         self._unreadable: list[str] = []
         self._is_sampled = {"groups": False, "completions": False, "texts": False}
         self._has_all_groups = True
@@ -63,13 +64,13 @@ class Completions:
     def notes(self) -> list[str]:
         """What the sample leaves out, a sentence each; to be asked after `data`."""
         notes = []
-        for run, shown in zip(self._runs, self._steps_shown, strict=True):
+        for run, label, shown in zip(self._runs, self._labels, self._steps_shown, strict=True):
             stored = len(run.stored_steps)
             if shown < stored:
                 why = f", few enough for {MAX_BYTES // 1_000_000} MB" if self._lost_to_size else ""
                 which = "evenly spaced, the first and the last among them" if shown > 1 else "the last"
                 notes.append(
-                    f"{run.name}: the completions of {shown} of {stored} stored steps are here, {which}{why}."
+                    f"{label}: the completions of {shown} of {stored} stored steps are here, {which}{why}."
                 )
         if self._is_sampled["groups"]:
             notes.append(
@@ -94,33 +95,37 @@ class Completions:
         found = []
         for step in evenly_spaced(run.stored_steps, count):
             try:
-                completions = run.completions(step)
+                found.append({"step": step, "groups": self._groups(run, step)})
             except RunError as error:  # the others can be shown
                 self._unreadable.append(f"Left out: {error}")
-                continue
-            found.append({"step": step, "groups": self._groups(completions, weights(run))})
         return found
 
-    def _groups(self, completions: list[StoredCompletion], weight: dict[str, float]) -> list[dict[str, Any]]:
-        groups = [list(group) for _, group in groupby(completions, lambda one: one.group)]
-        totals = [[total(one, weight) for one in group] for group in groups]
-        every = [ChosenGroup(place, []) for place in range(len(groups))]
+    def _groups(self, run: Run, step: int) -> list[dict[str, Any]]:
+        """The groups of a step that are shown. Only their tokens are read: all might not fit into memory."""
+        weight = weights(run)
+        totals = [
+            [total(one, weight) for one in group] for _, group in groupby(run.texts(step), lambda one: one.group)
+        ]
+        every = [ChosenGroup(place, []) for place in range(len(totals))]
         chosen = every if self._has_all_groups else chosen_groups(totals)
-        self._is_sampled["groups"] |= len(chosen) < len(groups)
-        return [self._group(groups[one.group], totals[one.group], one.reasons, len(groups)) for one in chosen]
+        self._is_sampled["groups"] |= len(chosen) < len(totals)
+        samples = {one.group: chosen_samples(totals[one.group]) for one in chosen}
+        places = [group * run.group_size + sample for group, own in samples.items() for sample in own]
+        read = groupby(run.completions(step, places), lambda one: one.group)
+        shown = {group: list(completions) for group, completions in read}
+        return [
+            {"of": len(totals), "reasons": one.reasons} | self._group(shown[one.group], totals[one.group])
+            for one in chosen
+        ]
 
-    def _group(
-        self, group: list[StoredCompletion], totals: list[float | None], reasons: list[str], num_groups: int
-    ) -> dict[str, Any]:
-        samples = chosen_samples(totals)
-        self._is_sampled["completions"] |= len(samples) < len(group)
+    def _group(self, shown: list[StoredCompletion], totals: list[float | None]) -> dict[str, Any]:
+        """A group of which some completions are shown, and the rewards of all."""
+        self._is_sampled["completions"] |= len(shown) < len(totals)
         return {
-            "group": group[0].group,
-            "of": num_groups,
-            "reasons": reasons,
-            "size": len(group),
-            "prompt": self._said(group[0].prompt),
-            "completions": [self._completion(group[place], totals[place]) for place in samples],
+            "group": shown[0].group,
+            "size": len(totals),
+            "prompt": self._said(shown[0].prompt),
+            "completions": [self._completion(one, totals[one.sample]) for one in shown],
         }
 
     def _completion(self, one: StoredCompletion, reward: float | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Which plots a report has: metrics by section, with what each says. What no section knows comes under "Other".
 
-Names of metrics are those of `train/metrics.py` and `algorithm/losses.py`.
+Names of metrics are those that `record/metrics.py` knows as the run's own.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ LEARNING = Section(
         _one("Entropy", "Of the next token. A fall towards 0 means that completions become alike.", "entropy"),
         _several(
             "Clipped tokens",
-            "Share whose ratio left the clip range and so gave no gradient.",
+            "Share whose ratio left the clip range and so gave no gradient; CISPO's, above the bound, keeps it.",
             clip_ratio__low_mean="below", clip_ratio__high_mean="above", clip_ratio__region_mean="either",
             cispo_clip_ratio="above the bound",
         ),
@@ -128,14 +128,6 @@ SAMPLER = Section(
             sampling__importance_sampling_ratio__min="least", sampling__importance_sampling_ratio__mean="mean",
             sampling__importance_sampling_ratio__max="greatest",
         ),
-        _several(
-            "Staleness",
-            "Steps between the weights that sampled and those that are trained.",
-            sample__staleness_mean="mean", sample__staleness_max="greatest",
-        ),
-        _one("Rollouts in flight", "Completions being generated when the step ended.", "rollout/inflight"),
-        _one("Wait for rollouts", "Seconds that training waited for completions.", "perf/rollout_wait_s"),
-        _one("Idle engine", "Seconds in which nothing was generated.", "perf/engine_idle_s"),
     ),
 )  # fmt: skip
 
@@ -216,8 +208,8 @@ def _times(present: Iterable[str]) -> Section:
     phases = [name for name in present if name.startswith("time/") and name != "time/step"]
     stacked = tuple(Line(name, name.removeprefix("time/")) for name in phases)
     plots = (
-        Plot("Time by phase", "Seconds of a step.", stacked, is_stacked=True),
-        _one("Seconds of a step", "All phases.", "time/step"),
+        Plot("Time by phase", "Seconds of a step, and of the evaluation after it.", stacked, is_stacked=True),
+        _one("Seconds of a step", "All phases but evaluation.", "time/step"),
         _one("Tokens per second", "Of prompts and completions, over the whole step.", "tokens_per_second"),
         _one("Tokens so far", "Of prompts and completions.", "num_tokens"),
         _one("Bytes sent", "Of weights, to what generates.", "sync/bytes"),

@@ -63,9 +63,13 @@ class Run:
         done = self.rows[-1]["step"] if self.rows else 0
         return [step for step in stored_steps(self.folder) if step <= done]
 
-    def completions(self, step: int) -> list[StoredCompletion]:
+    def completions(self, step: int, places: Sequence[int] | None = None) -> list[StoredCompletion]:
         """See `read_completions`."""
-        return read_completions(self.folder, step, self.group_size)
+        return read_completions(self.folder, step, self.group_size, places=places)
+
+    def texts(self, step: int) -> list[StoredCompletion]:
+        """`completions` without their tokens, for which the memory of a large step would not do."""
+        return read_completions(self.folder, step, self.group_size, with_tokens=False)
 
 
 def read_run(folder: Path) -> Run:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from grpo_cli.report.curves import change, known, latest
 from grpo_cli.report.finding import Finding
-from grpo_cli.report.findings import find
+from grpo_cli.report.findings import WORTH_TELLING, find
 from grpo_cli.report.run import Run
 from grpo_cli.report.sparkline import sparkline
 from grpo_cli.report.terminal import printable, visible
@@ -32,16 +32,12 @@ CURVES = {
 SPARK_WIDTH = 40
 """Characters of a curve: with its name and two numbers, a line of 80."""
 
-SEVERE, NOTABLE = 0.7, 0.4
-"""Badness from which on a finding is red, and yellow."""
+SEVERE = 0.7
+"""Badness from which on a finding is red; one that is worth telling is yellow."""
 
 
 def print_report(runs: Sequence[Run], console: Console) -> None:
-    """Print what is known of runs, one after the other; several are compared in a table first.
-
-    Raises:
-        RunError: a file of stored completions is damaged.
-    """
+    """Print what is known of runs, one after the other; several are compared in a table first."""
     if len(runs) > 1:
         console.print(_comparison(runs))
     for run in runs:
@@ -92,7 +88,7 @@ def _learned(run: Run) -> list[str]:
     """Sentences on the reward, in training and on held-out prompts."""
     reward = change(run.series("reward"))
     if reward is None:
-        return ["One step says nothing about learning."]
+        return ["Less than two steps have a reward, which says nothing about learning."]
     difference = f"{reward.last - reward.first:+.3g} with a standard error of {reward.error:.2g}"
     verdict = "It rose" if reward.rose else "It fell" if reward.fell else "Chance alone might do as much"
     steps, values = run.points("eval_reward")
@@ -127,7 +123,7 @@ def _times(run: Run) -> str:
 
 
 def _print_finding(finding: Finding, console: Console) -> None:
-    colour = "red" if finding.badness >= SEVERE else "yellow" if finding.badness >= NOTABLE else "dim"
+    colour = "red" if finding.badness >= SEVERE else "yellow" if finding.badness >= WORTH_TELLING else "dim"
     console.print(f"[{colour}]{finding.badness:.2f}[/{colour}] [bold]{finding.rule}[/bold]", highlight=False)
     for text in (finding.figure, finding.meaning, finding.advice):
         console.print(Padding(Text(visible(text)), (0, 0, 0, 5)))

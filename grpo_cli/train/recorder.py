@@ -216,7 +216,7 @@ class Recorder:
         table = None
         if shows_completions and self._trackers.show_tables:
             group_size = self.recipe.generation.num_generations
-            table = completions_table(read_completions(self.folder, step, group_size))
+            table = completions_table(read_completions(self.folder, step, group_size, with_tokens=False))
         self._trackers.log(metrics, step, table)
         self.display.step(metrics)
         if shows_completions:

@@ -25,7 +25,8 @@ from grpo_cli.record.completions import EXTRA_COLUMN, REWARD_COLUMN, StoredCompl
 from grpo_cli.train.whole_files import write_text
 
 IDS = "trackers.json"
-"""In the run's folder: by tracker, the project and id under which it has the run."""
+"""In the run's folder: by tracker, the project and id under which it has the run; of one that failed, too, the
+last step that it took."""
 
 WANDB_UPLOAD_S = 60.0
 """How long the end of a run waits for wandb to have sent everything: without a network it would wait for days."""
@@ -97,8 +98,16 @@ def begin(name: str, recipe: Recipe, folder: Path, steps_done: int, steps_logged
     run = (_begin_wandb if name == "wandb" else _begin_trackio)(project, recipe, folder, known)
     tracked_id = run.tracker.tracker.id
     write_text(folder / IDS, json.dumps(_ids(folder) | {name: {"project": project, "id": tracked_id}}, indent=1))
-    run.has_until = steps_logged if tracked_id == known else 0
+    run.has_until = min(steps_logged, before.get("until", steps_logged)) if tracked_id == known else 0
     return run
+
+
+def remember_failure(folder: Path, name: str, step: int) -> None:
+    """Note that a tracker took no step after this one: those that a resume runs again are sent then."""
+    ids = _ids(folder)
+    if name in ids:
+        ids[name] |= {"until": step}
+        write_text(folder / IDS, json.dumps(ids, indent=1))
 
 
 def _begin_plain(name: str, recipe: Recipe, folder: Path, steps_done: int) -> Any:
@@ -166,7 +175,7 @@ def _quietly(work: Callable[[], None]) -> None:
         work()
 
 
-def _ids(folder: Path) -> dict[str, dict[str, str]]:
+def _ids(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / IDS
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 

@@ -22,7 +22,7 @@ from grpo_cli.record.metrics import Metrics
 from grpo_cli.report.page import write_report
 from grpo_cli.report.run import read_run
 from grpo_cli.train.disk import writing
-from grpo_cli.train.tracked_run import Table, TrackedRun, begin
+from grpo_cli.train.tracked_run import Table, TrackedRun, begin, remember_failure
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -100,6 +100,9 @@ class Trackers:
         for name, run in list(self._runs.items()):
             if step > run.has_until:
                 self._send(name, run, metrics, step, table)
+                if name not in self._runs:
+                    with self._left_if_it_fails(name):
+                        remember_failure(self._folder, name, step - 1)
 
     def amend(self, metrics: Metrics, step: int) -> None:
         """Add to a step that was logged before."""
@@ -124,8 +127,9 @@ class Trackers:
             page = Path(place) / "report.html"
             try:
                 write_report([read_run(self._folder)], page)
-            except (OSError, *EXPECTED_ERRORS) as error:
-                return self._note(f"the report for the trackers could not be made: {one_line(error)}")
+            except Exception as error:  # the trackers have yet to send what they hold
+                kind = "" if isinstance(error, EXPECTED_ERRORS) else f"{type(error).__name__}: "
+                return self._note(f"the report for the trackers could not be made: {kind}{one_line(error)}")
             for name, run in list(self._runs.items()):
                 if run.package is not None:
                     with self._left_if_it_fails(name):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ import grpo_cli
 from grpo_cli.errors import RunError
 from grpo_cli.record.completions import completions_file, read_completions, stored_steps
 from grpo_cli.train.stored_completions import remove_completions_after
+from tests.report.run_folders import MadeUp, write_run
 from tests.train.test_trackers import rollout_of, save
 
 
@@ -51,3 +55,27 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 and nothing more")
     with pytest.raises(RunError, match=r"step-000003.parquet cannot be read"):
         read_completions(tmp_path, 3, 4)
+
+
+def test_a_table_of_something_else_is_told(tmp_path: Path) -> None:
+    path = completions_file(tmp_path, 3)
+    path.parent.mkdir()
+    pq.write_table(pa.table({"something": [1]}), path)
+    with pytest.raises(RunError, match=r"step-000003.parquet holds no completions of a run: it has no column"):
+        read_completions(tmp_path, 3, 4)
+
+
+def test_without_tokens_the_rest_is_the_same(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", MadeUp(steps=1, turns=2, rewards=("a.b", "c")))
+    whole, texts = (read_completions(folder, 1, 4, with_tokens=with_tokens) for with_tokens in (True, False))
+    of_tokens = ("token_ids", "token_texts", "logprobs", "policy_logprobs", "sampled")
+    nothing: dict[str, Any] = {name: [] for name in of_tokens}
+    assert whole[0].token_texts
+    assert texts == [replace(one, **nothing) for one in whole]
+
+
+def test_some_completions_of_a_step_are_read_as_among_all(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", MadeUp(steps=1))
+    whole = read_completions(folder, 1, 4)
+    assert read_completions(folder, 1, 4, places=[6, 1]) == [whole[6], whole[1]]
+    assert read_completions(folder, 1, 4, places=[]) == []

@@ -33,7 +33,10 @@ class MadeUpRun(Run):
     def stored_steps(self) -> list[int]:
         return sorted(self.said)
 
-    def completions(self, step: int) -> list[StoredCompletion]:
+    def completions(self, step: int, places: Sequence[int] | None = None) -> list[StoredCompletion]:
+        return self.said[step] if places is None else [self.said[step][place] for place in places]
+
+    def texts(self, step: int) -> list[StoredCompletion]:
         return self.said[step]
 
 

@@ -183,7 +183,7 @@ def _sentences(ids: Any, offsets: Any) -> list[str]:
 
 def _turns(text: str, number: int) -> list[dict[str, Any]]:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 3, "b": text}}}
-    acted = [
+    acted: list[dict[str, Any]] = [
         {"role": "assistant", "content": text, "tool_calls": [call]},
         {"role": "tool", "name": "add", "content": text},
     ]

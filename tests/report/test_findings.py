@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 
 from grpo_cli.recipe.load import load_recipe
 from grpo_cli.report.finding import Finding
-from grpo_cli.report.findings import RULES, find
+from grpo_cli.report.findings import RULES, WORTH_TELLING, find
 from grpo_cli.report.run import Run
 from tests.report.made_up import RECIPE, STEPS, WELL, Curve, made_up, ramp, seldom
 
 FLAT: dict[str, Curve] = {"reward": ramp(0.3, 0.3)}
 TWO_REWARDS = {"rewards": ["rewards.length:reward_len", "rewards.format:think_answer_format"]}
 TOOLS = {"episode": {"tools": ["my_tools:weather"]}}
+
+APART: dict[str, Curve] = {"sampling/sampling_logp_difference/mean": 0.1}
+SKIPPED: dict[str, Curve] = {"train/skipped_steps": seldom(0, 2)}
+SURE: dict[str, Curve] = FLAT | {"entropy": ramp(1, 0.1)}
 
 LOADED, LOADED_WITH_TOOLS = load_recipe(RECIPE), load_recipe(RECIPE | TOOLS | TWO_REWARDS)
 
@@ -137,6 +141,18 @@ def test_the_weight_that_makes_both_rewards_count_is_computed() -> None:
     assert the("drowned_reward", made_up(spreads, weighted)) is None
 
 
+def test_a_small_reward_that_is_learned_is_not_drowned_and_one_weighed_less_is_hardly_wrong() -> None:
+    spreads: dict[str, Curve] = {"rewards/think_answer_format/mean": 0.5, "rewards/think_answer_format/std": 0.1}
+    light: dict[str, Any] = {
+        "rewards": [TWO_REWARDS["rewards"][0], {"path": TWO_REWARDS["rewards"][1], "weight": 0.1}]
+    }
+    found = the("drowned_reward", made_up(spreads, light))
+    assert found is not None
+    assert found.badness < WORTH_TELLING
+    learned = spreads | {"rewards/think_answer_format/mean": ramp(0.3, 0.9)}
+    assert the("drowned_reward", made_up(learned, light)) is None
+
+
 def test_a_reward_of_no_weight_may_be_constant() -> None:
     logged = {"rewards": [*RECIPE["rewards"], {"path": "rewards.format:think_answer_format", "weight": 0}]}
     constant: dict[str, Curve] = {"rewards/think_answer_format/mean": 0, "rewards/think_answer_format/std": 0}
@@ -207,6 +223,57 @@ def test_a_ratio_per_completion_may_clip_more() -> None:
     of_completions = {"loss": {"importance_level": "sequence"}}
     assert the("clipped_ratio", made_up({"clip_ratio/region_mean": 0.6})) is not None
     assert the("clipped_ratio", made_up({"clip_ratio/region_mean": 0.6}, of_completions)) is None
+
+
+def test_what_cispo_clips_keeps_its_gradient() -> None:
+    clipped: dict[str, Curve] = {"clip_ratio/region_mean": None, "cispo_clip_ratio": 0.9}
+    assert the("clipped_ratio", made_up(clipped, {"loss": {"type": "cispo"}})) is None
+
+
+@pytest.mark.parametrize(
+    ("rewards", "advised"),
+    [
+        ([{"path": "rewards.length:reward_len", "workers": 2}], "rewards.0.isolate: true"),
+        (["rewards.length:reward_len"], "Set rewards.0.workers: 8"),
+        ([], "get_reward of the environment"),
+    ],
+)
+def test_slow_rewards_are_advised_in_whole_sentences(rewards: list[Any], advised: str) -> None:
+    recipe: dict[str, Any] = {"rewards": rewards}
+    if not rewards:
+        recipe["episode"] = {"environment": "environments.guessing:GuessingGame"}
+    found = the("bottleneck", made_up({"time/reward": 6}, recipe))
+    assert found is not None
+    assert advised in found.advice
+    assert found.advice.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("rule", "curves", "recipe", "advised", "not_advised"),
+    [
+        ("sampler_mismatch", APART, {"generation": {"engine": "vllm"}}, "vllm: {dtype: float32}", "serve"),
+        (
+            "sampler_mismatch", APART,
+            {"generation": {"engine": "vllm_server", "server": {"urls": ["http://10.0.0.5:8000"]}}},
+            "grpo serve with --dtype float32", "generation.vllm",
+        ),
+        ("sampler_mismatch", APART, {}, "model.compute_dtype: float32", "vllm"),
+        ("skipped_steps", SKIPPED, {"model": {"dtype": "bfloat16"}}, "model.dtype: float32", "compute_dtype"),
+        ("skipped_steps", SKIPPED, {}, "model.compute_dtype: float32", "model.dtype"),
+        ("entropy_collapse", SURE, {"train": {"num_iterations": 2}}, "loss.epsilon_high: 0.28", "none"),
+        (
+            "entropy_collapse", SURE, {"train": {"num_iterations": 2}, "loss": {"type": "cispo"}},
+            "loss.entropy_coef", "epsilon_high",
+        ),
+    ],
+)  # fmt: skip
+def test_only_what_the_recipe_takes_is_advised(
+    rule: str, curves: dict[str, Curve], recipe: dict[str, Any], advised: str, not_advised: str
+) -> None:
+    found = the(rule, made_up(curves, recipe))
+    assert found is not None
+    assert advised in found.advice
+    assert not_advised not in found.advice
 
 
 def test_truncation_that_goes_away_by_itself_weighs_less() -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from grpo_cli.errors import UserError
 from grpo_cli.record.completions import completions_file
-from grpo_cli.record.metrics import METRICS
+from grpo_cli.record.metrics import METRICS, is_own_metric
 from grpo_cli.report import page_completions, page_data
 from grpo_cli.report.page import as_json_block, report_page, run_labels, write_report
+from grpo_cli.report.page_plots import EPISODES, GROUPS, LEARNING, LENGTHS, SAMPLER
 from grpo_cli.report.run import read_run
 from tests.report.run_folders import MadeUp, write_run
 
@@ -130,7 +131,7 @@ def test_a_reward_weighs_what_the_recipe_says(tmp_path: Path) -> None:
 def test_large_completions_are_thinned_until_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = read_run(write_run(tmp_path / "run", MadeUp(steps=40, prompts=8, tokens=900, distinct_files=3)))
     monkeypatch.setattr(page_completions, "MAX_BYTES", 1_000_000)
-    completions = page_completions.Completions([run])
+    completions = page_completions.Completions([run], ["run"])
     data = completions.data()
     assert len(as_json_block(data)) < 1_000_000
     assert [step["step"] for step in data[0]][:: len(data[0]) - 1] == [1, 40]
@@ -193,6 +194,13 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> Non
     assert run_labels(runs) == [str(tmp_path / "a/run"), str(tmp_path / "b/run"), "c"]
 
 
+def test_what_is_left_out_is_told_of_each_run_by_its_label(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, MadeUp(steps=30, distinct_files=1)) for name in ("a/run", "b/run")]
+    page = page_of(*folders)
+    for folder in folders:
+        assert f"{folder}: the completions of 20 of 30 stored steps are here" in page
+
+
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     out = tmp_path / "page.html"
@@ -202,3 +210,17 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> Non
         write_report([run], tmp_path / "missing" / "page.html")
     with pytest.raises(UserError, match="cannot be written"):
         write_report([run], tmp_path)
+
+
+def test_the_time_is_that_of_steps_and_evaluations(tmp_path: Path) -> None:
+    times = {"time/step": 50.0, "time/eval": 10.0}
+    run = read_run(write_run(tmp_path / "run", MadeUp(steps=2, metrics=times)))
+    run.rows[1]["num_tokens"] = float("nan")  # as Python's JSON may hold it
+    page = report_page([run])
+    assert "2 min 0 s" in page
+    assert "1,000" in page
+
+
+def test_every_metric_that_has_a_plot_of_its_own_is_one_that_runs_write() -> None:
+    named = set().union(*(section.metrics for section in (LEARNING, LENGTHS, GROUPS, SAMPLER, EPISODES)))
+    assert [name for name in named if not is_own_metric(name)] == []

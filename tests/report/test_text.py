@@ -8,9 +8,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from grpo_cli.report.run import Run
+from grpo_cli.record.completions import completions_file
+from grpo_cli.report.run import Run, read_run
 from grpo_cli.report.text import print_report
 from tests.report.made_up import made_up, ramp, seldom
+from tests.report.run_folders import MadeUp, write_run
 
 
 def printed(*runs: Run) -> str:
@@ -49,7 +51,16 @@ def test_several_runs_are_compared_first() -> None:
 
 def test_a_run_of_one_step_can_be_told() -> None:
     run = made_up({"eval_reward": seldom(0.5)})
-    assert "One step says nothing about learning." in printed(replace(run, rows=run.rows[:1], is_finished=False))
+    assert "Less than two steps have a reward" in printed(replace(run, rows=run.rows[:1], is_finished=False))
+
+
+def test_a_file_that_cannot_be_read_is_told_beside_what_else_is_found(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", MadeUp(metrics={"train/skipped_steps": 1.0}))
+    completions_file(folder, 20).write_bytes(b"PAR1")
+    text = printed(read_run(folder))
+    assert "damaged_file" in text
+    assert text.count("step-000020.parquet cannot be read") == 1
+    assert "skipped_steps" in text
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are() -> None:

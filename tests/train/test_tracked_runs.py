@@ -196,6 +196,26 @@ def test_trackio_does_not_go_on_in_the_run_of_another_folder_of_the_same_name(
     assert steps == [[1, 2], [1, 2], [2, 3]]  # a run that cannot be found is begun anew, with all that is left
 
 
+def test_steps_that_a_failed_tracker_did_not_take_are_sent_when_they_are_run_again(
+    trackio: Any, recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe["logging"]["project"] = "failed-between"
+    send = tracked_run.TrackedRun.log
+
+    def fails_at_3(run: Any, values: Any, step: int, table: Any = None) -> None:
+        if step == 3:
+            raise ConnectionError("the server is gone")
+        send(run, values, step, table)
+
+    monkeypatch.setattr(tracked_run.TrackedRun, "log", fails_at_3)
+    assert "trackio failed" in begun(recipe, "trackio", 0, 4)[-1]  # logs 5 steps
+    trackio.finish()
+    monkeypatch.setattr(tracked_run.TrackedRun, "log", send)
+    begun(recipe, "trackio", 1, 5)
+    [run] = trackio.Api().runs("failed-between")
+    assert [row["step"] for row in logs(run)] == [1, 2, 3, 4, 5, 6]
+
+
 def test_an_evaluation_that_a_resume_makes_up_for_is_added_to_its_step(
     trackio: Any, recipe: dict[str, Any]
 ) -> None:

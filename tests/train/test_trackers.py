@@ -20,6 +20,7 @@ from grpo_cli.recipe.unused import RUN_NAMES
 from grpo_cli.rollout.engine import Completion
 from grpo_cli.rollout.rollout import Rollout
 from grpo_cli.train.stored_completions import remove_completions_after, save_completions
+from grpo_cli.train.tracked_run import TrackedRun
 from grpo_cli.train.trackers import Trackers
 
 
@@ -94,6 +95,26 @@ def test_no_trackers_write_nothing(recipe: Recipe) -> None:
     trackers.log({"reward": 1.0}, 1)
     trackers.finish(is_done=True)
     assert not Path(recipe.train.output_dir).exists()
+
+
+def test_a_report_that_cannot_be_made_holds_up_no_tracker(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("nothing to divide by")
+
+    class Plain:
+        name, is_finished = "mlflow", False
+
+        def finish(self) -> None:
+            self.is_finished = True
+
+    notes: list[str] = []
+    trackers = Trackers(recipe, 0, 0, notes.append)
+    trackers._runs["mlflow"] = TrackedRun(Plain(), package=object())
+    monkeypatch.setattr("grpo_cli.train.trackers.read_run", broken)
+    plain = trackers._runs["mlflow"].tracker
+    trackers.finish(is_done=True)
+    assert plain.is_finished
+    assert notes == ["the report for the trackers could not be made: ZeroDivisionError: nothing to divide by"]
 
 
 def rollout_of(contents: list[Any]) -> Rollout:

@@ -47,7 +47,7 @@ def truncated(run: Run) -> Finding | None:
 def _would_end(run: Run, limit: int) -> str:
     """What the completions that did end say of the others."""
     if run.stored_steps:
-        last = run.completions(run.stored_steps[-1])
+        last = run.texts(run.stored_steps[-1])
         found = _late_ends(last, limit)
         if found is not None:
             return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from grpo_cli.recipe.schema import GenerationConfig
 from grpo_cli.report.curves import change, known, latest
 from grpo_cli.report.finding import Finding
 from grpo_cli.report.rules.learning import has_learned
@@ -52,7 +53,7 @@ def entropy_collapse(run: Run) -> Finding | None:
         f"Without other completions to compare, nothing more is learned; {kl}.",
         f"Set loss.entropy_coef: {10 * run.recipe.loss.entropy_coef or 0.001:g}, "
         + f"loss.beta: {4 * beta or 0.04:g}"
-        + (", loss.epsilon_high: 0.28" if _passes(run) > 1 else "")
+        + (", loss.epsilon_high: 0.28" if _passes(run) > 1 and _clips(run) else "")
         + f" or half of optim.learning_rate ({run.recipe.optim.learning_rate / 2:.3g}); or stop before.",
     )
 
@@ -74,9 +75,8 @@ def kl_running_away(run: Run) -> Finding | None:
 
 
 def clipped_ratio(run: Run) -> Finding | None:
-    """Most tokens are clipped, so they have no gradient."""
-    name = next((one for one in ("clip_ratio/region_mean", "cispo_clip_ratio") if one in run.metric_names), None)
-    share = latest(run.series(name)) if name is not None else None
+    """Most tokens are clipped, so they have no gradient. CISPO's keep theirs, so their share is no reason."""
+    share = latest(run.series("clip_ratio/region_mean"))
     if share is None or share < MUCH_CLIPPED[run.recipe.loss.importance_level]:
         return None
     passes = _passes(run)
@@ -84,7 +84,7 @@ def clipped_ratio(run: Run) -> Finding | None:
     return Finding(
         "clipped_ratio",
         0.4 + 0.5 * min(share, 1.0),
-        f"{share:.0%} of the tokens of the last steps were clipped ({name}).",
+        f"{share:.0%} of the tokens of the last steps were clipped (clip_ratio/region_mean).",
         f"The policy moves past the clip range within the {passes} optimizer steps of a rollout, and then learns "
         "nothing from its tokens.",
         f"Have each rollout make less of a change: {fewer}lower optim.learning_rate from "
@@ -129,8 +129,7 @@ def sampler_mismatch(run: Run) -> Finding | None:
         "the first steps).",
         "What is trained is not quite what sampled, so the gradient is not quite that of the reward"
         + (", and less so with every step." if grows else "."),
-        ("" if corrected else "Set loss.sampler_correction: {}. ")
-        + "The gap itself comes from the engine: generation.vllm: {dtype: float32}, or a model.dtype as it uses.",
+        ("" if corrected else "Set loss.sampler_correction: {}. ") + _closer(generation),
     )
 
 
@@ -148,10 +147,32 @@ def skipped_steps(run: Run) -> Finding | None:
         f"{skipped:g} of {total:g} optimizer steps were skipped, the first of them in step {when[0]}.",
         "Loss or gradient were not finite there, so nothing was learned from those completions.",
         f"Lower optim.learning_rate from {run.recipe.optim.learning_rate:.3g} to "
-        f"{run.recipe.optim.learning_rate / 3:.2g}; set model.compute_dtype: float32 if it is bfloat16; look for "
-        "rewards of a size out of proportion.",
+        f"{run.recipe.optim.learning_rate / 3:.2g}; {_more_exact(run)}look for rewards of a size out of "
+        "proportion.",
         (when[0], when[-1]),
     )
+
+
+def _clips(run: Run) -> bool:
+    """Whether loss.epsilon_high bounds the ratio. It is not used by others, and of CISPO another size."""
+    loss = run.recipe.loss
+    return not loss.is_function and loss.row.surrogate == "clipped"
+
+
+def _closer(generation: GenerationConfig) -> str:
+    """What brings sampler and policy together, by who starts the sampler."""
+    if generation.engine == "transformers":
+        return "The gap itself comes from rounding: set model.compute_dtype: float32."
+    is_ours = generation.engine == "vllm" or (generation.server is not None and generation.server.spawn)
+    how = "generation.vllm: {dtype: float32}" if is_ours else "grpo serve with --dtype float32"
+    return f"The gap itself comes from the engine: {how}, or a model.dtype as it uses."
+
+
+def _more_exact(run: Run) -> str:
+    model = run.recipe.model
+    if model.dtype == "bfloat16":
+        return "set model.dtype: float32; "
+    return "set model.compute_dtype: float32; " if model.compute_dtype != "float32" else ""
 
 
 def _passes(run: Run) -> int:

@@ -127,7 +127,7 @@ def _hold(run: Run) -> str:
 def _sample(run: Run, step: int) -> list[_Group]:
     """Groups from all over a step."""
     groups: dict[int, list[StoredCompletion]] = {}
-    for one in run.completions(step):
+    for one in run.texts(step):
         groups.setdefault(one.group, []).append(one)
     chosen = list(groups.values())
     stride = max(1, len(chosen) // SAMPLED_GROUPS)

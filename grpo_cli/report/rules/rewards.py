@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from grpo_cli.report.curves import change, known, latest, mean
 from grpo_cli.report.finding import Finding
 from grpo_cli.report.rules.learning import has_learned
@@ -83,7 +85,7 @@ def _weights(run: Run) -> list[float]:
 
 
 def drowned_reward(run: Run) -> Finding | None:
-    """One reward function decides alone, beside others that vary, too."""
+    """One reward function decides alone, beside others that vary, too, and are not learned all the same."""
     names = run.reward_names
     if len(names) < 2 or run.recipe.loss.aggregation == "normalize_then_sum":
         return None
@@ -91,7 +93,11 @@ def drowned_reward(run: Run) -> Finding | None:
     spreads = [mean(run.series(f"rewards/{name}/std")) or 0.0 for name in names]
     parts = [abs(weight) * spread for weight, spread in zip(weights, spreads, strict=True)]
     loud = max(range(len(names)), key=parts.__getitem__)
-    varying = [place for place in range(len(names)) if place != loud and parts[place] > 0]
+    varying = [
+        place
+        for place, name in enumerate(names)
+        if place != loud and parts[place] > 0 and not _rose(run.series(f"rewards/{name}/mean"))
+    ]
     if not varying:
         return None
     quiet = min(varying, key=parts.__getitem__)
@@ -102,12 +108,18 @@ def drowned_reward(run: Run) -> Finding | None:
     place = f"rewards.{loud}.weight" if loud < len(run.recipe.rewards) else f"the weight of {names[loud]}"
     return Finding(
         "drowned_reward",
-        0.4,
+        0.4 if abs(weights[quiet]) >= abs(weights[loud]) else 0.2,  # else somebody has weighed it less
         f"{names[loud]} makes {parts[loud] / sum(parts):.1%} of the spread of the rewards (weight times standard "
         f"deviation over a step), {names[quiet]} {share:.2g} of it.",
         f"Who is better in a group is decided by {names[loud]}; {names[quiet]} hardly counts.",
-        f"Set {place} to {balanced:.2g}, which makes both count alike, or loss.aggregation: normalize_then_sum.",
+        f"Set {place} to {balanced:.2g}, which makes both count alike, or loss.aggregation: "
+        "normalize_then_sum in place of loss.scale_rewards.",
     )
+
+
+def _rose(values: Sequence[float | None]) -> bool:
+    course = change(values)
+    return course is not None and course.rose
 
 
 def skipped_groups(run: Run) -> Finding | None:

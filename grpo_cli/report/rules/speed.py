@@ -51,8 +51,12 @@ def _advice(run: Run, phase: str) -> str:
         idle = [index for index, reward in enumerate(run.recipe.rewards) if not reward.workers]
         if idle:
             return f"Set rewards.{idle[0]}.workers: 8, so that groups are scored while others are generated."
-        return "More rewards.0.workers, rewards.0.isolate: true for functions that hold the interpreter, or "
-        "faster ones."
+        if not run.recipe.rewards:
+            return "A faster get_reward of the environment."
+        return (
+            "More rewards.0.workers, rewards.0.isolate: true for functions that hold the interpreter, or faster "
+            "ones."
+        )
     if generation.engine == "transformers":
         return "On a GPU generation.engine: vllm; else a lower generation.max_completion_tokens."
     return "More servers in generation.server.urls, or a lower generation.max_completion_tokens."
