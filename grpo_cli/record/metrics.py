@@ -53,8 +53,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row["step"], int):
                 raise TypeError("a row has the number of its step")
+            if any(not isinstance(value, int | float | None) for value in row.values()):
+                raise TypeError("a row has nothing but numbers")
         except (ValueError, KeyError, TypeError) as error:
-            what = "is damaged, and no row of metrics; mend or remove the line, then --resume"
+            what = "is damaged, and no row of metrics; mend or remove the line; a run then goes on with --resume"
             raise RunError(f"{path}:{number}: {what}") from error
         rows.append(row)
     return rows

@@ -19,7 +19,7 @@ def init(folder: Path, start: str = STARTS[0]) -> list[Path]:
             folder cannot be written to.
     """
     if start not in STARTS:
-        raise UserError(f"--from {start}: there are {', '.join(STARTS)}")
+        raise UserError(f"--from {start}: there is no such start; choose one of {', '.join(STARTS)}")
     files = start_files(start)
     targets = [folder / file.name for file in files]
     taken = [target for target in targets if target.exists()]

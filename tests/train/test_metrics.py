@@ -211,11 +211,15 @@ def test_a_last_line_that_a_kill_left_unfinished_is_dropped(tmp_path: Path, cut:
     assert path.read_text() == "".join(lines)
 
 
-@pytest.mark.parametrize("damaged", [b'{"step": 2, "loss": 1', b"\xff", b"[]", b"null", b'{"stop": 2}', b""])
+@pytest.mark.parametrize(
+    "damaged", [b'{"step": 2, "loss": 1', b"\xff", b"[]", b"null", b'{"stop": 2}', b'{"step": 2, "kl": "no"}', b""]
+)
 def test_a_damaged_row_is_named_and_not_dropped(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + damaged + b'\n{"step": 3}\n')
-    with pytest.raises(RunError, match=r"metrics\.jsonl:2: is damaged.*mend or remove the line, then --resume"):
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl:2: is damaged.*mend or remove the line; a run then goes on with --resume"
+    ):
         MetricsFile(path, 3)
     assert damaged in path.read_bytes()
 

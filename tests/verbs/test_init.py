@@ -125,7 +125,10 @@ def test_each_trains_a_step(model: Path, tmp_path: Path) -> None:
 
 def test_a_wrong_name_lists_the_right_ones_and_writes_nothing(tmp_path: Path) -> None:
     code, output = grpo("init", "new", "--from", "chess", folder=tmp_path)
-    assert (code, output) == (2, "--from chess: there are keyword, gsm8k, tools, code, game\n")
+    assert (code, output) == (
+        2,
+        "--from chess: there is no such start; choose one of keyword, gsm8k, tools, code, game\n",
+    )
     assert not list(tmp_path.iterdir())
 
 
