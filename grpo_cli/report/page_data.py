@@ -35,9 +35,7 @@ class Curves:
 
     def data(self) -> dict[str, Any]:
         """For the page: sections of plots of lines. A line's `x` is a place in `steps`."""
-        names = dict.fromkeys(
-            name for run in self._runs for name in run.metric_names if self._is_numeric(run, name)
-        )
+        names = dict.fromkeys(name for run in self._runs for name in run.metric_names)
         functions = dict.fromkeys(name for run in self._runs for name in run.reward_names)
         made = [self._section(section) for section in sections(names, functions)]
         return {"sections": [one for one in made if one["plots"] or one["zero"]], "steps": list(self._steps)}
@@ -57,10 +55,6 @@ class Curves:
         if self._other_left_out:
             notes.append(f"Metrics without a plot, beyond {MAX_OTHER} others: {', '.join(self._other_left_out)}.")
         return notes
-
-    @staticmethod
-    def _is_numeric(run: Run, name: str) -> bool:
-        return all(value is None or isinstance(value, (int, float)) for value in run.series(name))
 
     def _section(self, section: Section) -> dict[str, Any]:
         plots: list[dict[str, Any]] = []
