@@ -110,8 +110,11 @@ def read_completions(
             names = [name for name in file.schema_arrow.names if with_tokens or name not in TOKEN_COLUMNS]
             table = file.read(columns=names)
         table.validate(full=True)
-        places = range(table.num_rows) if places is None else places
-        rows = table.take(pa.array(places, pa.int64())).to_pylist()
+        if places is None:
+            places = range(table.num_rows)
+        else:  # table.take would import pandas, too
+            table = pa.concat_tables([table.slice(0, 0), *(table.slice(place, 1) for place in places)])
+        rows = table.to_pylist()
         return [_completion(row, *divmod(place, group_size)) for place, row in zip(places, rows, strict=True)]
     except KeyError as error:
         raise RunError(f"{path} holds no completions of a run: it has no column {error}") from error

@@ -57,6 +57,8 @@ def recipe(tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict
 @pytest.fixture
 def wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     package = pytest.importorskip("wandb")
+    for hooked in ("exit", "excepthook"):  # wandb leaves its own in their place
+        monkeypatch.setattr(sys, hooked, getattr(sys, hooked))
     for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -28,7 +28,7 @@ class Lane:
     further: deque[Sequence[Turn]] = field(default_factory=deque)
     threads: int = 0
     idle: int = 0
-    """Of these, waiting for something to do."""
+    """Of these, on their way to something to do, or waiting for it."""
 
 
 class ServerStream:
@@ -82,6 +82,7 @@ class ServerStream:
             most, waiting = max(1, lane.room // size), share + len(lane.further) - lane.idle
             for _ in range(min(most - lane.threads, waiting)):
                 lane.threads += 1
+                lane.idle += 1
                 daemon(partial(self._work, lane))
 
     def advance(self) -> bool:
@@ -99,15 +100,14 @@ class ServerStream:
             self._changed.notify_all()
 
     def _next(self, lane: Lane) -> Sequence[Turn] | None:
-        """What this server is to generate next; None when all is over."""
+        """What this server is to generate next, for a thread that is idle until then; None when all is over."""
         with self._changed:
             while not self._is_stopped:
                 waiting = lane.further or self._first
                 if waiting:
+                    lane.idle -= 1
                     return waiting.popleft()
-                lane.idle += 1
                 self._changed.wait()
-                lane.idle -= 1
         return None
 
     def _work(self, lane: Lane) -> None:
@@ -122,6 +122,8 @@ class ServerStream:
                 if turn.may_go_on:
                     self._home[turn.completion] = lane
                 self._on_turn(turn.completion, sampled)
+            with self._changed:
+                lane.idle += 1
 
 
 def daemon(target: Callable[[], None]) -> None:
