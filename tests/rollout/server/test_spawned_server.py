@@ -77,7 +77,7 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 def pids(log: Path) -> list[int]:
     """Of the server and its children, once they run."""
-    lines = wait_for(lambda: [line for line in log.read_text().splitlines() if line.startswith("pids")])
+    lines = wait_for(lambda: [line for line in log.read_text().split("\n")[:-1] if line.startswith("pids")])
     return [int(word) for word in lines[-1].split()[1:]]
 
 
