@@ -23,22 +23,22 @@ def sparkline(values: Sequence[float | None], width: int) -> str:
     """
     count = min(width, len(values))
     edges = [place * len(values) // max(count, 1) for place in range(count + 1)]
-    means = [_mean(values[start:end]) for start, end in itertools.pairwise(edges)]
-    known = [mean for mean in means if mean is not None]
+    halves = [_half_mean(values[start:end]) for start, end in itertools.pairwise(edges)]
+    known = [half for half in halves if half is not None]
     if not known:
         return " " * count
     low, high = min(known), max(known)
-    return "".join(" " if mean is None else _block(mean, low, high) for mean in means)
+    return "".join(" " if half is None else _block(half, low, high) for half in halves)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _half_mean(values: Sequence[float | None]) -> float | None:
+    """Half of the mean: neither the sum of finite numbers nor their difference is then too large for a number."""
     known = [value for value in values if value is not None and math.isfinite(value)]
-    return math.fsum(value / len(known) for value in known) if known else None
+    return math.fsum(value / 2 / len(known) for value in known) if known else None
 
 
 def _block(value: float, low: float, high: float) -> str:
-    """Halved, the difference of two finite numbers is finite."""
-    span = high / 2 - low / 2
+    span = high - low
     if span <= 0:
         return FLAT
-    return BLOCKS[min(int((value / 2 - low / 2) / span * len(BLOCKS)), len(BLOCKS) - 1)]
+    return BLOCKS[min(int((value - low) / span * len(BLOCKS)), len(BLOCKS) - 1)]

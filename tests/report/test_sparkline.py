@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from grpo_cli.report.sparkline import BLOCKS, sparkline
@@ -34,6 +35,7 @@ def test_values_that_are_not_there_leave_a_gap() -> None:
     assert sparkline([], 5) == ""
 
 
+@example([sys.float_info.max] * 3, 1)
 @given(st.lists(st.none() | st.floats()), st.integers(min_value=1, max_value=100))
 def test_every_curve_can_be_drawn(values: list[float | None], width: int) -> None:
     line = sparkline(values, width)
