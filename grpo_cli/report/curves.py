@@ -63,6 +63,8 @@ class Change:
         return abs(self.in_errors) < SUSPECTED
 
     def __str__(self) -> str:
+        if self.span == 1:
+            return f"from {self.first:.3g} in the first step to {self.last:.3g} in the last"
         return (
             f"from {self.first:.3g} over the first {self.span} steps to {self.last:.3g} over the last {self.span}"
         )

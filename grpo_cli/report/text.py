@@ -51,7 +51,11 @@ def _comparison(runs: Sequence[Run]) -> Table:
     for run in runs:
         reward, seconds = change(run.series("reward")), latest(run.series("time/step"))
         _, held_out = run.points("eval_reward")
-        ends = ("–", "–", "–") if reward is None else (reward.first, reward.last, reward.error)
+        ends = (
+            ("–", "–", "–")
+            if reward is None
+            else (reward.first, reward.last, reward.error if reward.span > 1 else "–")
+        )
         numbers = (*ends, held_out[-1] if held_out else "–", "–" if seconds is None else seconds)
         shown = [number if isinstance(number, str) else f"{number:.3g}" for number in numbers]
         table.add_row(printable(run.name), str(len(run.rows)), *shown)
@@ -89,8 +93,12 @@ def _learned(run: Run) -> list[str]:
     reward = change(run.series("reward"))
     if reward is None:
         return ["Less than two steps have a reward, which says nothing about learning."]
-    difference = f"{reward.last - reward.first:+.3g} with a standard error of {reward.error:.2g}"
-    verdict = "It rose" if reward.rose else "It fell" if reward.fell else "Chance alone might do as much"
+    difference = f"{reward.last - reward.first:+.3g}"
+    if reward.span == 1:  # of which no error is known
+        verdict = "So few steps say nothing about learning"
+    else:
+        difference += f" with a standard error of {reward.error:.2g}"
+        verdict = "It rose" if reward.rose else "It fell" if reward.fell else "Chance alone might do as much"
     steps, values = run.points("eval_reward")
     held_out = "Held-out prompts were not tried."
     if values:

@@ -54,6 +54,13 @@ def test_a_run_of_one_step_can_be_told() -> None:
     assert "Less than two steps have a reward" in printed(replace(run, rows=run.rows[:1], is_finished=False))
 
 
+def test_of_a_few_steps_nothing_is_said_about_learning() -> None:
+    run = made_up({"reward": 0.5})
+    text = " ".join(printed(replace(run, rows=run.rows[:3], is_finished=False)).split())
+    assert "from 0.5 in the first step to 0.5 in the last, +0. So few steps say nothing about learning." in text
+    assert "inf" not in text.split("Held-out")[0]
+
+
 def test_a_file_that_cannot_be_read_is_told_beside_what_else_is_found(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", MadeUp(metrics={"train/skipped_steps": 1.0}))
     completions_file(folder, 20).write_bytes(b"PAR1")
