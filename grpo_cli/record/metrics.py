@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +59,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path}:{number}: {what}") from error
         rows.append(row)
     return rows
-
-
-def mean_reward(rows: Sequence[dict[str, Any]]) -> float:
-    """Mean of the `reward` of some metrics rows, those without one left out."""
-    values = [row["reward"] for row in rows if row["reward"] is not None]
-    return sum(values) / len(values) if values else float("nan")

@@ -51,12 +51,9 @@ def _comparison(runs: Sequence[Run]) -> Table:
     for run in runs:
         reward, seconds = change(run.series("reward")), latest(run.series("time/step"))
         _, held_out = run.points("eval_reward")
-        ends = (
-            ("–", "–", "–")
-            if reward is None
-            else (reward.first, reward.last, reward.error if reward.span > 1 else "–")
-        )
-        numbers = (*ends, held_out[-1] if held_out else "–", "–" if seconds is None else seconds)
+        ends = ("–", "–") if reward is None else (reward.first, reward.last)
+        error = "–" if reward is None or reward.span == 1 else reward.error
+        numbers = (*ends, error, held_out[-1] if held_out else "–", "–" if seconds is None else seconds)
         shown = [number if isinstance(number, str) else f"{number:.3g}" for number in numbers]
         table.add_row(printable(run.name), str(len(run.rows)), *shown)
     return table

@@ -18,7 +18,7 @@ from grpo_cli.distributed.ranks import Ranks
 from grpo_cli.errors import EXPECTED_ERRORS, ServerLost, ServerNeverReached, StoppedEarly, UserError
 from grpo_cli.recipe.schema import Recipe
 from grpo_cli.recipe.strategies import STRATEGIES
-from grpo_cli.record.metrics import mean_reward
+from grpo_cli.report.curves import change
 from grpo_cli.report.findings import WORTH_TELLING, find
 from grpo_cli.report.run import read_run
 from grpo_cli.rollout.rollout import Rollout, generate_rollout
@@ -188,10 +188,9 @@ def _train(rollouts: Rollouts, learner: Learner, recorder: Recorder) -> TrainRes
 def _say_how_it_went(recorder: Recorder, history: Sequence[dict[str, Any]], final: Path) -> None:
     """Say what was learned and where everything is."""
     folder, note = recorder.folder, recorder.display.note
-    if history:
-        span = min(5, max(1, len(history) // 2))
-        first, last = mean_reward(history[:span]), mean_reward(history[-span:])
-        note(f"mean reward: {first:.4g} over the first {span} steps, {last:.4g} over the last {span}")
+    reward = change([row["reward"] for row in history])
+    if reward is not None:
+        note(f"mean reward:  {reward}")
     note(f"final model:  {final}")
     note(f"metrics:      {folder / 'metrics.jsonl'} (also: tensorboard --logdir {folder})")
     note(f"completions:  {folder / 'completions'}")
